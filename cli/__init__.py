@@ -1,0 +1,46 @@
+"""The command line: one thin file per verb, imported when the verb is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from smallvit import __version__
+from smallvit.config import InputError, nearest
+
+VERBS = {
+    "train": "train a model and write its run folder",
+}
+
+_VERB_LINES = "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items())
+
+USAGE = f"""\
+usage: smallvit VERB [OPTIONS]
+
+Vision Transformers that learn from small image sets.
+
+{_VERB_LINES}
+
+  smallvit train --arch vit --spt --lsa               the embedded handwritten digits
+  smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
+  smallvit VERB --help                                a verb's options
+  smallvit --version
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"smallvit {__version__}")
+        return 0
+    try:
+        if argv[0] not in VERBS:
+            raise InputError(f"unknown verb {argv[0]!r}{nearest(argv[0], VERBS)}; see smallvit --help")
+        return import_module(f"smallvit.cli.{argv[0]}").main(argv[1:])
+    except InputError as error:
+        print(f"smallvit: {error}", file=sys.stderr)
+        return 2

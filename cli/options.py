@@ -1,0 +1,74 @@
+"""Flags from the configuration: every field of the dataclass tree becomes one, its sentence the flag's help.
+
+The standard library's argparse serves better than a generator such as tyro here: bad input must end in one line
+that names the nearest valid flag, and tyro prints boxes whose only hook is private.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+from dataclasses import fields
+from itertools import pairwise
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from smallvit.config import Config, InputError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def parse_config(argv: list[str], prog: str, description: str) -> Config:
+    """The configuration that these arguments describe.
+
+    Raises:
+        InputError: an unknown flag or a bad value; the nearest valid one is named.
+    """
+    parser = _Parser(
+        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for group, group_class in get_type_hints(Config).items():
+        section = parser.add_argument_group(group, group_class.__doc__)
+        sentences, kinds = field_sentences(group_class), get_type_hints(group_class)
+        for option in fields(group_class):
+            shown = "" if option.default in (None, False) else f" [{option.default}]"
+            section.add_argument(
+                _flag(option.name),
+                default=argparse.SUPPRESS,
+                help=(sentences[option.name] + shown).replace("%", "%%"),
+                **_value(kinds[option.name]),
+            )
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        hint = nearest(unknown[0].split("=")[0], flags)
+        raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {prog} --help")
+    return Config.build(**vars(options))
+
+
+def field_sentences(group_class: type) -> dict[str, str]:
+    """The documentation string under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(group_class)).body[0].body
+    return {
+        line.target.id: " ".join(below.value.value.split())
+        for line, below in pairwise(body)
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value(kind: Any) -> dict[str, Any]:
+    """What argparse needs to know about a field's type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"metavar": "{" + ",".join(get_args(kind)) + "}"}
+    plain = next(k for k in get_args(kind) or (kind,) if k is not NoneType)
+    return {"type": plain, "metavar": {int: "N", float: "X", str: "NAME"}[plain]}

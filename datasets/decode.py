@@ -1,0 +1,167 @@
+"""Image files of any size and mode to one uint8 tensor, decoded once, in parallel, and cached on disk.
+
+Decoding: EXIF orientation is applied, 16-bit grey is scaled to 8, transparency is laid on white, every mode ends
+as RGB; the shorter side is resized to the image size (bilinear, antialiased) and the centre is cut out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smallvit.config import InputError
+
+DECODER = 1
+"""Raised when decoding changes, so that older caches are not used."""
+
+
+def default_size(paths: tuple[str, ...], largest: int = 64, sample: int = 512) -> int:
+    """An image size for these files: the median shorter side, at most `largest`, a multiple of 4.
+
+    Looks at the headers of at most `sample` files, evenly spread.
+    """
+    sides = []
+    for path in paths[:: max(1, len(paths) // sample)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except (OSError, SyntaxError, ValueError):
+            continue  # decoding will name it
+    size = min(int(np.median(sides)), largest) if sides else largest
+    return max(8, size - size % 4)
+
+
+def decode_image(path: str, size: int) -> UInt8[np.ndarray, "3 size size"]:
+    """Decode one file; raises whatever Pillow raises for files that are damaged or no images."""
+    with Image.open(path) as image:
+        image.draft("RGB", (size, size))  # large JPEGs: decode at a fraction of the size
+        image = to_rgb(ImageOps.exif_transpose(image))
+    scale = size / min(image.size)
+    shape = [max(size, round(side * scale)) for side in image.size]
+    if tuple(shape) != image.size:
+        image = image.resize(shape, Image.Resampling.BILINEAR)
+    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    if shape != [size, size]:
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode != "F" and (values.max() > 255 or image.mode.startswith("I;16")):
+            values = values / 257  # 16 bits to 8
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_all(paths: tuple[str, ...], size: int) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str]]:
+    """Decode all files in parallel with a progress bar; returns the images and the reason for each bad file.
+
+    Raises:
+        InputError: the images do not fit into memory.
+    """
+    _check_memory(len(paths), size)
+    pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    bad: dict[int, str] = {}
+
+    def decode(chunk: range) -> None:
+        for index in chunk:
+            try:
+                pixels[index] = decode_image(paths[index], size)
+            except Exception as error:  # whatever a damaged file provokes: the caller names it
+                pixels[index] = 0
+                bad[index] = str(error).replace(paths[index], "").strip() or type(error).__name__
+
+    chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in track(pool.map(decode, chunks), f"decoding {len(paths):,} images", total=len(chunks)):
+            pass
+    return torch.from_numpy(pixels), bad
+
+
+def describe_bad(paths: tuple[str, ...], bad: dict[int, str]) -> str:
+    """One line that names the first few files that cannot be decoded."""
+    named = [f"{paths[index]} ({bad[index]})" for index in sorted(bad)[:3]]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"{len(bad)} of {len(paths)} images cannot be decoded: {', '.join(named)}{more}"
+
+
+def _check_memory(count: int, size: int) -> None:
+    needed, available = count * 3 * size * size, psutil.virtual_memory().available
+    if needed > 0.8 * available:
+        raise InputError(
+            f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"
+        )
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: $SMALLVIT_CACHE, else smallvit/ in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SMALLVIT_CACHE") or Path(base) / "smallvit")
+
+
+def decode_cached(
+    root: Path, paths: tuple[str, ...], fingerprint: str, size: int, skip_corrupt: bool
+) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str], bool]:
+    """`decode_all`, or what it returned before for the same files; the last value says which (True: cached).
+
+    One cache file a folder and size, valid while the fingerprint is the same.
+
+    Raises:
+        InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
+    """
+    key = f"{DECODER}-{fingerprint}"
+    name = hashlib.sha256(f"{root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
+    file = cache_folder() / f"images-{name}.safetensors"
+    found = _read_cache(file, key)
+    pixels, bad = found or decode_all(paths, size)
+    if bad and not skip_corrupt:
+        raise InputError(describe_bad(paths, bad) + "; repair or remove, or leave out with --skip-corrupt")
+    if not found:
+        _write_cache(file, pixels, {"key": key, "bad": json.dumps(bad)})
+    return pixels, bad, found is not None
+
+
+def _read_cache(file: Path, key: str) -> tuple[Tensor, dict[int, str]] | None:
+    """What is cached under this key; nothing if there is no cache, another key's, or a broken one."""
+    try:
+        with safe_open(file, "pt") as cached:
+            metadata = cached.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            bad = {int(index): reason for index, reason in json.loads(metadata["bad"]).items()}
+            return cached.get_tensor("pixels"), bad
+    except (OSError, SafetensorError):
+        return None
+
+
+def _write_cache(file: Path, pixels: Tensor, metadata: dict[str, str]) -> None:
+    """Write whole or not at all; a cache that cannot be written is done without."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".writing-") as folder:
+            partial = Path(folder) / file.name
+            save_file({"pixels": pixels}, partial, metadata)
+            partial.replace(file)
+    except (OSError, SafetensorError):
+        return

@@ -1,0 +1,93 @@
+"""Labelled images in memory, and how they are split.
+
+Axes: n images, c channels, h w pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from smallvit.config import InputError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images with their class numbers."""
+
+    pixels: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: np.ndarray) -> Images:
+        """The images at these positions, copied."""
+        chosen = torch.from_numpy(indices)
+        return Images(self.pixels[chosen], self.labels[chosen])
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of pixel values in [0, 1]."""
+        counts = torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in self.pixels.unbind(1)]
+        ).double()  # (c, 256): exact sums at any size, no float copy of the images
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        shares = counts / counts.sum(dim=1, keepdim=True)
+        mean = shares @ levels
+        std = (shares @ levels.square() - mean.square()).clamp(min=0).sqrt()
+        std = torch.where(std < 1 / 255, torch.ones_like(std), std)  # a constant channel stays finite
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set ready for training: three splits, their classes, and the training split's statistics."""
+
+    name: str
+    source: str
+    """What `DataConfig.data` must say to read it again, from any working directory."""
+    class_names: tuple[str, ...]
+    train: Images
+    val: Images
+    test: Images
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    """Whether a mirrored image keeps its class."""
+    fingerprint: str
+    """Changes when the files do: a run is resumed on the very images it was started with."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the data was read and split."""
+
+    @property
+    def img_size(self) -> int:
+        """Height and width in pixels."""
+        return self.train.pixels.shape[-1]
+
+    @property
+    def in_chans(self) -> int:
+        """Channels: 1 grey, 3 colour."""
+        return self.train.pixels.shape[1]
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that stay and positions held out, every class in the same proportion and at least once.
+
+    Raises:
+        InputError: a class has too few images to be in both parts.
+    """
+    counts = np.bincount(labels)
+    classes = int((counts > 0).sum())
+    size = max(round(len(labels) * fraction), classes)
+    if counts[counts > 0].min() < 2 or len(labels) - size < classes:
+        raise InputError(
+            f"the smallest class has {counts[counts > 0].min()} images left, too few to hold out {purpose}: "
+            "add images, bring splits of your own (train/, val/, test/), or lower the fractions"
+        )
+    stay, held = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
+    return np.sort(stay), np.sort(held)

@@ -1,0 +1,42 @@
+"""smallvit: Vision Transformers that learn from small image sets.
+
+Attributes are imported when first used, so that `import smallvit` and `smallvit --help` load no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "smallvit.config",
+    "InputError": "smallvit.config",
+    "create_model": "smallvit.models",
+    "describe": "smallvit.plugins",
+    "load": "smallvit.checkpoint",
+    "patch": "smallvit.plugins",
+    "train": "smallvit.engine",
+    "unpatch": "smallvit.plugins",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from smallvit.checkpoint import load as load
+    from smallvit.config import Config as Config
+    from smallvit.config import InputError as InputError
+    from smallvit.engine import train as train
+    from smallvit.models import create_model as create_model
+    from smallvit.plugins import describe as describe
+    from smallvit.plugins import patch as patch
+    from smallvit.plugins import unpatch as unpatch
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smallvit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,133 @@
+"""Saving, loading and resuming, all in safetensors: nothing in a file is ever executed.
+
+A weights file carries one metadata entry, `smallvit`, a JSON object whose `model` are the arguments of
+`create_model`, whose `data` say how images are normalised and what the classes are called, and whose `epoch` and
+`val_top1` say where the weights come from. Equal weights make equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smallvit.config import InputError
+from smallvit.files import replacing
+from smallvit.models import create_model
+from smallvit.runs import Run
+
+ENTRY = "smallvit"
+FORMAT = 1
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a weights file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        entry = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
+        try:
+            save_file(weights, partial, {ENTRY: entry})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a file that `save_weights` wrote.
+
+    Raises:
+        InputError: no such file, a damaged one, or another program's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})[ENTRY])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except KeyError:
+        raise InputError(f"{path}: not a smallvit checkpoint (no {ENTRY!r} in its metadata)") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise InputError(f"{path}: not of checkpoint format {FORMAT}; it needs another version of smallvit")
+    return weights, metadata
+
+
+def load(run: str | Path, weights: str = "best") -> nn.Module:
+    """Rebuild a trained model from a run's folder (or a weights file), in evaluation mode, on the CPU.
+
+    `weights`: best or last, for a folder. The model's `pretrained_cfg` holds input size, mean, standard
+    deviation and class names as timm's do, so `timm.data.resolve_model_data_config(model)` gives the
+    preprocessing.
+
+    Raises:
+        InputError: no such run or file, or one that does not fit together.
+    """
+    path = Path(run).expanduser()
+    path = path / f"{weights}.safetensors" if path.is_dir() else path
+    tensors, metadata = load_weights(path)
+    try:
+        model = create_model(**metadata["model"])
+        model.load_state_dict(tensors)
+        model.pretrained_cfg = timm_config(metadata)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: weights and metadata do not fit ({str(error).splitlines()[0]})") from None
+    return model.eval()
+
+
+def timm_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata in the form of timm's `pretrained_cfg`."""
+    model, data = metadata["model"], metadata["data"]
+    return {
+        "architecture": model["arch"],
+        "num_classes": model["num_classes"],
+        "input_size": (model["in_chans"], model["img_size"], model["img_size"]),
+        "mean": tuple(data["mean"]),
+        "std": tuple(data["std"]),
+        "label_names": tuple(data["class_names"]),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+
+
+def save_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+    """Write what is needed to go on: weights, optimiser state, and `progress` (JSON) in the metadata."""
+    tensors = {f"model.{name}": value for name, value in snapshot(model).items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in values.items()}
+    save_weights(run / Run.STATE, tensors, {"progress": progress})
+
+
+def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Take up what `save_state` wrote, in place; returns its `progress`, or None if nothing was written yet.
+
+    Raises:
+        InputError: the file is damaged or belongs to another model.
+    """
+    path = run / Run.STATE
+    if not path.exists():
+        return None
+    tensors, metadata = load_weights(path)
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return metadata["progress"]
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,229 @@
+"""The configuration of a training run: one tree of frozen dataclasses, the one source of every option.
+
+Each field's sentence is its documentation and the help of its flag. Option names are unique across the tree, so
+that a flat set of options describes a configuration: on the command line, in `Config.build(...)`, and in a run's
+`config.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Its one line says what, where, and what to do."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean ...?)' with the name most like `name`, or nothing where none is."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _require(holds: bool, option: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InputError(f"--{option.replace('_', '-')} {value}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network to train."""
+
+    arch: str = "vit"
+    """Architecture: vit (the paper's), or any timm model name."""
+    spt: bool = False
+    """Shifted patch tokenization in the patch embedding."""
+    lsa: bool = False
+    """Locality self-attention in every block."""
+    patch_size: int | None = None
+    """Patch size in pixels; by default it follows the image size (4 at 32 px, 8 at 64 px)."""
+    drop_path: float | None = None
+    """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
+
+    def __post_init__(self) -> None:
+        if self.patch_size is not None:
+            _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1 pixel")
+        if self.drop_path is not None:
+            _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a probability below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images to train on, and how they are split."""
+
+    data: str = "digits"
+    """Data set: digits, or a folder of class folders (with or without train, val and test above them)."""
+    img_size: int | None = None
+    """Image height and width in pixels; by default the images' own, at most 64 for folders."""
+    val_fraction: float = 0.1
+    """Share of the training images held out to choose the best epoch, where the data brings no such split."""
+    test_fraction: float = 0.2
+    """Share of all images held out for the final test, where the data brings no such split."""
+    split_seed: int = 0
+    """Seed of these splits; runs with the same one are judged on the same images."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data), "data", repr(self.data), "a data set or folder")
+        if self.img_size is not None:
+            _require(self.img_size >= 1, "img_size", self.img_size, "at least 1 pixel")
+        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "a share between 0 and 1")
+        _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "a share between 0 and 1")
+        _require(self.split_seed >= 0, "split_seed", self.split_seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are varied; every option is drawn anew for each image."""
+
+    aug: Literal["none", "basic", "mix"] = "mix"
+    """Preset: none, basic (crop, flip), or mix (crop, flip, random erasing, Mixup or CutMix)."""
+    crop_padding: int | None = None
+    """Pixels of black border before the random crop; by default an eighth of the image size."""
+    flip: float | None = None
+    """Probability of mirroring left to right; by default 0.5, and 0 where mirrored images change meaning."""
+    erasing: float | None = None
+    """Probability of erasing a random rectangle (to the mean colour)."""
+    mix_prob: float | None = None
+    """Probability that an image is mixed with another, by Mixup or CutMix in equal shares."""
+    mixup: float | None = None
+    """Mixup's alpha, of Beta(alpha, alpha); 0 turns it off."""
+    cutmix: float | None = None
+    """CutMix's alpha, of Beta(alpha, alpha); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "erasing", "mix_prob"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 1, name, value, "a probability")
+        for name in ("crop_padding", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, name, value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights are fitted: AdamW, linear warm-up, cosine decay, set anew at every step."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a step, at most; an epoch is cut into steps of equal size."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    weight_decay: float = 0.05
+    """AdamW's decay, on matrices alone: norms, biases, tokens, position embeddings, temperatures have none."""
+    warmup: float = 0.1
+    """Share of the steps during which the learning rate rises from 0 to its peak."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    clip_grad: float | None = None
+    """Largest allowed norm of the whole gradient; by default it is not clipped."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "at least 1")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
+        _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share from 0 to below 1")
+        _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "a share from 0 to below 1")
+        _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run happens and where its results go."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and every random draw."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
+    amp: Literal["auto", "bf16", "off"] = "auto"
+    """Mixed precision: auto uses bf16 where the hardware computes in it."""
+    out: str | None = None
+    """Folder for the results; by default a new one, runs/<arch>-<plugins>-<data>."""
+    overwrite: bool = False
+    """Replace the run that is in --out."""
+    resume: str | None = None
+    """Folder of a run to continue, with the configuration it was started with."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
+        _require(self.out != "", "out", repr(self.out), "a folder")
+        if self.overwrite and self.out is None:
+            raise InputError("--overwrite needs --out DIR: which run to replace")
+        if self.resume is not None and (self.out is not None or self.overwrite):
+            raise InputError("--resume RUN goes on in RUN itself: leave out --out and --overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that determines a training run.
+
+    Raises:
+        InputError: a value is out of its range; the line names the option, what was expected and what came.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def build(cls, **options: Any) -> Config:
+        """A configuration from flat options: `Config.build(arch="vit", spt=True, data="digits")`.
+
+        Raises:
+            InputError: an option is unknown, of the wrong type or out of range.
+        """
+        homes = option_homes()
+        for name, value in options.items():
+            if name not in homes:
+                raise InputError(f"unknown option {name!r}{nearest(name, homes)}")
+            group, kind = homes[name]
+            options[name] = _checked(name, value, kind)
+        groups = get_type_hints(cls)
+        return cls(
+            **{group: groups[group](**{n: v for n, v in options.items() if homes[n][0] == group}) for group in groups}
+        )
+
+    def options(self) -> dict[str, Any]:
+        """All options, flat: what `build` takes and `config.json` holds."""
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    def replace(self, **options: Any) -> Config:
+        """The same configuration but for these options."""
+        return Config.build(**(self.options() | options))
+
+
+def option_homes() -> dict[str, tuple[str, Any]]:
+    """The group and the type of every option, by name."""
+    return {
+        option.name: (group, get_type_hints(group_class)[option.name])
+        for group, group_class in get_type_hints(Config).items()
+        for option in fields(group_class)
+    }
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """The value if it is of the option's type (an int passes for a float), else an InputError."""
+    choices = [c for c in get_args(kind) if not isinstance(c, type)]
+    if choices:
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        _require(value in choices, name, value, f"one of {', '.join(choices)}{hint}")
+        return value
+    kinds = get_args(kind) or (kind,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+    _require(type(value) in kinds, name, repr(value), expected)
+    return value

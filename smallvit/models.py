@@ -1,0 +1,158 @@
+"""Architecture names to models: the paper's own, and any of timm's at the size of the images given.
+
+`vit` is the ViT of Lee, Lee, Song 2021 (arXiv:2112.13492): 192 wide, 9 layers, 12 heads, MLP twice the width, no
+bias on q, k, v, a class token, learnt position embeddings, Xavier-normal weights, the same stochastic depth in
+every block. Built from `timm.models.VisionTransformer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.layers import DropPath
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from smallvit.config import InputError, nearest
+from smallvit.plugins import UnsupportedModelError, patch
+
+DROP_PATH = 0.1
+"""Stochastic depth of the paper's models, and of timm's transformers here."""
+
+PAPER_VIT = {"embed_dim": 192, "depth": 9, "num_heads": 12, "mlp_ratio": 2.0, "qkv_bias": False}
+TINY_VIT = {"embed_dim": 96, "depth": 6, "num_heads": 6, "mlp_ratio": 2.0, "qkv_bias": False}
+TINY_SIZE = 16
+"""Image size in pixels up to which `vit` is the tiny one: the paper's has more weights than such images ask for."""
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **arguments: _vit(**arguments),
+}
+
+# Arguments by which timm's families take images for which patches of p pixels fit (timm module: arguments).
+# PiT and Swin begin with patches of half that size and merge them; beyond p = 8 their own sizes serve.
+TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "vision_transformer": lambda p: {"patch_size": p},
+    "deit": lambda p: {"patch_size": p},
+    "cait": lambda p: {"patch_size": p},
+    "pit": lambda p: {"patch_size": max(1, p // 2), "stride": max(1, p // 2)} if p <= 8 else {},
+    "swin_transformer": lambda p: {"patch_size": max(1, p // 2), "window_size": 4} if p <= 8 else {},
+    "swin_transformer_v2": lambda p: {"patch_size": max(1, p // 2), "window_size": 4} if p <= 8 else {},
+}
+
+
+def create_model(
+    arch: str,
+    *,
+    img_size: int,
+    num_classes: int,
+    in_chans: int = 3,
+    patch_size: int | None = None,
+    drop_path: float | None = None,
+    spt: bool = False,
+    lsa: bool = False,
+) -> nn.Module:
+    """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
+
+    `patch_size` in pixels follows `img_size` unless given; `drop_path` is 0.1 for transformers unless given.
+
+    Raises:
+        InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
+    """
+    patch_size = patch_size or patch_for(arch, img_size)
+    arguments = {
+        "img_size": img_size,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "drop_path": drop_path,
+    }
+    if arch in ARCHITECTURES:
+        model = ARCHITECTURES[arch](patch_size=patch_size, **arguments)
+    else:
+        model = _timm_model(arch, patch_size=patch_size, **arguments)
+    if spt or lsa:
+        try:
+            patch(model, spt=spt, lsa=lsa)
+        except UnsupportedModelError as error:
+            raise InputError(f"--arch {arch}: {error}") from None
+    return model
+
+
+def patch_for(arch: str, img_size: int) -> int:
+    """The patch size in pixels that `arch` uses for images of this size.
+
+    The patch in the name of a timm ViT, where at least 7 such patches fit along the side; else the largest power
+    of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
+    images of up to 16 px it is 2, and 1 below 8 px.
+    """
+    named = re.search(r"_patch(\d+)", arch)
+    if named and is_model_in_modules(arch, ["vision_transformer", "deit"]) and img_size // int(named[1]) >= 7:
+        return int(named[1])
+    if img_size <= TINY_SIZE:
+        return 2 if img_size >= 8 else 1
+    return next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
+
+
+def describe_choice(arch: str, img_size: int, patch_size: int | None) -> str:
+    """One line about what `arch` means for images of this size."""
+    patch_size = patch_size or patch_for(arch, img_size)
+    if arch == "vit" and img_size <= TINY_SIZE:
+        width, depth = TINY_VIT["embed_dim"], TINY_VIT["depth"]
+        return f"vit for {img_size}-pixel images: the tiny one, {width} wide, {depth} layers, patch {patch_size}"
+    return f"{arch} for {img_size}-pixel images, patch {patch_size}"
+
+
+def _vit(img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None) -> nn.Module:
+    _require_multiple(img_size, patch_size)
+    size = TINY_VIT if img_size <= TINY_SIZE else PAPER_VIT
+    model = VisionTransformer(
+        img_size=img_size, patch_size=patch_size, num_classes=num_classes, in_chans=in_chans, **size
+    )
+    rate = DROP_PATH if drop_path is None else drop_path
+    for block in model.blocks:  # timm's own argument grows the rate from 0 with depth
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    return initialise_as_published(model)
+
+
+def initialise_as_published(model: nn.Module) -> nn.Module:
+    """The paper's initial values: Xavier-normal linear and convolution weights, N(0, 1) tokens and positions."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(model.cls_token)
+    nn.init.normal_(model.pos_embed)
+    return model
+
+
+def _timm_model(
+    arch: str, img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None
+) -> nn.Module:
+    if not timm.is_model(arch):
+        names = [*ARCHITECTURES, *timm.list_models()]
+        raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
+    family = next((name for name in TIMM_PATCH_ARGUMENTS if is_model_in_modules(arch, [name])), None)
+    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if family:
+        arguments |= TIMM_PATCH_ARGUMENTS[family](patch_size)
+        _require_multiple(img_size, arguments.get("patch_size", 1))
+    if timm.get_pretrained_cfg(arch).fixed_input_size:
+        arguments |= {"img_size": img_size}
+    if drop_path is not None or family:
+        arguments |= {"drop_path_rate": DROP_PATH if drop_path is None else drop_path}
+    try:
+        return timm.create_model(arch, pretrained=False, **arguments)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {reason}") from error
+
+
+def _require_multiple(img_size: int, patch_size: int) -> None:
+    if img_size % patch_size:
+        below, above = img_size // patch_size * patch_size, -(-img_size // patch_size) * patch_size
+        use = f"{below} or {above}" if below else f"{above}, or a smaller --patch-size"
+        raise InputError(f"--img-size {img_size} is not a multiple of the patch size {patch_size}; use {use}")

@@ -1,0 +1,37 @@
+"""What a model costs: parameters and multiply-accumulate operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from smallvit.config import InputError
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
+    """Multiply-accumulates of one image's forward pass, by torch's FLOP counter (two FLOPs each).
+
+    Raises:
+        InputError: the model takes no such images.
+
+    Counts what is computed: matrix products, convolutions and attention, not norms or activations.
+    """
+    weight = next(model.parameters())
+    image = torch.zeros(1, in_chans, img_size, img_size, device=weight.device, dtype=weight.dtype)
+    training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{type(model).__name__} cannot take {img_size}-pixel images: {reason}") from None
+    model.train(training)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,69 @@
+"""What a person sees while a model trains: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 30.0
+"""How long plain output stays silent within an epoch."""
+
+
+class TrainingProgress:
+    """Shows the steps done of all, the current loss and speed; one line for every finished epoch."""
+
+    def __init__(self, console: Console, steps: int, done: int, epochs: int) -> None:
+        self.console, self.steps, self.epochs = console, steps, epochs
+        self.started, self.begun_at, self.last_line = time.monotonic(), done, time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=steps, completed=done, figures="")
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def step(self, epoch: int, done: int, loss: float, images_per_second: float) -> None:
+        """`done` steps of all are finished; `loss` is the epoch's mean so far."""
+        figures = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        label = f"epoch {epoch + 1}/{self.epochs}"
+        self.bar.update(self.task, completed=done, description=label, figures=figures)
+        if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
+            self.line(f"{label}  {done}/{self.steps} steps  {figures}  {self._left(done)}")
+
+    def epoch(self, figures: dict[str, Any], done: int) -> None:
+        """An epoch's line of metrics is complete."""
+        self.line(
+            f"epoch {figures['epoch']}/{self.epochs}  loss {figures['train_loss']:.3f}  "
+            f"val loss {figures['val_loss']:.3f}  val top-1 {figures['val_top1']:.2f} %  "
+            f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
+        )
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.last_line = time.monotonic()
+
+    def _left(self, done: int) -> str:
+        per_step = (time.monotonic() - self.started) / max(1, done - self.begun_at)
+        minutes, seconds = divmod(round(per_step * (self.steps - done)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left"

@@ -1,0 +1,149 @@
+"""A run's folder: configuration, metrics and where everything else lies. Needs no torch, so it is there at once.
+
+config.json          every option, flat; `Config.build(**json)` repeats the run
+metrics.jsonl        one line an epoch
+last.safetensors     weights after the last epoch, with the metadata that rebuild the model
+best.safetensors     weights of the epoch with the highest validation accuracy
+resume.safetensors   weights and optimiser state to go on from
+curves.png           loss, accuracy and learning rate over the epochs
+summary.json         the outcome; present when the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from smallvit.config import Config, InputError
+from smallvit.files import write_text
+
+MAY_DIFFER = ("device", "out", "overwrite", "resume")
+"""Options that a resumed run need not share with the one it continues."""
+
+
+class Run:
+    """One run's folder, as a context manager: what came of bad input leaves nothing behind."""
+
+    CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+    LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
+    CURVES = "curves.png"
+
+    def __init__(self, folder: Path, config: Config, made: list[Path], replaces: bool) -> None:
+        self.folder, self.config = folder, config
+        self._made = made
+        self._replaces = replaces
+        self.history: list[dict[str, Any]] = []
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, InputError) and not (self / self.STATE).exists():
+            self._forget()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What came out, if the run is finished and not being replaced."""
+        file = self / self.SUMMARY
+        return json.loads(file.read_text()) if file.exists() and not self._replaces else None
+
+    def begin(self, config: Config) -> None:
+        """The input has proved good: write the configuration, in place of the run that is to be overwritten."""
+        if self._replaces:
+            for name in (self.STATE, self.SUMMARY, self.METRICS, self.LAST, self.BEST, self.CURVES):
+                (self / name).unlink(missing_ok=True)
+            self._replaces = False
+        self.config = config
+        self.write_json(self.CONFIG, config.replace(out=None, overwrite=False, resume=None).options())
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Remember an epoch's metrics; `write_metrics` brings them to the disk."""
+        self.history.append(line)
+
+    def write_metrics(self) -> None:
+        """Write metrics.jsonl, one line an epoch."""
+        write_text(self / self.METRICS, "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def read_metrics(self, epochs: int) -> None:
+        """Take up the lines of the first `epochs` epochs; later ones will be written anew."""
+        lines = (self / self.METRICS).read_text().splitlines()
+        self.history = [json.loads(line) for line in lines[:epochs]]
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file of the run."""
+        write_text(self / name, json.dumps(value, indent=2) + "\n")
+
+    def _forget(self) -> None:
+        """Remove what this run made and nothing else."""
+        if self._made:
+            (self / self.CONFIG).unlink(missing_ok=True)
+        for folder in reversed(self._made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def open_run(config: Config) -> Run:
+    """The run that `config` asks for: a new one, one to overwrite, or one to resume.
+
+    Raises:
+        InputError: --out cannot be written or holds something; --resume names no run, or options that differ.
+    """
+    if config.run.resume is not None:
+        return _resume(Path(config.run.resume), config)
+    if config.run.out is None:
+        return _create(_free_name(config), config)
+    folder = Path(config.run.out).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / Run.CONFIG).exists():
+            raise InputError(f"--out {folder}: not empty, and no run; choose another folder")
+        if not config.run.overwrite:
+            raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
+        return Run(folder, config, made=[], replaces=True)
+    return _create(folder, config)
+
+
+def _create(folder: Path, config: Config) -> Run:
+    made = [parent for parent in [folder, *folder.parents] if not parent.exists()][::-1]
+    run = Run(folder, config, made, replaces=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        run.begin(config)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
+    return run
+
+
+def _free_name(config: Config) -> Path:
+    plugins = [name for name in ("spt", "lsa") if getattr(config.model, name)]
+    data = Path(config.data.data).expanduser().absolute().name
+    base = "-".join([config.model.arch, *plugins, data]).replace("/", "-")
+    taken = 1
+    while (folder := Path("runs") / (base if taken == 1 else f"{base}-{taken}")).exists():
+        taken += 1
+    return folder
+
+
+def _resume(folder: Path, given: Config) -> Run:
+    try:
+        stored = Config.build(**json.loads((folder / Run.CONFIG).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        reason = "no config.json in it" if isinstance(error, OSError) else f"its config.json is damaged: {error}"
+        raise InputError(f"--resume {folder}: not the folder of a run ({reason})") from None
+    options, defaults = stored.options(), Config().options()
+    for name, value in given.options().items():
+        same = value in (defaults[name], options[name]) or (name == "data" and os.path.abspath(value) == options[name])
+        if not same and name not in MAY_DIFFER:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {value}: the run in {folder} has {options[name]}; it goes on as it began")
+    device = given.run.device if given.run.device != defaults["device"] else stored.run.device
+    return Run(folder, stored.replace(device=device), made=[], replaces=False)

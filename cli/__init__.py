@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from smallvit import __version__
-from smallvit.config import InputError, nearest
+from smallvit.config import InputError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",
@@ -44,3 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"smallvit: {error}", file=sys.stderr)
         return 2
+    except (TrainingError, OSError) as error:
+        print(f"smallvit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -14,14 +14,11 @@ def main(argv: list[str]) -> int:
     """Parse the flags, train, and show where the results are."""
     config = parse_config(argv, "smallvit train", DESCRIPTION)
     with open_run(config) as run:
-        from smallvit import engine  # only now: help, bad flags and a new run's folder need no torch
-
         try:
+            from smallvit import engine  # only now: help, bad flags and a new run's folder need no torch
+
             engine.fit(run)
-        except (engine.TrainingError, OSError) as error:
-            print(f"smallvit: {error}", file=sys.stderr)
-            return 1
         except KeyboardInterrupt:
-            print(f"interrupted; smallvit train --resume {run.folder} goes on", file=sys.stderr)
-            return 130
+            print(f"interrupted; go on with: smallvit train --resume {run.folder}", file=sys.stderr)
+            raise
     return 0

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor
 
 from smallvit.config import DataConfig, InputError, nearest
 from smallvit.datasets.decode import decode_cached, default_size, describe_bad

@@ -103,8 +103,8 @@ class Augment:
         images: UInt8[Tensor, "b c h w"],
         labels: Int64[Tensor, " b"],
         draws: Draws,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: Float[Tensor, "c 1 1"],
+        std: Float[Tensor, "c 1 1"],
         classes: int,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
         """Normalised images and label distributions."""
@@ -123,11 +123,10 @@ class Augment:
 
 
 def normalise(
-    images: UInt8[Tensor, "b c h w"], mean: tuple[float, ...], std: tuple[float, ...]
+    images: UInt8[Tensor, "b c h w"], mean: Float[Tensor, "c 1 1"], std: Float[Tensor, "c 1 1"]
 ) -> Float[Tensor, "b c h w"]:
-    """Grey levels 0 to 255 to zero mean and unit variance per channel."""
-    m, s = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return images.float().div_(255).sub_(m).div_(s)
+    """Grey levels 0 to 255 to zero mean and unit variance per channel; mean and std of values in [0, 1]."""
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def crop_and_flip(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -73,6 +73,11 @@ class ImageDataset:
     def in_chans(self) -> int:
         """Channels: 1 grey, 3 colour."""
         return self.train.pixels.shape[1]
+
+    def statistics(self, device: torch.device) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+        """Mean and standard deviation per channel, as tensors that broadcast over images."""
+        mean, std = torch.tensor([self.mean, self.std])[:, :, None, None].to(device)
+        return mean, std
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:

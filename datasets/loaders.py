@@ -29,8 +29,9 @@ class TrainingBatches:
     def __init__(
         self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device
     ) -> None:
-        self.dataset, self.augment, self.seed = dataset, augment, seed
+        self.augment, self.seed, self.classes = augment, seed, len(dataset.class_names)
         self.pixels, self.labels = dataset.train.pixels.to(device), dataset.train.labels.to(device)
+        self.mean, self.std = dataset.statistics(device)
         self.steps = -(-len(dataset.train) // batch_size)
 
     def __len__(self) -> int:
@@ -43,19 +44,15 @@ class TrainingBatches:
             chosen = torch.from_numpy(indices).to(self.labels.device, non_blocking=True)
             rng = np.random.default_rng((self.seed, DRAWS, epoch, step))
             draws = self.augment.draw(rng, len(indices), *self.pixels.shape[-2:])
-            data = self.dataset
-            yield self.augment.apply(
-                self.pixels[chosen], self.labels[chosen], draws, data.mean, data.std, len(data.class_names)
-            )
+            images, labels = self.pixels[chosen], self.labels[chosen]
+            yield self.augment.apply(images, labels, draws, self.mean, self.std, self.classes)
 
 
 def evaluation_batches(
-    images: Images,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-    batch_size: int,
+    dataset: ImageDataset, split: str, device: torch.device, batch_size: int
 ) -> Iterator[tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
-    """Every image once, in order, normalised and otherwise as it is, with its label."""
+    """Every image of a split (val or test) once, in order, normalised and otherwise as it is, with its label."""
+    images: Images = getattr(dataset, split)
+    mean, std = dataset.statistics(device)
     for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
         yield normalise(pixels.to(device), mean, std), labels.to(device)

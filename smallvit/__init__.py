@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "smallvit.config",
     "InputError": "smallvit.config",
+    "TrainingError": "smallvit.config",
     "create_model": "smallvit.models",
     "describe": "smallvit.plugins",
     "load": "smallvit.checkpoint",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from smallvit.checkpoint import load as load
     from smallvit.config import Config as Config
     from smallvit.config import InputError as InputError
+    from smallvit.config import TrainingError as TrainingError
     from smallvit.engine import train as train
     from smallvit.models import create_model as create_model
     from smallvit.plugins import describe as describe

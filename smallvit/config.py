@@ -18,6 +18,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. Its one line says what, where, and what to do."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on, though the input was good. Its one line says where it stopped and what to try."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean ...?)' with the name most like `name`, or nothing where none is."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)

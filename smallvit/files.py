@@ -17,7 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask has it; some writers narrow it
         yield partial
+        partial.chmod(mode)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)

@@ -62,6 +62,7 @@ def create_model(
     Raises:
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
     """
+    require_known(arch)
     patch_size = patch_size or patch_for(arch, img_size)
     arguments = {
         "img_size": img_size,
@@ -81,6 +82,17 @@ def create_model(
     return model
 
 
+def require_known(arch: str) -> None:
+    """Check an architecture's name.
+
+    Raises:
+        InputError: it is none; the line names the nearest.
+    """
+    if arch not in ARCHITECTURES and not timm.is_model(arch):
+        names = [*ARCHITECTURES, *timm.list_models()]
+        raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
+
+
 def patch_for(arch: str, img_size: int) -> int:
     """The patch size in pixels that `arch` uses for images of this size.
 
@@ -96,13 +108,13 @@ def patch_for(arch: str, img_size: int) -> int:
     return next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
 
 
-def describe_choice(arch: str, img_size: int, patch_size: int | None) -> str:
+def describe_choice(arch: str, img_size: int, patch_size: int) -> str:
     """One line about what `arch` means for images of this size."""
-    patch_size = patch_size or patch_for(arch, img_size)
     if arch == "vit" and img_size <= TINY_SIZE:
         width, depth = TINY_VIT["embed_dim"], TINY_VIT["depth"]
         return f"vit for {img_size}-pixel images: the tiny one, {width} wide, {depth} layers, patch {patch_size}"
-    return f"{arch} for {img_size}-pixel images, patch {patch_size}"
+    patches = f", patch {patch_size}" if arch == "vit" or _family(arch) else ""
+    return f"{arch} for {img_size}-pixel images{patches}"
 
 
 def _vit(img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None) -> nn.Module:
@@ -132,10 +144,7 @@ def initialise_as_published(model: nn.Module) -> nn.Module:
 def _timm_model(
     arch: str, img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None
 ) -> nn.Module:
-    if not timm.is_model(arch):
-        names = [*ARCHITECTURES, *timm.list_models()]
-        raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
-    family = next((name for name in TIMM_PATCH_ARGUMENTS if is_model_in_modules(arch, [name])), None)
+    family = _family(arch)
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     if family:
         arguments |= TIMM_PATCH_ARGUMENTS[family](patch_size)
@@ -149,6 +158,11 @@ def _timm_model(
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {reason}") from error
+
+
+def _family(arch: str) -> str | None:
+    """The timm module of an architecture, if it is one of those that take patch arguments."""
+    return next((name for name in TIMM_PATCH_ARGUMENTS if is_model_in_modules(arch, [name])), None)
 
 
 def _require_multiple(img_size: int, patch_size: int) -> None:

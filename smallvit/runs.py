@@ -12,7 +12,7 @@ summary.json         the outcome; present when the run is finished
 from __future__ import annotations
 
 import json
-import os
+import os.path
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,10 +31,10 @@ class Run:
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
     CURVES = "curves.png"
 
-    def __init__(self, folder: Path, config: Config, made: list[Path], replaces: bool) -> None:
+    def __init__(self, folder: Path, config: Config, *, new: bool, replaces: bool = False) -> None:
         self.folder, self.config = folder, config
-        self._made = made
-        self._replaces = replaces
+        self._new, self._replaces = new, replaces
+        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         self.history: list[dict[str, Any]] = []
 
     def __truediv__(self, name: str) -> Path:
@@ -47,13 +47,21 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and issubclass(kind, InputError) and not (self / self.STATE).exists():
-            self._forget()
+            self.forget()
 
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        """What came out, if the run is finished and not being replaced."""
+    def read_summary(self) -> dict[str, Any] | None:
+        """What came out, if the run is finished and not being replaced.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         file = self / self.SUMMARY
-        return json.loads(file.read_text()) if file.exists() and not self._replaces else None
+        if self._replaces or not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file}: damaged ({error}); remove it to evaluate the run again") from None
 
     def begin(self, config: Config) -> None:
         """The input has proved good: write the configuration, in place of the run that is to be overwritten."""
@@ -64,29 +72,32 @@ class Run:
         self.config = config
         self.write_json(self.CONFIG, config.replace(out=None, overwrite=False, resume=None).options())
 
-    def record(self, line: dict[str, Any]) -> None:
-        """Remember an epoch's metrics; `write_metrics` brings them to the disk."""
-        self.history.append(line)
-
     def write_metrics(self) -> None:
         """Write metrics.jsonl, one line an epoch."""
         write_text(self / self.METRICS, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def read_metrics(self, epochs: int) -> None:
-        """Take up the lines of the first `epochs` epochs; later ones will be written anew."""
-        lines = (self / self.METRICS).read_text().splitlines()
-        self.history = [json.loads(line) for line in lines[:epochs]]
+        """Take up the lines of the first `epochs` epochs; later ones will be written anew.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        try:
+            lines = (self / self.METRICS).read_text().splitlines()
+            self.history = [json.loads(line) for line in lines[:epochs]]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self / self.METRICS}: missing or damaged ({error})") from None
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the run."""
         write_text(self / name, json.dumps(value, indent=2) + "\n")
 
-    def _forget(self) -> None:
-        """Remove what this run made and nothing else."""
-        if self._made:
+    def forget(self) -> None:
+        """Remove what this new run made, and nothing else."""
+        if self._new:
             (self / self.CONFIG).unlink(missing_ok=True)
-        for folder in reversed(self._made):
-            if not any(folder.iterdir()):
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
@@ -106,19 +117,17 @@ def open_run(config: Config) -> Run:
             raise InputError(f"--out {folder}: not empty, and no run; choose another folder")
         if not config.run.overwrite:
             raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
-        return Run(folder, config, made=[], replaces=True)
+        return Run(folder, config, new=False, replaces=True)
     return _create(folder, config)
 
 
 def _create(folder: Path, config: Config) -> Run:
-    made = [parent for parent in [folder, *folder.parents] if not parent.exists()][::-1]
-    run = Run(folder, config, made, replaces=False)
+    run = Run(folder, config, new=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
         run.begin(config)
     except OSError as error:
+        run.forget()
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return run
 
@@ -146,4 +155,4 @@ def _resume(folder: Path, given: Config) -> Run:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {value}: the run in {folder} has {options[name]}; it goes on as it began")
     device = given.run.device if given.run.device != defaults["device"] else stored.run.device
-    return Run(folder, stored.replace(device=device), made=[], replaces=False)
+    return Run(folder, stored.replace(device=device), new=False)

@@ -1,0 +1,107 @@
+"""What a run trains with: data, model and optimiser, put together from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from smallvit import datasets, hardware, models, optim
+from smallvit.config import Config
+from smallvit.datasets.augment import Augment
+from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
+from smallvit.plugins import describe, set_fused_attention
+from smallvit.profile import count_macs
+
+EVALUATION_BATCH = {"cpu": 128, "gpu": 1024}
+"""Images at once; on CPUs the cache decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that a run trains with."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    """Of the matrix products: bfloat16 under mixed precision."""
+    dataset: datasets.ImageDataset
+    batches: TrainingBatches
+    spec: dict[str, Any]
+    """The arguments of `create_model` that made the model."""
+    model: nn.Module
+    macs: int
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+
+    @property
+    def precision(self) -> str:
+        """bf16 or fp32."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of val or test, as they are."""
+        size = EVALUATION_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
+        return evaluation_batches(self.dataset, split, self.device, size)
+
+    def metadata(self, epoch: int, val_top1: float) -> dict[str, Any]:
+        """What a weights file says about itself."""
+        data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
+        return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
+
+    def announce(self, console: Console) -> None:
+        """Show what is trained on what, in a few lines."""
+        data = self.dataset
+        sizes = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in ("train", "val", "test"))
+        console.print(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
+        for note in data.notes:
+            console.print(f"       {note}")
+        console.print(f"model  {models.describe_choice(self.spec['arch'], data.img_size, self.spec['patch_size'])}")
+        console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
+        console.print(f"device {self.device}: {hardware.describe_hardware(self.device)}, {self.precision}")
+
+
+def prepare(config: Config) -> Setup:
+    """Data, model and optimiser of a run, the model freshly initialised from the run's seed.
+
+    Raises:
+        InputError: something that the configuration names is not there or does not fit.
+    """
+    models.require_known(config.model.arch)  # before images are decoded
+    device = hardware.pick_device(config.run.device)
+    dtype = hardware.pick_dtype(device, config.run.amp)
+
+    dataset = datasets.load(config.data)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip)
+    batches = TrainingBatches(dataset, config.optim.batch_size, augment, config.run.seed, device)
+
+    torch.manual_seed(config.run.seed)
+    spec = asdict(config.model) | {
+        "img_size": dataset.img_size,
+        "in_chans": dataset.in_chans,
+        "num_classes": len(dataset.class_names),
+        "patch_size": config.model.patch_size or models.patch_for(config.model.arch, dataset.img_size),
+    }
+    model = models.create_model(**spec)
+    macs = count_macs(model, dataset.in_chans, dataset.img_size)
+    model.to(device)
+    set_fused_attention(model, device.type, dtype)
+
+    optimizer = optim.create_optimizer(model, config.optim)
+    return Setup(
+        config=config.replace(data=dataset.source),
+        device=device,
+        dtype=dtype,
+        dataset=dataset,
+        batches=batches,
+        spec=spec,
+        model=model,
+        macs=macs,
+        optimizer=optimizer,
+        schedule=optim.create_schedule(optimizer, config.optim, config.optim.epochs * len(batches)),
+    )

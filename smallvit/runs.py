@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os.path
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -95,9 +96,10 @@ class Run:
     def forget(self) -> None:
         """Remove what this new run made, and nothing else."""
         if self._new:
-            (self / self.CONFIG).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self / self.CONFIG).unlink()
         for folder in self._made:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # not there, or no longer empty
                 folder.rmdir()
 
 

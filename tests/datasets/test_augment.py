@@ -42,9 +42,7 @@ def run(augment: Augment, seed: int = 0, b: int = 64) -> tuple[Tensor, Tensor, D
 def test_crop_and_flip_equal_torchvisions_for_the_same_parameters(padding: int) -> None:
     pixels, _ = batch()
     draws = Augment(**OFF | {"padding": padding, "flip": 0.5}).draw(np.random.default_rng(0), 64, 12, 16)
-    ours = crop_and_flip(
-        pixels, padding, *(torch.from_numpy(value) for value in (draws.top, draws.left, draws.flip))
-    )
+    ours = crop_and_flip(pixels, padding, *(torch.from_numpy(value) for value in (draws.top, draws.left, draws.flip)))
     for image, top, left, flip, mine in zip(pixels, draws.top, draws.left, draws.flip, ours, strict=True):
         expected = TF.crop(TF.pad(image, [padding]), int(top), int(left), 12, 16)
         assert torch.equal(mine, TF.horizontal_flip(expected) if flip else expected)

@@ -51,12 +51,15 @@ def test_splits_that_the_folder_brings_are_used_as_they_are(
             write_images(tmp_path / split / name, 3 if split == "val" else 5, level + 1)
     data = load(tmp_path)
     sizes = len(data.train), len(data.val), len(data.test)
-    assert sizes == {
-        ("val", "test"): (40, 6, 10),
-        ("test",): (36, 4, 10),
-        ("val",): (36, 4, 6),  # the one held-out folder judges; the best epoch is chosen on training images
-        (): (29, 3, 8),
-    }[given]
+    assert (
+        sizes
+        == {
+            ("val", "test"): (40, 6, 10),
+            ("test",): (36, 4, 10),
+            ("val",): (36, 4, 6),  # the one held-out folder judges; the best epoch is chosen on training images
+            (): (29, 3, 8),
+        }[given]
+    )
 
 
 def test_statistics_are_those_of_the_training_split(image_folder: Path) -> None:
@@ -120,7 +123,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         image, suffix = picture().convert(mode), {"CMYK": "tiff", "YCbCr": "tiff"}.get(mode, "png")
     pixels = decode_image(save(image, tmp_path / f"x.{suffix}"), 8)
     assert pixels.shape == (3, 8, 8)
-    expected = decode_image(save(image.convert("RGB") if mode[0] != "I" else grey.convert("RGB"), tmp_path / "y.png"), 8)
+    expected = decode_image(
+        save(image.convert("RGB") if mode[0] != "I" else grey.convert("RGB"), tmp_path / "y.png"), 8
+    )
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 2
 
 

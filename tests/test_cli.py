@@ -1,0 +1,154 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import smallvit as package
+from smallvit.runs import Run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def test_help_and_version(smallvit: Command) -> None:
+    assert smallvit("--help")[0] == 0
+    assert "train" in smallvit("--help")[1]
+    assert smallvit("--version")[:2] == (0, f"smallvit {package.__version__}\n")
+    assert smallvit()[0] == 2
+
+
+@pytest.mark.parametrize("statement", ["import smallvit", "import smallvit.runs, smallvit.config, smallvit.report"])
+def test_these_imports_load_no_torch(statement: str) -> None:
+    check = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--epochs", "-1"]])
+def test_help_and_bad_flags_load_no_torch(arguments: list[str]) -> None:
+    check = (
+        "import sys\nfrom smallvit.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+def test_the_everyday_flags_are_there() -> None:
+    done = subprocess.run([sys.executable, "-m", "smallvit", "train", "--help"], capture_output=True, text=True)
+    flags = "--arch --spt --lsa --data --aug --epochs --batch-size --lr --img-size --seed --device --out --resume"
+    assert all(f"  {flag}" in done.stdout for flag in flags.split())
+
+
+def test_training_twice_takes_a_new_folder_and_overwrites_nothing(smallvit: Command) -> None:
+    for name in ("vit-spt-digits", "vit-spt-digits-2"):
+        code, out, _ = smallvit("train", "--spt", "--epochs", 1, "--batch-size", 512)
+        assert code == 0
+        assert f"weights  runs/{name}/best.safetensors" in out
+        assert json.loads(Path(f"runs/{name}/summary.json").read_text())["epochs"] == 1
+    code, _, err = smallvit("train", "--epochs", 1, "--out", "runs/vit-spt-digits")
+    assert code == 2
+    assert "--resume runs/vit-spt-digits continues it, --overwrite replaces it" in err
+
+
+def test_overwriting_replaces_a_run_only_once_the_input_has_proved_good(smallvit: Command) -> None:
+    quick = ("--epochs", 1, "--batch-size", 512, "--out", "run")
+    assert smallvit("train", *quick)[0] == 0
+    before = Path("run/best.safetensors").read_bytes()
+    assert smallvit("train", *quick, "--overwrite", "--arch", "vti")[0] == 2
+    assert Path("run/best.safetensors").read_bytes() == before
+    assert smallvit("train", "--resume", "run")[0] == 0
+    assert smallvit("train", *quick, "--overwrite", "--seed", 5)[0] == 0
+    assert json.loads(Path("run/config.json").read_text())["seed"] == 5
+    assert Path("run/best.safetensors").read_bytes() != before
+
+
+def test_a_resumed_run_goes_on_as_it_began(smallvit: Command) -> None:
+    assert smallvit("train", "--epochs", 1, "--batch-size", 512, "--out", "run")[0] == 0
+    code, _, err = smallvit("train", "--resume", "run", "--epochs", 3)
+    assert code == 2
+    assert "--epochs 3: the run in run has 1" in err
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """What is wrong: the flags, and what the line must say."""
+    return {
+        "verb": (["trian"], "did you mean 'train'"),
+        "arch": (["train", "--arch", "vti"], "did you mean 'vit'"),
+        "data": (["train", "--data", "digts"], "did you mean 'digits'"),
+        "flag": (["train", "--ephocs", "3"], "did you mean '--epochs'"),
+        "flag value": (["train", "--aug", "bsic"], "did you mean 'basic'"),
+        "missing folder": (["train", "--data", str(folder / "missing")], "no such folder"),
+        "img size": (["train", "--data", str(folder), "--img-size", "30"], "not a multiple of the patch size 4"),
+        "patch": (["train", "--patch-size", "3"], "not a multiple"),
+        "epochs": (["train", "--epochs", "-3"], "expected at least 1"),
+        "unwritable": (["train", "--out", f"{folder}/dark/000.png/run"], "cannot be written"),
+        "out is a file": (["train", "--out", f"{folder}/dark/000.png"], "cannot be written"),
+        "out is no run": (["train", "--out", str(folder)], "not empty, and no run"),
+        "resume of no run": (["train", "--resume", str(folder)], "not the folder of a run"),
+        "resume of nothing": (["train", "--resume", "nothing"], "not the folder of a run"),
+        "device": (["train", "--device", "cuda:99"], "this machine has cpu"),
+        "device name": (["train", "--device", "gpu"], "this machine has cpu"),
+        "plugin": (["train", "--arch", "resnet18", "--spt"], "cannot patch ResNet"),
+        "size for the model": (["train", "--arch", "convnext_atto"], "8-pixel images"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs(Path()))
+def test_bad_input_gets_one_line_and_leaves_nothing_behind(smallvit: Command, image_folder: Path, case: str) -> None:
+    arguments, message = bad_inputs(image_folder)[case]
+    code, _, err = smallvit(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert list(Path().iterdir()) == []
+    assert len(list(image_folder.iterdir())) == 3
+
+
+def test_nothing_is_left_behind_in_folders_that_were_there_before(smallvit: Command) -> None:
+    Path("mine").mkdir()
+    assert smallvit("train", "--out", "mine/deep/run", "--arch", "vti")[0] == 2
+    assert smallvit("train", "--out", "mine", "--arch", "vti")[0] == 2
+    assert Path("mine").is_dir()
+    assert list(Path("mine").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"epochs": "many"}', '{"unknown": 1}'])
+def test_a_damaged_configuration_is_no_run(smallvit: Command, damage: str) -> None:
+    Path("run").mkdir()
+    Path("run", Run.CONFIG).write_text(damage)
+    code, _, err = smallvit("train", "--resume", "run")
+    assert code == 2
+    assert "its config.json is damaged" in err
+    assert Path("run", Run.CONFIG).read_text() == damage
+
+
+def test_a_loss_that_explodes_exits_with_one(smallvit: Command) -> None:
+    code, _, err = smallvit("train", "--lr", "1e30", "--warmup", "0", "--amp", "off", "--epochs", 2, "--out", "run")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_later_exits_with_one(smallvit: Command, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    monkeypatch.setattr("smallvit.checkpoint.save_file", full)
+    code, _, err = smallvit("train", "--epochs", 1, "--batch-size", 512, "--out", "run")
+    assert code == 1
+    assert "No space left on device" in err
+    assert not [path for path in Path("run").iterdir() if "partial" in path.name]

@@ -1,0 +1,89 @@
+"""The configuration tree and the flags made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from smallvit.cli.options import field_sentences, parse_config
+from smallvit.config import Config, InputError, option_homes
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(list(arguments), "smallvit train", "")
+
+
+def test_flat_options_and_json_describe_the_whole_tree() -> None:
+    config = Config.build(arch="deit_tiny_patch16_224", spt=True, lr=0.1, epochs=3, clip_grad=1)
+    assert Config.build(**json.loads(json.dumps(config.options()))) == config
+    assert config.optim.lr == 0.1
+    assert config.replace(lr=0.2).optim.lr == 0.2
+    assert Config.build() == Config()
+
+
+def test_option_names_are_unique_and_every_field_is_documented() -> None:
+    fields = [field.name for group in dataclasses.fields(Config) for field in dataclasses.fields(group.default_factory)]
+    assert sorted(fields) == sorted(set(fields)) == sorted(option_homes())
+    for group in dataclasses.fields(Config):
+        sentences = field_sentences(group.default_factory)
+        for field in dataclasses.fields(group.default_factory):
+            assert sentences[field.name].endswith("."), field.name
+
+
+def test_flags_set_the_fields_of_their_name() -> None:
+    config = parse("--arch", "vit", "--spt", "--lsa", "--data", "d", "--lr", "1e-2", "--img-size=48", "--aug", "basic")
+    assert config == Config.build(arch="vit", spt=True, lsa=True, data="d", lr=1e-2, img_size=48, aug="basic")
+    assert parse("--no-spt") == parse() == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "-3"], "--epochs -3: expected at least 1"),
+        (["--epochs", "x"], "--epochs: invalid int value: 'x'"),
+        (["--epochs"], "--epochs: expected one argument"),
+        (["--epoch", "3"], "unknown argument '--epoch' (did you mean '--epochs'?)"),
+        (["--aug", "basci"], "--aug basci: expected one of none, basic, mix (did you mean 'basic'?)"),
+        (["--lr", "0"], "--lr 0.0: expected a learning rate above 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "inf"], "--lr inf"),
+        (["--lr", "1e-7"], "--min-lr 1e-06: expected between 0 and --lr 1e-07"),
+        (["--drop-path", "1"], "--drop-path 1.0"),
+        (["--val-fraction", "0"], "--val-fraction 0.0"),
+        (["--flip", "2"], "--flip 2.0: expected a probability"),
+        (["--img-size", "0"], "--img-size 0"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--overwrite"], "--overwrite needs --out"),
+        (["--resume", "a", "--out", "b"], "--resume RUN goes on in RUN itself"),
+        (["stray"], "unknown argument 'stray'"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "unknown option 'epoch' (did you mean 'epochs'?)"),
+        ({"epochs": "3"}, "--epochs '3': expected int"),
+        ({"epochs": True}, "--epochs True: expected int"),
+        ({"spt": 1}, "--spt 1: expected bool"),
+        ({"img_size": 3.5}, "--img-size 3.5: expected int or nothing"),
+        ({"amp": "fp16"}, "expected one of auto, bf16, off"),
+    ],
+)
+def test_wrong_types_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Config.build(**options)
+    assert message in str(caught.value)
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().optim.lr = 1.0  # type: ignore[misc]

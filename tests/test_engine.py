@@ -1,0 +1,223 @@
+"""Training, from the configuration to the run folder, and what interruptions do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import smallvit
+from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware
+from smallvit.datasets.loaders import evaluation_batches
+from smallvit.optim import create_optimizer, create_schedule
+from smallvit.progress import TrainingProgress
+from smallvit.runs import Run
+
+TINY = {"arch": "vit", "spt": True, "lsa": True, "epochs": 4, "batch_size": 256, "lr": 3e-3}
+
+
+def train(out: Path, **options: object) -> engine.Result:
+    return engine.train(Config.build(**TINY | {"out": str(out)} | options))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> engine.Result:
+    """An uninterrupted run."""
+    return train(tmp_path_factory.mktemp("runs") / "finished")
+
+
+def weights(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / Run.LAST).read_bytes(), (folder / Run.BEST).read_bytes()
+
+
+def test_a_run_leaves_everything_that_is_promised(finished: engine.Result) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "curves.png", "summary.json"),
+        *("last.safetensors", "best.safetensors", "resume.safetensors"),
+    }
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert summary == finished.summary
+    promised = "test_top1 val_top1 train_seconds images_per_second parameters macs peak_memory_bytes hardware versions"
+    assert set(promised.split()) <= set(summary)
+    assert summary["images_seen"] == 4 * 1294
+    lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert summary["val_top1"] == max(line["val_top1"] for line in lines)
+    assert (finished.folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_loaded_model_reproduces_the_reported_test_accuracy(finished: engine.Result) -> None:
+    model = smallvit.load(finished.folder)
+    assert not model.training
+    assert len(smallvit.describe(model).changes) == 7
+    data = datasets.load(Config().data)
+    device = torch.device("cpu")
+    correct = count = 0
+    with torch.inference_mode(), hardware.autocast(device, hardware.pick_dtype(device, "auto")):
+        for images, labels in evaluation_batches(data, "test", device, 128):
+            correct += (model(images).argmax(1) == labels).sum().item()
+            count += len(labels)
+    assert 100 * correct / count == pytest.approx(finished.summary["test_top1"], abs=0.6)  # path of attention differs
+
+
+def test_training_again_gives_the_same_bytes(finished: engine.Result, tmp_path: Path) -> None:
+    assert weights(train(tmp_path / "again").folder) == weights(finished.folder)
+
+
+def test_another_seed_gives_other_weights(finished: engine.Result, tmp_path: Path) -> None:
+    assert weights(train(tmp_path / "other", seed=1).folder) != weights(finished.folder)
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_resuming_after_an_interrupt_gives_the_same_bytes(
+    finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Interrupted in the n-th display of a step or an epoch: in mid-epoch, or between epoch and checkpoint."""
+    left = calls
+
+    def interrupt(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(engine, "LOOK_SECONDS", 0)
+        patch.setattr(TrainingProgress, "step", interrupt)
+        patch.setattr(TrainingProgress, "epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run")
+    assert not (tmp_path / "run" / Run.SUMMARY).exists()
+    result = engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert weights(result.folder) == weights(finished.folder)
+    assert result.summary["test_top1"] == finished.summary["test_top1"]
+    assert len((tmp_path / "run" / Run.METRICS).read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("written", [Run.BEST, Run.LAST, Run.METRICS, Run.STATE])
+def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
+    finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """The second checkpoint breaks off just before one of its files takes its place."""
+    replace, seen = os.replace, []
+
+    def crash(source: Path, target: Path) -> None:
+        seen.append(Path(target).name)
+        if seen.count(written) == 2:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(OSError, match="No space"):
+            train(tmp_path / "run")
+    result = engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert weights(result.folder) == weights(finished.folder)
+    assert not [path for path in result.folder.iterdir() if "partial" in path.name]
+
+
+def test_kill_9_at_any_moment_loses_nothing(finished: engine.Result, tmp_path: Path) -> None:
+    out, command = tmp_path / "run", [sys.executable, "-m", "smallvit", "train"]
+    code = "from smallvit import engine; engine.CHECKPOINT_SECONDS = 0; from smallvit.cli import main; main({})"
+    flags = ["train", "--spt", "--lsa", "--epochs", "4", "--batch-size", "256", "--lr", "3e-3", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", code.format(flags)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / Run.STATE).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (out / Run.STATE).exists()
+    assert not (out / Run.SUMMARY).exists()
+    done = subprocess.run([*command, "--resume", str(out)], capture_output=True, text=True, check=True)
+    assert "resume after epoch" in done.stdout
+    assert weights(out) == weights(finished.folder)
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(finished: engine.Result) -> None:
+    before = weights(finished.folder)
+    assert engine.train(Config.build(resume=str(finished.folder))).summary == finished.summary
+    assert weights(finished.folder) == before
+
+
+def test_a_run_resumes_on_its_own_images_only(image_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"data": str(image_folder), "img_size": 8, "epochs": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "plot_curves", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", **options)
+    (image_folder / "dark" / "000.png").unlink()
+    with pytest.raises(InputError, match="not those it began with"):
+        engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert (tmp_path / "run" / Run.STATE).exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"epoch \d+, step \d+, at learning rate .*try a lower --lr"):
+        train(tmp_path / "run", lr=1e30, amp="off", warmup=0.0)
+
+
+def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, *arguments: object) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train(tmp_path / "run", epochs=1, clip_grad=0.5)
+    assert max(norms) <= 0.5001
+
+
+def test_the_model_is_chosen_on_validation_images_and_tested_once(tmp_path: Path, monkeypatch) -> None:
+    splits = []
+    original = engine.Setup.evaluation_batches
+    monkeypatch.setattr(
+        engine.Setup, "evaluation_batches", lambda self, split: splits.append(split) or original(self, split)
+    )
+    train(tmp_path / "run", epochs=2)
+    assert splits == ["val", "val", "test"]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    config = Config.build(lr=1e-2, min_lr=1e-4, warmup=0.1).optim
+    model = smallvit.create_model("vit", img_size=8, num_classes=2, in_chans=1)
+    optimizer = create_optimizer(model, config)
+    schedule = create_schedule(optimizer, config, 100)
+    rates = []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([1e-3 * step for step in range(10)])
+    cosine = [1e-4 + (1e-2 - 1e-4) * (1 + torch.cos(torch.tensor(torch.pi * i / 90)).item()) / 2 for i in range(90)]
+    assert rates[10:] == pytest.approx(cosine, rel=1e-4)
+
+
+def test_weight_decay_spares_vectors_tokens_and_positions() -> None:
+    model = smallvit.create_model("vit", img_size=8, num_classes=2, in_chans=1, spt=True, lsa=True)
+    optimizer = create_optimizer(model, Config().optim)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert names == {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+    }
+
+
+@pytest.mark.parametrize("options", [{"arch": "resnet10t", "spt": False, "lsa": False}, {"img_size": 16}])
+def test_other_models_and_sizes_train_on_a_folder(image_folder: Path, tmp_path: Path, options: dict) -> None:
+    result = train(tmp_path / "run", data=str(image_folder), epochs=2, batch_size=16, **options)
+    assert checkpoint.load(result.folder).pretrained_cfg["label_names"] == ("dark", "grey", "light")

@@ -1,0 +1,54 @@
+"""What leans on what: the imports between the rooms of the house, walked."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"smallvit": "smallvit", "plugins": "smallvit.plugins", "datasets": "smallvit.datasets", "cli": "smallvit.cli"}
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or within; `from a import b` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def of(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name == package or name.startswith(package + ".")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_lean_only_on_what_they_may(path: Path) -> None:
+    room, names = path.relative_to(ROOT).parts[0], imports(path)
+    ours = of(names, "smallvit") - {"smallvit", "smallvit.__version__"}
+    if room != "cli" and path.name != "__main__.py":
+        assert not of(names, "smallvit.cli")
+    if room == "plugins":
+        assert ours == of(names, "smallvit.plugins")
+        outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"smallvit"}
+        assert outside <= {"torch", "timm", "einops", "jaxtyping"}
+    if room == "datasets":
+        assert ours == of(names, "smallvit.datasets") | of(names, "smallvit.config")
+    if path.name in ("models.py", "objectives.py", "optim.py"):
+        assert not of(names, "smallvit.datasets")
+    if path.name in ("report.py", "runs.py", "config.py", "files.py"):
+        assert not of(names, "torch")
+    if path.name == "config.py":
+        assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+def test_the_heart_is_imported_by_its_own_names_only() -> None:
+    for path in FILES:
+        assert not {"plugins", "datasets", "cli"} & {name.split(".")[0] for name in imports(path)}, path

@@ -1,7 +1,8 @@
 """Scaled dot-product attention by the fastest exact path, chosen here and nowhere else.
 
-Measured (README, "Speed"): PyTorch's fused kernel is fastest on GPUs and in fp32 on CPUs; in bf16 on CPUs,
-at the head widths of small models, it is several times slower than two batched matrix products.
+In half precision on CPUs, at the head widths of small models, PyTorch's fused kernel is several times slower than two
+batched matrix products. In fp32 on CPUs the two are level, and the fused kernel stores no scores; on GPUs it is the
+field's choice. `benchmarks/plugins.py` measures both paths side by side.
 
 Axes: b batch, h heads, n queries, m keys, d head width.
 """

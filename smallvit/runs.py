@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os.path
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,49 +111,60 @@ def open_run(config: Config) -> Run:
         InputError: --out cannot be written or holds something; --resume names no run, or options that differ.
     """
     if config.run.resume is not None:
-        return _resume(Path(config.run.resume), config)
+        return _resume(Path(config.run.resume).expanduser(), config)
     if config.run.out is None:
-        return _create(_free_name(config), config)
+        return _create_numbered(config)
     folder = Path(config.run.out).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / Run.CONFIG).exists():
-            raise InputError(f"--out {folder}: not empty, and no run; choose another folder")
-        if not config.run.overwrite:
-            raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
-        return Run(folder, config, new=False, replaces=True)
-    return _create(folder, config)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return _create(folder, config)
+    try:
+        _read_config(folder)
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"--out {folder}: not empty, and no run; choose another folder") from None
+    if not config.run.overwrite:
+        raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
+    return Run(folder, config, new=False, replaces=True)
 
 
-def _create(folder: Path, config: Config) -> Run:
+def _create(folder: Path, config: Config, *, exist_ok: bool = True) -> Run:
     run = Run(folder, config, new=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=exist_ok)
         run.begin(config)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         run.forget()
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return run
 
 
-def _free_name(config: Config) -> Path:
+def _create_numbered(config: Config) -> Run:
+    """runs/<arch>-<plugins>-<data>, or the first of -2, -3, ... that is free; two starts at once get two."""
     plugins = [name for name in ("spt", "lsa") if getattr(config.model, name)]
-    data = Path(config.data.data).expanduser().absolute().name
-    base = "-".join([config.model.arch, *plugins, data]).replace("/", "-")
-    taken = 1
-    while (folder := Path("runs") / (base if taken == 1 else f"{base}-{taken}")).exists():
-        taken += 1
-    return folder
+    data = os.path.basename(os.path.abspath(config.data.data))
+    name = "-".join([config.model.arch, *plugins, data]).replace(os.sep, "-")
+    for number in count(1):
+        with suppress(FileExistsError):
+            return _create(Path("runs", name if number == 1 else f"{name}-{number}"), config, exist_ok=False)
+    raise AssertionError("there is always a free number")
+
+
+def _read_config(folder: Path) -> Config:
+    return Config.build(**json.loads((folder / Run.CONFIG).read_text()))
 
 
 def _resume(folder: Path, given: Config) -> Run:
     try:
-        stored = Config.build(**json.loads((folder / Run.CONFIG).read_text()))
+        stored = _read_config(folder)
     except (OSError, ValueError, TypeError) as error:
         reason = "no config.json in it" if isinstance(error, OSError) else f"its config.json is damaged: {error}"
         raise InputError(f"--resume {folder}: not the folder of a run ({reason})") from None
     options, defaults = stored.options(), Config().options()
     for name, value in given.options().items():
-        same = value in (defaults[name], options[name]) or (name == "data" and os.path.abspath(value) == options[name])
+        same = value in (defaults[name], options[name])
+        if name == "data":
+            same = same or os.path.realpath(os.path.expanduser(value)) == options[name]
         if not same and name not in MAY_DIFFER:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {value}: the run in {folder} has {options[name]}; it goes on as it began")

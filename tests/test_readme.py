@@ -1,0 +1,36 @@
+"""The README keeps its word: its Python runs, its commands parse, its files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from smallvit.cli.options import parse_config
+from smallvit.runs import Run
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"smallvit train (--.*)", README)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(compile(snippet.replace("epochs=100", "epochs=1"), "README.md", "exec"), namespace)
+    assert namespace["model"] is not None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str) -> None:
+    arguments = shlex.split(command.split("`")[0], comments=True)
+    if "--help" not in arguments:
+        assert parse_config(arguments, "smallvit train", "").options()
+
+
+def test_the_files_of_a_run_are_named_as_they_are() -> None:
+    for name in (Run.CONFIG, Run.METRICS, Run.SUMMARY, Run.LAST, Run.BEST, Run.STATE, Run.CURVES):
+        assert f"`{name}`" in README

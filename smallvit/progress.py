@@ -18,6 +18,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console, steps: int, done: int, epochs: int) -> None:
         self.console, self.steps, self.epochs = console, steps, epochs
+        self.accuracy = ""
         self.started, self.begun_at, self.last_line = time.monotonic(), done, time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -43,7 +44,7 @@ class TrainingProgress:
 
     def step(self, epoch: int, done: int, loss: float, images_per_second: float) -> None:
         """`done` steps of all are finished; `loss` is the epoch's mean so far."""
-        figures = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        figures = f"loss {loss:.3f}  {self.accuracy}{images_per_second:,.0f} images/s"
         label = f"epoch {epoch + 1}/{self.epochs}"
         self.bar.update(self.task, completed=done, description=label, figures=figures)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
@@ -51,9 +52,10 @@ class TrainingProgress:
 
     def epoch(self, figures: dict[str, Any], done: int) -> None:
         """An epoch's line of metrics is complete."""
+        self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  "
         self.line(
             f"epoch {figures['epoch']}/{self.epochs}  loss {figures['train_loss']:.3f}  "
-            f"val loss {figures['val_loss']:.3f}  val top-1 {figures['val_top1']:.2f} %  "
+            f"val loss {figures['val_loss']:.3f}  {self.accuracy}"
             f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
         )
 

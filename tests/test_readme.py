@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from smallvit.cli.options import parse_config
 from smallvit.runs import Run
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"smallvit train (--.*)", README)
 
@@ -34,3 +37,17 @@ def test_commands_are_understood(command: str) -> None:
 def test_the_files_of_a_run_are_named_as_they_are() -> None:
     for name in (Run.CONFIG, Run.METRICS, Run.SUMMARY, Run.LAST, Run.BEST, Run.STATE, Run.CURVES):
         assert f"`{name}`" in README
+
+
+def test_the_table_of_results_follows_from_the_records() -> None:
+    rows: dict[str, list[dict]] = {}
+    for line in (ROOT / "results" / "digits.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        plugins = [name.upper() for name in ("spt", "lsa") if record["config"][name]]
+        rows.setdefault(" + ".join(["ViT", *plugins]), []).append(record["summary"])
+    assert len(rows) == 4
+    for name, runs in rows.items():
+        assert len(runs) == 3
+        accuracy = [run["test_top1"] for run in runs]
+        figures = f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} %"
+        assert f"| {name} | {runs[0]['parameters']:,} | {figures} |" in README

@@ -85,11 +85,26 @@ def test_spt_of_a_bf16_model_stays_near_the_equation() -> None:
     torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.1)
 
 
-def test_spt_gives_the_bias_alone_for_a_blank_image() -> None:
-    layer, _ = layer_and_image(CASES[0])
+@pytest.mark.parametrize("level", [0.0, -0.8, 2.3, 250.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spt_gives_the_bias_alone_inside_a_blank_image(level: float, dtype: torch.dtype) -> None:
+    layer, _ = layer_and_image((3, 16, 16, (4, 4)))
     expected = layer.proj.weight @ layer.norm.bias + layer.proj.bias
-    tokens = layer(torch.zeros(1, 3, 8, 8))
-    torch.testing.assert_close(tokens, expected[None, :, None, None].expand_as(tokens))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        tokens = layer(torch.full((1, 3, 16, 16), level))[..., 1:3, 1:3].float()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(tokens, expected[None, :, None, None].expand_as(tokens), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.05)])
+def test_spt_keeps_its_precision_where_contrast_is_low(dtype: torch.dtype, tolerance: float) -> None:
+    """White paper, snow, a scan: grey levels of 250 ± 1, normalised as images are."""
+    layer, noise = layer_and_image((3, 16, 16, (4, 4)))
+    image = ((250 + noise.clamp(-2, 2)) / 255 - 0.5) / 0.27
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        ours = layer(image).float()
+    exact = naive_spt(image.double(), layer.double())
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_spt_ignores_the_brightness_and_contrast_of_an_inner_patch() -> None:

@@ -22,11 +22,11 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def parse_config(argv: list[str], prog: str, description: str) -> Config:
-    """The configuration that these arguments describe.
+def parse_options(argv: list[str], prog: str, description: str) -> dict[str, Any]:
+    """The options that these arguments give, for `Config.build`.
 
     Raises:
-        InputError: an unknown flag or a bad value; the nearest valid one is named.
+        InputError: an unknown flag or a value of the wrong type; the nearest valid flag is named.
     """
     parser = _Parser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
@@ -47,7 +47,7 @@ def parse_config(argv: list[str], prog: str, description: str) -> Config:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         hint = nearest(unknown[0].split("=")[0], flags)
         raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {prog} --help")
-    return Config.build(**vars(options))
+    return vars(options)
 
 
 def field_sentences(group_class: type) -> dict[str, str]:

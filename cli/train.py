@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from smallvit.cli.options import parse_config
+from smallvit.cli.options import parse_options
+from smallvit.config import Config
 from smallvit.runs import open_run
 
 DESCRIPTION = "Train a model and write its run folder (weights, metrics, curves, summary)."
@@ -12,13 +13,14 @@ DESCRIPTION = "Train a model and write its run folder (weights, metrics, curves,
 
 def main(argv: list[str]) -> int:
     """Parse the flags, train, and show where the results are."""
-    config = parse_config(argv, "smallvit train", DESCRIPTION)
-    with open_run(config) as run:
+    options = parse_options(argv, "smallvit train", DESCRIPTION)
+    with open_run(Config.build(**options), given=options) as run:
         try:
             from smallvit import engine  # only now: help, bad flags and a new run's folder need no torch
 
             engine.fit(run)
         except KeyboardInterrupt:
-            print(f"interrupted; go on with: smallvit train --resume {run.folder}", file=sys.stderr)
+            if run.resumable:
+                print(f"interrupted; go on with: smallvit train --resume {run.folder}", file=sys.stderr)
             raise
     return 0

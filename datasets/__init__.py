@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from smallvit.config import DataConfig, InputError, nearest
-from smallvit.datasets.decode import decode_cached, default_size, describe_bad
+from smallvit.datasets.decode import decode_cached, default_size, describe_bad, require_memory
 from smallvit.datasets.folder import Listing, list_folder
 from smallvit.datasets.images import ImageDataset, Images, hold_out
 
@@ -38,8 +39,8 @@ def load(config: DataConfig) -> ImageDataset:
     """
     if config.data in DATASETS:
         return _load_digits(config)
-    root = Path(config.data).expanduser()
-    if not root.exists() and root.name == config.data:
+    root = Path(os.path.expanduser(config.data))
+    if not os.path.exists(root) and root.name == config.data:
         hint = nearest(config.data, DATASETS)
         raise InputError(f"--data {config.data}: no such data set{hint} or folder; named: {', '.join(DATASETS)}")
     return _load_folder(config, list_folder(root))
@@ -49,6 +50,7 @@ def _load_digits(config: DataConfig) -> ImageDataset:
     digits = load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]  # 0..16 to 0..255
     size = config.img_size or DATASETS["digits"]["img_size"]
+    require_memory(4 * len(pixels), 1, size)  # resized in fp32
     if size != pixels.shape[-1]:
         pixels = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
         pixels = pixels.round().clamp(0, 255).byte()
@@ -58,8 +60,7 @@ def _load_digits(config: DataConfig) -> ImageDataset:
 
 def _load_folder(config: DataConfig, files: Listing) -> ImageDataset:
     size = config.img_size or default_size(files.paths)
-    fingerprint = files.fingerprint()
-    pixels, bad, cached = decode_cached(files.root, files.paths, fingerprint, size, config.skip_corrupt)
+    pixels, bad, cached = decode_cached(files.root, files.paths, files.fingerprint, size, config.skip_corrupt)
     images, splits = Images(pixels, torch.tensor(files.labels)), np.array(files.splits)
     notes = ["decoded images read from the cache"] if cached else []
     if bad:
@@ -84,17 +85,17 @@ def _assemble(
     if len(parts["val"]) and not len(parts["test"]):
         parts["test"], parts["val"] = parts["val"], parts["test"]
         notes.append("val/ stands alone: it is the test split, and the best epoch is chosen on training images")
+    missing = np.setdiff1d(np.arange(len(class_names)), labels[parts["train"]])
+    if len(missing):
+        raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if not len(parts[split]):
             stay, held = hold_out(labels[parts["train"]], fraction, config.split_seed, f"a {split} split")
             parts["train"], parts[split] = parts["train"][stay], parts["train"][held]
             notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")
-    missing = np.setdiff1d(np.arange(len(class_names)), labels[parts["train"]])
-    if len(missing):
-        raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
     train, val, test = (images.subset(parts[split]) for split in ("train", "val", "test"))
     named = config.data in DATASETS
-    source = config.data if named else str(Path(config.data).expanduser().resolve())
+    source = config.data if named else os.path.realpath(os.path.expanduser(config.data))
     mean, std = train.channel_statistics()
     return ImageDataset(
         name=config.data if named else Path(source).name,
@@ -114,5 +115,5 @@ def _assemble(
 def _fingerprint(images: Images, splits: np.ndarray) -> str:
     digest = hashlib.sha256(images.pixels.numpy())
     digest.update(images.labels.numpy())
-    digest.update("".join(split[0] for split in splits.tolist()).encode())
+    digest.update(" ".join(splits.tolist()).encode())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from smallvit.config import AugmentConfig
+from smallvit.config import AugmentConfig, InputError
 
 PRESETS: dict[str, dict[str, float]] = {
     "none": {"crop": 0, "flip": 0, "erasing": 0, "mix_prob": 0, "mixup": 0, "cutmix": 0},
@@ -72,7 +72,11 @@ class Augment:
 
     @classmethod
     def from_config(cls, config: AugmentConfig, img_size: int, may_flip: bool) -> Augment:
-        """The preset, with the options that were given in place of its own."""
+        """The preset, with the options that were given in place of its own.
+
+        Raises:
+            InputError: a padding wider than the image.
+        """
         preset = dict(PRESETS[config.aug])
         preset["padding"] = round(preset.pop("crop") * img_size)
         preset["flip"] *= may_flip
@@ -84,7 +88,10 @@ class Augment:
             "mixup": config.mixup,
             "cutmix": config.cutmix,
         }
-        return cls(**preset | {name: value for name, value in given.items() if value is not None})
+        chosen = preset | {name: value for name, value in given.items() if value is not None}
+        if chosen["padding"] > img_size:
+            raise InputError(f"--crop-padding {chosen['padding']}: expected at most the image size, {img_size}")
+        return cls(**chosen)
 
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Draws:
         """Draw parameters for `b` images of `h` × `w` pixels."""

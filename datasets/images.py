@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from smallvit.config import InputError
@@ -81,18 +80,21 @@ class ImageDataset:
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions that stay and positions held out, every class in the same proportion and at least once.
+    """Positions that stay and positions held out: of every class the same share, at least one in either part.
+
+    scikit-learn's stratified splits may leave a small class out of a part; here none may.
 
     Raises:
-        InputError: a class has too few images to be in both parts.
+        InputError: a class has a single image.
     """
-    counts = np.bincount(labels)
-    classes = int((counts > 0).sum())
-    size = max(round(len(labels) * fraction), classes)
-    if counts[counts > 0].min() < 2 or len(labels) - size < classes:
-        raise InputError(
-            f"the smallest class has {counts[counts > 0].min()} images left, too few to hold out {purpose}: "
-            "add images, bring splits of your own (train/, val/, test/), or lower the fractions"
-        )
-    stay, held = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
-    return np.sort(stay), np.sort(held)
+    rng = np.random.default_rng(seed)
+    held: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            raise InputError(
+                f"a class has too few images to hold out {purpose}: add images, or bring train/, val/ and test/"
+            )
+        held.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out

@@ -20,6 +20,8 @@ _HOMES = {
     "unpatch": "smallvit.plugins",
 }
 
+_ROOMS = ("checkpoint", "config", "datasets", "engine", "models", "plugins", "profile", "report")
+
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"smallvit.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'smallvit' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_ROOMS})

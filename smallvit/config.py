@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+DATA_NAMES = ("digits",)
+"""Data sets known by name; `smallvit.datasets.DATASETS` describes them."""
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. Its one line says what, where, and what to do."""
@@ -20,6 +23,11 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on, though the input was good. Its one line says where it stopped and what to try."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -44,7 +52,7 @@ class ModelConfig:
     lsa: bool = False
     """Locality self-attention in every block."""
     patch_size: int | None = None
-    """Patch size in pixels; by default it follows the image size (4 at 32 px, 8 at 64 px)."""
+    """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
     drop_path: float | None = None
     """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
 

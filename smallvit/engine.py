@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class RunState:
     """Of training and validation."""
     step_seconds: float = 0.0
     """Of training alone."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of every epoch: what metrics.jsonl shows."""
 
 
 def train(config: Config) -> Result:
@@ -91,7 +93,7 @@ def fit(run: Run) -> Result:
         if saved["images"] != state.images:
             raise InputError(f"--resume {run.folder}: the images in {config.data.data} are not those it began with")
         state = RunState(**saved)
-        run.read_metrics(state.epoch)
+        checkpoint.load_weights(run / Run.BEST)  # missing or damaged: better known now than after training
         console.print(f"resume after epoch {state.epoch} of {epochs}")
     console.print(f"run    {run.folder}")
 
@@ -119,18 +121,18 @@ def fit(run: Run) -> Result:
                 "images_per_second": len(setup.dataset.train) / (trained - started),
                 "seconds": state.seconds,
             }
-            run.history.append(figures)
+            state.history.append(figures)
             display.epoch(figures, (epoch + 1) * steps)
             if epoch + 1 == epochs or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 _save(run, setup, state, best, val["top1"])
                 best, saved_at = None, time.monotonic()
 
     # The test split, once, with the weights chosen on the validation split
-    weights, _ = checkpoint.load_weights(run / Run.BEST)
+    weights, chosen = checkpoint.load_weights(run / Run.BEST)
     model.load_state_dict(weights)
     test = evaluate(model, setup.evaluation_batches("test"), setup.device, setup.dtype)
-    plot_curves(run.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
-    summary = summarise(setup, state, test)
+    plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
+    summary = summarise(setup, state, chosen, test)
     run.write_json(Run.SUMMARY, summary)
     return _show(Result(run.folder, summary), console)
 
@@ -143,12 +145,13 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
     """
     config, model, optimizer = setup.config, setup.model, setup.optimizer
     steps = len(setup.batches)
-    losses = torch.zeros(steps, device=setup.device)
+    losses, rates = torch.zeros(steps, device=setup.device), []
     started = looked = time.monotonic()
     seen = 0
     model.train()
     for step, (images, targets) in enumerate(setup.batches.epoch(epoch)):
-        setup.schedule.step_update(epoch * steps + step)
+        setup.schedule.step_update(epoch * steps + step + 1)
+        rates.append(optimizer.param_groups[0]["lr"])
         torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step))
         with hardware.autocast(setup.device, setup.dtype):
             loss = objectives.supervised(model, images, targets, smoothing=config.optim.smoothing)["loss"]
@@ -161,19 +164,19 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
         seen += len(images)
         if (now := time.monotonic()) - looked > LOOK_SECONDS:
             looked = now
-            mean = _finite_mean(losses[: step + 1], setup, epoch)
+            mean = _finite_mean(losses[: step + 1], rates, epoch)
             display.step(epoch, epoch * steps + step + 1, mean, seen / (now - started))
-    return _finite_mean(losses, setup, epoch)
+    return _finite_mean(losses, rates, epoch)
 
 
-def summarise(setup: Setup, state: RunState, test: dict[str, float]) -> dict[str, Any]:
+def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The contents of summary.json; accuracies in per cent."""
     seen = state.epoch * len(setup.dataset.train)
     return {
         "test_top1": test["top1"],
         "test_loss": test["loss"],
-        "val_top1": state.best_val_top1,
-        "best_epoch": state.best_epoch,
+        "val_top1": chosen["val_top1"],
+        "best_epoch": chosen["epoch"],
         "epochs": state.epoch,
         "train_seconds": state.seconds,
         "images_seen": seen,
@@ -196,7 +199,7 @@ def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | Non
         checkpoint.save_weights(run / Run.BEST, best, metadata)
     last = setup.metadata(state.epoch, val_top1)
     checkpoint.save_weights(run / Run.LAST, checkpoint.snapshot(setup.model), last)
-    run.write_metrics()
+    run.write_lines(Run.METRICS, state.history)
     checkpoint.save_state(run, setup.model, setup.optimizer, asdict(state))
 
 
@@ -205,16 +208,15 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _finite_mean(losses: Tensor, setup: Setup, epoch: int) -> float:
-    mean = losses.mean().item()
-    if not math.isfinite(mean):
-        step = int(torch.nonzero(~losses.isfinite())[0])
-        rate = setup.optimizer.param_groups[0]["lr"]
+def _finite_mean(losses: Tensor, rates: list[float], epoch: int) -> float:
+    bad = torch.nonzero(~losses.isfinite())
+    if len(bad):
+        step = int(bad[0])
         raise TrainingError(
-            f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, "
-            f"at learning rate {rate:.2g}: try a lower --lr, --clip-grad 1, a longer --warmup, or --amp off"
+            f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, at learning rate "
+            f"{rates[step]:.2g}: try a lower --lr, --clip-grad 1, a longer --warmup, or --amp off"
         )
-    return mean
+    return losses.mean().item()
 
 
 def _show(result: Result, console: Console) -> Result:

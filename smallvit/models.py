@@ -17,7 +17,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from smallvit.config import InputError, nearest
+from smallvit.config import InputError, first_line, nearest
 from smallvit.plugins import UnsupportedModelError, patch
 
 DROP_PATH = 0.1
@@ -32,16 +32,17 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "vit": lambda **arguments: _vit(**arguments),
 }
 
-# Arguments by which timm's families take images for which patches of p pixels fit (timm module: arguments).
-# PiT and Swin begin with patches of half that size and merge them; beyond p = 8 their own sizes serve.
+# Arguments by which timm's families take patches of p pixels (timm module: arguments)
 TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "vision_transformer": lambda p: {"patch_size": p},
     "deit": lambda p: {"patch_size": p},
     "cait": lambda p: {"patch_size": p},
-    "pit": lambda p: {"patch_size": max(1, p // 2), "stride": max(1, p // 2)} if p <= 8 else {},
-    "swin_transformer": lambda p: {"patch_size": max(1, p // 2), "window_size": 4} if p <= 8 else {},
-    "swin_transformer_v2": lambda p: {"patch_size": max(1, p // 2), "window_size": 4} if p <= 8 else {},
+    "pit": lambda p: {"patch_size": p, "stride": p},
+    "swin_transformer": lambda p: {"patch_size": p, "window_size": 4},
+    "swin_transformer_v2": lambda p: {"patch_size": p, "window_size": 4},
 }
+MERGING = ("pit", "swin_transformer", "swin_transformer_v2")
+"""Families that begin with patches of half the size and merge them."""
 
 
 def create_model(
@@ -57,7 +58,8 @@ def create_model(
 ) -> nn.Module:
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
-    `patch_size` in pixels follows `img_size` unless given; `drop_path` is 0.1 for transformers unless given.
+    `patch_size` in pixels follows `img_size` unless given (PiT, Swin: the first stage's). `drop_path` is 0.1 for
+    transformers unless given.
 
     Raises:
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
@@ -86,35 +88,46 @@ def require_known(arch: str) -> None:
     """Check an architecture's name.
 
     Raises:
-        InputError: it is none; the line names the nearest.
+        InputError: it is none; the line names the nearest. Or it names trained weights, which are not loaded here.
     """
-    if arch not in ARCHITECTURES and not timm.is_model(arch):
+    if arch in ARCHITECTURES:
+        return
+    base = timm.models.get_arch_name(arch)
+    if not timm.is_model(base) or timm.get_pretrained_cfg(base) is None:
         names = [*ARCHITECTURES, *timm.list_models()]
         raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
+    if arch != base:
+        raise InputError(f"--arch {arch} names trained weights, but training starts from scratch; use {base}")
 
 
-def patch_for(arch: str, img_size: int) -> int:
-    """The patch size in pixels that `arch` uses for images of this size.
+def patch_for(arch: str, img_size: int) -> int | None:
+    """The patch size in pixels that `arch` uses for images of this size; None leaves it to timm.
 
     The patch in the name of a timm ViT, where at least 7 such patches fit along the side; else the largest power
     of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
-    images of up to 16 px it is 2, and 1 below 8 px.
+    images of up to 16 px it is 2, and 1 below 8 px. PiT and Swin take half of it, and their own where it is 16.
     """
+    family = _family(arch)
+    if arch not in ARCHITECTURES and family is None:
+        return None
     named = re.search(r"_patch(\d+)", arch)
-    if named and is_model_in_modules(arch, ["vision_transformer", "deit"]) and img_size // int(named[1]) >= 7:
+    if named and family not in MERGING and img_size // int(named[1]) >= 7:
         return int(named[1])
     if img_size <= TINY_SIZE:
-        return 2 if img_size >= 8 else 1
-    return next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
+        patch = 2 if img_size >= 8 else 1
+    else:
+        patch = next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
+    if family in MERGING:
+        return max(1, patch // 2) if patch < 16 else None
+    return patch
 
 
-def describe_choice(arch: str, img_size: int, patch_size: int) -> str:
+def describe_choice(arch: str, img_size: int, patch_size: int | None) -> str:
     """One line about what `arch` means for images of this size."""
     if arch == "vit" and img_size <= TINY_SIZE:
         width, depth = TINY_VIT["embed_dim"], TINY_VIT["depth"]
         return f"vit for {img_size}-pixel images: the tiny one, {width} wide, {depth} layers, patch {patch_size}"
-    patches = f", patch {patch_size}" if arch == "vit" or _family(arch) else ""
-    return f"{arch} for {img_size}-pixel images{patches}"
+    return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else "")
 
 
 def _vit(img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None) -> nn.Module:
@@ -142,22 +155,23 @@ def initialise_as_published(model: nn.Module) -> nn.Module:
 
 
 def _timm_model(
-    arch: str, img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None
+    arch: str, img_size: int, patch_size: int | None, num_classes: int, in_chans: int, drop_path: float | None
 ) -> nn.Module:
     family = _family(arch)
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
-    if family:
+    if patch_size is not None:
+        if family is None:
+            raise InputError(f"--patch-size {patch_size}: {arch} has no patches whose size can be chosen")
+        _require_multiple(img_size, patch_size)
         arguments |= TIMM_PATCH_ARGUMENTS[family](patch_size)
-        _require_multiple(img_size, arguments.get("patch_size", 1))
     if timm.get_pretrained_cfg(arch).fixed_input_size:
         arguments |= {"img_size": img_size}
     if drop_path is not None or family:
         arguments |= {"drop_path_rate": DROP_PATH if drop_path is None else drop_path}
     try:
         return timm.create_model(arch, pretrained=False, **arguments)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {reason}") from error
+    except Exception as error:  # whatever one of a thousand constructors raises at sizes not foreseen
+        raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {first_line(error)}") from error
 
 
 def _family(arch: str) -> str | None:

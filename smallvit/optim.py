@@ -16,11 +16,12 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> CosineLRScheduler:
-    """Linear warm-up, then half a cosine down to `min_lr`, over `steps`; call `step_update(step)` before each."""
+    """Linear warm-up, then half a cosine down to `min_lr`, over `steps`; call `step_update(n)` before the n-th,
+    counted from 1, so that no step is lost to a rate of 0."""
     warmup = round(steps * config.warmup)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, steps - warmup),
+        t_initial=max(2, steps - warmup),
         lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_lr_init=0.0,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from smallvit.config import InputError
+from smallvit.config import InputError, first_line
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -30,8 +30,8 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
     try:
         with FlopCounterMode(display=False) as counter:
             model(image)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{type(model).__name__} cannot take {img_size}-pixel images: {reason}") from None
+    except Exception as error:  # whatever one of a thousand models raises at sizes not foreseen
+        reason = first_line(error)
+        raise InputError(f"{type(model).__name__} cannot take {img_size}-pixel images: {reason}") from error
     model.train(training)
     return counter.get_total_flops() // 2

@@ -44,20 +44,25 @@ class TrainingProgress:
 
     def step(self, epoch: int, done: int, loss: float, images_per_second: float) -> None:
         """`done` steps of all are finished; `loss` is the epoch's mean so far."""
-        figures = f"loss {loss:.3f}  {self.accuracy}{images_per_second:,.0f} images/s"
-        label = f"epoch {epoch + 1}/{self.epochs}"
-        self.bar.update(self.task, completed=done, description=label, figures=figures)
+        label, figures = self._show(epoch + 1, done, loss, images_per_second)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.line(f"{label}  {done}/{self.steps} steps  {figures}  {self._left(done)}")
 
     def epoch(self, figures: dict[str, Any], done: int) -> None:
         """An epoch's line of metrics is complete."""
         self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  "
+        self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(
             f"epoch {figures['epoch']}/{self.epochs}  loss {figures['train_loss']:.3f}  "
             f"val loss {figures['val_loss']:.3f}  {self.accuracy}"
             f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
         )
+
+    def _show(self, number: int, done: int, loss: float, images_per_second: float) -> tuple[str, str]:
+        label = f"epoch {number}/{self.epochs}"
+        figures = f"loss {loss:.3f}  {self.accuracy}{images_per_second:,.0f} images/s"
+        self.bar.update(self.task, completed=done, description=label, figures=figures)
+        return label, figures
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""

@@ -11,15 +11,17 @@ summary.json         the outcome; present when the run is finished
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os.path
+import os
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smallvit.config import Config, InputError
+from smallvit.config import DATA_NAMES, Config, InputError
 from smallvit.files import write_text
 
 MAY_DIFFER = ("device", "out", "overwrite", "resume")
@@ -27,7 +29,10 @@ MAY_DIFFER = ("device", "out", "overwrite", "resume")
 
 
 class Run:
-    """One run's folder, as a context manager: what came of bad input leaves nothing behind."""
+    """One run's folder, locked against other writers while it is open, as a context manager.
+
+    A new run that fails before its first checkpoint leaves nothing behind.
+    """
 
     CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
@@ -36,8 +41,8 @@ class Run:
     def __init__(self, folder: Path, config: Config, *, new: bool, replaces: bool = False) -> None:
         self.folder, self.config = folder, config
         self._new, self._replaces = new, replaces
-        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        self.history: list[dict[str, Any]] = []
+        self._made = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
+        self._lock: int | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -48,8 +53,32 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, InputError) and not (self / self.STATE).exists():
+        if kind is not None and issubclass(kind, Exception) and not (self / self.STATE).exists():
             self.forget()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether --resume would go on with this run, not with one that it has yet to replace."""
+        return not self._replaces and (self / self.CONFIG).exists()
+
+    def lock(self) -> None:
+        """Keep other processes out until this one closes the run or ends, however it ends.
+
+        Raises:
+            InputError: another process has the run open.
+        """
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise InputError(f"{self.folder}: another process is training there; choose another --out") from None
+        except OSError:
+            os.close(folder)  # a file system without locks
+        else:
+            self._lock = folder
 
     def read_summary(self) -> dict[str, Any] | None:
         """What came out, if the run is finished and not being replaced.
@@ -60,10 +89,11 @@ class Run:
         file = self / self.SUMMARY
         if self._replaces or not file.exists():
             return None
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file}: damaged ({error}); remove it to evaluate the run again") from None
+        with suppress(ValueError):
+            summary = json.loads(file.read_text())
+            if isinstance(summary, dict) and "test_top1" in summary:
+                return summary
+        raise InputError(f"{file}: damaged; remove it, and --resume evaluates the run again")
 
     def begin(self, config: Config) -> None:
         """The input has proved good: write the configuration, in place of the run that is to be overwritten."""
@@ -74,25 +104,13 @@ class Run:
         self.config = config
         self.write_json(self.CONFIG, config.replace(out=None, overwrite=False, resume=None).options())
 
-    def write_metrics(self) -> None:
-        """Write metrics.jsonl, one line an epoch."""
-        write_text(self / self.METRICS, "".join(json.dumps(line) + "\n" for line in self.history))
-
-    def read_metrics(self, epochs: int) -> None:
-        """Take up the lines of the first `epochs` epochs; later ones will be written anew.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
-        try:
-            lines = (self / self.METRICS).read_text().splitlines()
-            self.history = [json.loads(line) for line in lines[:epochs]]
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self / self.METRICS}: missing or damaged ({error})") from None
-
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the run."""
         write_text(self / name, json.dumps(value, indent=2) + "\n")
+
+    def write_lines(self, name: str, values: Iterable[dict[str, Any]]) -> None:
+        """Write a file of the run with one JSON object a line."""
+        write_text(self / name, "".join(json.dumps(value) + "\n" for value in values))
 
     def forget(self) -> None:
         """Remove what this new run made, and nothing else."""
@@ -104,69 +122,110 @@ class Run:
                 folder.rmdir()
 
 
-def open_run(config: Config) -> Run:
+def open_run(config: Config, given: Collection[str] | None = None) -> Run:
     """The run that `config` asks for: a new one, one to overwrite, or one to resume.
+
+    `given` names the options that were set on purpose; without it, those that differ from the defaults count.
 
     Raises:
         InputError: --out cannot be written or holds something; --resume names no run, or options that differ.
     """
+    config = config.replace(data=_absolute(config.data.data))
     if config.run.resume is not None:
-        return _resume(Path(config.run.resume).expanduser(), config)
+        return _resume(Path(os.path.expanduser(config.run.resume)), config, given)
     if config.run.out is None:
         return _create_numbered(config)
-    folder = Path(config.run.out).expanduser()
-    if not folder.is_dir() or not any(folder.iterdir()):
+    folder = Path(os.path.expanduser(config.run.out))
+    if not os.path.isdir(folder) or _is_empty(folder):
         return _create(folder, config)
     try:
         _read_config(folder)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         raise InputError(f"--out {folder}: not empty, and no run; choose another folder") from None
     if not config.run.overwrite:
         raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
-    return Run(folder, config, new=False, replaces=True)
+    run = Run(folder, config, new=False, replaces=True)
+    run.lock()
+    return run
 
 
-def _create(folder: Path, config: Config, *, exist_ok: bool = True) -> Run:
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _absolute(data: str) -> str:
+    """A folder's absolute path, so that a run can be resumed from anywhere; a name as it is."""
+    path = os.path.expanduser(data)
+    return os.path.realpath(path) if data not in DATA_NAMES and os.path.isdir(path) else data
+
+
+def _create(folder: Path, config: Config) -> Run:
     run = Run(folder, config, new=True)
     try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock()
+        if run.resumable:  # another process was faster, and is done with it
+            raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
         run.begin(config)
     except OSError as error:
-        if isinstance(error, FileExistsError) and not exist_ok:
-            raise
         run.forget()
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
+        raise _unwritable(folder, error) from None
     return run
 
 
 def _create_numbered(config: Config) -> Run:
     """runs/<arch>-<plugins>-<data>, or the first of -2, -3, ... that is free; two starts at once get two."""
     plugins = [name for name in ("spt", "lsa") if getattr(config.model, name)]
-    data = os.path.basename(os.path.abspath(config.data.data))
-    name = "-".join([config.model.arch, *plugins, data]).replace(os.sep, "-")
+    name = "-".join([config.model.arch, *plugins, os.path.basename(config.data.data)[:64]]).replace(os.sep, "-")
     for number in count(1):
-        with suppress(FileExistsError):
-            return _create(Path("runs", name if number == 1 else f"{name}-{number}"), config, exist_ok=False)
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        run = Run(folder, config, new=True)
+        try:
+            folder.parent.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                folder.mkdir()
+                run.lock()
+                run.begin(config)
+                return run
+        except OSError as error:
+            run.forget()
+            raise _unwritable(folder, error) from None
     raise AssertionError("there is always a free number")
 
 
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder")
+
+
 def _read_config(folder: Path) -> Config:
-    return Config.build(**json.loads((folder / Run.CONFIG).read_text()))
+    try:
+        options = json.loads((folder / Run.CONFIG).read_text())
+        if not isinstance(options, dict) or not options:
+            raise ValueError("no options")
+        return Config.build(**options)
+    except FileNotFoundError:
+        raise ValueError(f"no {Run.CONFIG} in it") from None
+    except ValueError as error:
+        raise ValueError(f"its {Run.CONFIG} is damaged: {error}") from None
 
 
-def _resume(folder: Path, given: Config) -> Run:
+def _resume(folder: Path, config: Config, given: Collection[str] | None) -> Run:
     try:
         stored = _read_config(folder)
-    except (OSError, ValueError, TypeError) as error:
-        reason = "no config.json in it" if isinstance(error, OSError) else f"its config.json is damaged: {error}"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"--resume {folder}: not the folder of a run ({reason})") from None
-    options, defaults = stored.options(), Config().options()
-    for name, value in given.options().items():
-        same = value in (defaults[name], options[name])
-        if name == "data":
-            same = same or os.path.realpath(os.path.expanduser(value)) == options[name]
-        if not same and name not in MAY_DIFFER:
+    old, new, defaults = stored.options(), config.options(), Config().options()
+    on_purpose = given if given is not None else [name for name in new if new[name] != defaults[name]]
+    for name in on_purpose:
+        if name not in MAY_DIFFER and new[name] != old[name]:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {value}: the run in {folder} has {options[name]}; it goes on as it began")
-    device = given.run.device if given.run.device != defaults["device"] else stored.run.device
-    return Run(folder, stored.replace(device=device), new=False)
+            raise InputError(f"--{flag} {new[name]}: the run in {folder} has {old[name]}, and goes on as it began")
+    if "device" in on_purpose:
+        stored = stored.replace(device=config.run.device)
+    run = Run(folder, stored, new=False)
+    run.lock()
+    return run

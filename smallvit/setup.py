@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit import datasets, hardware, models, optim
-from smallvit.config import Config
+from smallvit.config import Config, InputError
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.plugins import describe, set_fused_attention
@@ -80,7 +81,7 @@ def prepare(config: Config) -> Setup:
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip)
     batches = TrainingBatches(dataset, config.optim.batch_size, augment, config.run.seed, device)
 
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.run.seed)  # the initial weights
     spec = asdict(config.model) | {
         "img_size": dataset.img_size,
         "in_chans": dataset.in_chans,
@@ -89,6 +90,8 @@ def prepare(config: Config) -> Setup:
     }
     model = models.create_model(**spec)
     macs = count_macs(model, dataset.in_chans, dataset.img_size)
+    if len(dataset.train) // len(batches) < 2 and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise InputError(f"--batch-size {config.optim.batch_size}: {spec['arch']} has batch norm, which needs 2 images")
     model.to(device)
     set_fused_attention(model, device.type, dtype)
 

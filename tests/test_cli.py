@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import smallvit as package
+from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -52,6 +55,29 @@ def test_the_everyday_flags_are_there() -> None:
     assert all(f"  {flag}" in done.stdout for flag in flags.split())
 
 
+def test_the_bar_shows_epoch_loss_accuracy_speed_and_time_in_a_terminal(tmp_path: Path) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=160)
+    figures = {"epoch": 2, "train_loss": 1.5, "val_loss": 1.0, "val_top1": 42.0, "images_per_second": 1234.0}
+    with TrainingProgress(console, steps=40, done=0, epochs=4) as display:
+        display.epoch(figures, 20)
+        display.bar.refresh()
+    for shown in ("epoch 2/4", "loss 1.500", "val top-1 42.00 %", "1,234 images/s", "left"):
+        assert shown in output.getvalue().split("\n", 1)[1]
+
+
+def test_plain_output_gets_a_line_each_epoch_and_each_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("smallvit.progress.time.monotonic", lambda: next(clock))
+    with TrainingProgress(Console(file=output), steps=40, done=0, epochs=4) as display:
+        for step in range(1, 11):
+            display.step(0, step, 1.5, 100.0)
+    lines = output.getvalue().splitlines()
+    assert 3 <= len(lines) <= 10
+    assert all("epoch 1/4" in line and "left" in line for line in lines)
+
+
 def test_training_twice_takes_a_new_folder_and_overwrites_nothing(smallvit: Command) -> None:
     for name in ("vit-spt-digits", "vit-spt-digits-2"):
         code, out, _ = smallvit("train", "--spt", "--epochs", 1, "--batch-size", 512)
@@ -77,9 +103,11 @@ def test_overwriting_replaces_a_run_only_once_the_input_has_proved_good(smallvit
 
 def test_a_resumed_run_goes_on_as_it_began(smallvit: Command) -> None:
     assert smallvit("train", "--epochs", 1, "--batch-size", 512, "--out", "run")[0] == 0
-    code, _, err = smallvit("train", "--resume", "run", "--epochs", 3)
-    assert code == 2
-    assert "--epochs 3: the run in run has 1" in err
+    for epochs in (3, 100):  # 100 is the default, given on purpose all the same
+        code, _, err = smallvit("train", "--resume", "run", "--epochs", epochs)
+        assert code == 2
+        assert f"--epochs {epochs}: the run in run has 1" in err
+    assert smallvit("train", "--resume", "run", "--epochs", 1, "--data", "digits")[0] == 0
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
@@ -97,9 +125,14 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "unwritable": (["train", "--out", f"{folder}/dark/000.png/run"], "cannot be written"),
         "out is a file": (["train", "--out", f"{folder}/dark/000.png"], "cannot be written"),
         "out is no run": (["train", "--out", str(folder)], "not empty, and no run"),
+        "split names": (["train", "--data", f"{folder}/dark/000.png/x"], "no such folder"),
+        "long name": (["train", "--data", "x" * 5000], "no such data set or folder"),
+        "memory": (["train", "--img-size", "30000"], "GiB of memory"),
+        "tag": (["train", "--arch", "vit_tiny_patch16_224.nonsense"], "starts from scratch"),
         "resume of no run": (["train", "--resume", str(folder)], "not the folder of a run"),
         "resume of nothing": (["train", "--resume", "nothing"], "not the folder of a run"),
         "device": (["train", "--device", "cuda:99"], "this machine has cpu"),
+        "device without numbers": (["train", "--device", "meta"], "this machine has cpu"),
         "device name": (["train", "--device", "gpu"], "this machine has cpu"),
         "plugin": (["train", "--arch", "resnet18", "--spt"], "cannot patch ResNet"),
         "size for the model": (["train", "--arch", "convnext_atto"], "8-pixel images"),
@@ -125,7 +158,31 @@ def test_nothing_is_left_behind_in_folders_that_were_there_before(smallvit: Comm
     assert list(Path("mine").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"epochs": "many"}', '{"unknown": 1}'])
+def test_a_run_can_be_resumed_from_anywhere_whenever_it_stopped(
+    smallvit: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(image_folder.parent)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smallvit.datasets.decode.decode_image", stop)
+        code, _, err = smallvit("train", "--data", "images", "--epochs", 1, "--out", "run")
+    assert code == 130
+    assert "go on with: smallvit train --resume run" in err
+    monkeypatch.chdir(image_folder)
+    assert smallvit("train", "--resume", "../run", "--data", ".")[0] == 0
+
+
+def test_a_missing_disk_behind_runs_is_an_error_and_no_endless_loop(smallvit: Command) -> None:
+    Path("runs").symlink_to("/nonexistent/disk")
+    code, _, err = smallvit("train")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"epochs": "many"}', '{"unknown": 1}'])
 def test_a_damaged_configuration_is_no_run(smallvit: Command, damage: str) -> None:
     Path("run").mkdir()
     Path("run", Run.CONFIG).write_text(damage)
@@ -151,4 +208,4 @@ def test_output_that_cannot_be_written_later_exits_with_one(smallvit: Command, m
     code, _, err = smallvit("train", "--epochs", 1, "--batch-size", 512, "--out", "run")
     assert code == 1
     assert "No space left on device" in err
-    assert not [path for path in Path("run").iterdir() if "partial" in path.name]
+    assert not Path("run").exists()

@@ -7,12 +7,12 @@ import json
 
 import pytest
 
-from smallvit.cli.options import field_sentences, parse_config
+from smallvit.cli.options import field_sentences, parse_options
 from smallvit.config import Config, InputError, option_homes
 
 
 def parse(*arguments: str) -> Config:
-    return parse_config(list(arguments), "smallvit train", "")
+    return Config.build(**parse_options(list(arguments), "smallvit train", ""))
 
 
 def test_flat_options_and_json_describe_the_whole_tree() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from smallvit import Config, InputError, TrainingError, checkpoint, datasets, en
 from smallvit.datasets.loaders import evaluation_batches
 from smallvit.optim import create_optimizer, create_schedule
 from smallvit.progress import TrainingProgress
-from smallvit.runs import Run
+from smallvit.runs import Run, open_run
 
 TINY = {"arch": "vit", "spt": True, "lsa": True, "epochs": 4, "batch_size": 256, "lr": 3e-3}
 
@@ -47,7 +48,7 @@ def test_a_run_leaves_everything_that_is_promised(finished: engine.Result) -> No
     assert summary == finished.summary
     promised = "test_top1 val_top1 train_seconds images_per_second parameters macs peak_memory_bytes hardware versions"
     assert set(promised.split()) <= set(summary)
-    assert summary["images_seen"] == 4 * 1294
+    assert summary["images_seen"] == 4 * len(datasets.load(Config().data).train)
     lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
@@ -127,7 +128,7 @@ def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
     assert not [path for path in result.folder.iterdir() if "partial" in path.name]
 
 
-def test_kill_9_at_any_moment_loses_nothing(finished: engine.Result, tmp_path: Path) -> None:
+def test_kill_9_after_a_checkpoint_loses_nothing(finished: engine.Result, tmp_path: Path) -> None:
     out, command = tmp_path / "run", [sys.executable, "-m", "smallvit", "train"]
     code = "from smallvit import engine; engine.CHECKPOINT_SECONDS = 0; from smallvit.cli import main; main({})"
     flags = ["train", "--spt", "--lsa", "--epochs", "4", "--batch-size", "256", "--lr", "3e-3", "--out", str(out)]
@@ -142,6 +143,59 @@ def test_kill_9_at_any_moment_loses_nothing(finished: engine.Result, tmp_path: P
     done = subprocess.run([*command, "--resume", str(out)], capture_output=True, text=True, check=True)
     assert "resume after epoch" in done.stdout
     assert weights(out) == weights(finished.folder)
+
+
+@pytest.mark.parametrize("name", [Run.METRICS, Run.LAST])
+def test_files_that_only_report_are_not_needed_to_go_on(
+    finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    interrupted_after(2, tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / name).unlink()
+    result = engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert weights(result.folder) == weights(finished.folder)
+    assert len((tmp_path / "run" / Run.METRICS).read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", [Run.BEST, Run.STATE])
+def test_damaged_weights_are_noticed_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    interrupted_after(2, tmp_path / "run", monkeypatch)
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:999])
+    monkeypatch.setattr(engine, "train_epoch", None)  # must not be reached
+    with pytest.raises(InputError, match=f"{name}: damaged"):
+        engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert file.exists()
+
+
+def interrupted_after(epochs: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped once this many epochs had been saved."""
+
+    def stop(_: TrainingProgress, figures: dict, done: int) -> None:
+        if figures["epoch"] > epochs:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(TrainingProgress, "epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+
+
+def test_a_run_is_locked_while_it_is_open(tmp_path: Path) -> None:
+    with open_run(Config.build(out=str(tmp_path / "run"))) as run:
+        for options in ({"resume": str(run.folder)}, {"out": str(run.folder), "overwrite": True}):
+            with pytest.raises(InputError, match="another process is training there"):
+                open_run(Config.build(**options))
+        assert (run / Run.CONFIG).exists()
+    open_run(Config.build(resume=str(run.folder))).__exit__(None, None, None)
+
+
+def test_batch_norm_is_told_when_a_batch_would_be_one_image(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch norm"):
+        train(tmp_path / "run", data=str(image_folder), arch="resnet10t", spt=False, lsa=False, batch_size=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(finished: engine.Result) -> None:
@@ -198,10 +252,10 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
     schedule = create_schedule(optimizer, config, 100)
     rates = []
     for step in range(100):
-        schedule.step_update(step)
+        schedule.step_update(step + 1)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:10] == pytest.approx([1e-3 * step for step in range(10)])
-    cosine = [1e-4 + (1e-2 - 1e-4) * (1 + torch.cos(torch.tensor(torch.pi * i / 90)).item()) / 2 for i in range(90)]
+    assert rates[:10] == pytest.approx([1e-3 * step for step in range(1, 11)])
+    cosine = [1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(1, 91)]
     assert rates[10:] == pytest.approx(cosine, rel=1e-4)
 
 

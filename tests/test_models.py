@@ -68,10 +68,14 @@ def test_vit_drops_paths_equally_in_every_block() -> None:
         ("vit_small_patch16_224", 224, 16),
         ("vit_base_patch32_224", 224, 32),
         ("deit_tiny_patch16_224", 64, 8),
-        ("swin_tiny_patch4_window7_224", 32, 4),
+        ("swin_tiny_patch4_window7_224", 32, 2),
+        ("swin_tiny_patch4_window7_224", 64, 4),
+        ("swin_tiny_patch4_window7_224", 224, None),
+        ("pit_ti_224", 32, 2),
+        ("resnet18", 32, None),
     ],
 )
-def test_the_patch_follows_the_image_size(arch: str, img_size: int, patch: int) -> None:
+def test_the_patch_follows_the_image_size(arch: str, img_size: int, patch: int | None) -> None:
     assert patch_for(arch, img_size) == patch
 
 
@@ -107,6 +111,11 @@ def test_a_timm_name_is_timms_own_model_at_its_own_size() -> None:
     [
         ("vti", {}, "'vit'"),
         ("resnet8", {}, "did you mean"),
+        ("vit_base_patch16_224_in21k", {}, "no such architecture"),  # a deprecated alias
+        ("vit_tiny_patch16_224.augreg_in21k", {}, "starts from scratch; use vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_224.nonsense", {}, "starts from scratch"),
+        ("gcvit_tiny", {"img_size": 8}, "cannot be built for 8-pixel images"),
+        ("resnet18", {"patch_size": 7}, "--patch-size 7: resnet18 has no patches"),
         ("vit", {"img_size": 30}, "--img-size 30 is not a multiple of the patch size 4; use 28 or 32"),
         ("vit", {"patch_size": 5}, "use 30 or 35"),
         ("vit_tiny_patch16_224", {"img_size": 33}, "use 32 or 36"),

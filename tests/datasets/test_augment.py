@@ -9,7 +9,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms import RandomErasing
 
-from smallvit.config import AugmentConfig
+from smallvit.config import AugmentConfig, InputError
 from smallvit.datasets.augment import (
     ERASED_AREA,
     ERASED_RATIO,
@@ -148,6 +148,11 @@ def test_none_leaves_images_as_they_are() -> None:
     x, targets, _, pixels, labels = run(Augment.from_config(AugmentConfig(aug="none"), 16, True))
     assert torch.equal(x, normalise(pixels, ZERO, ONE))
     assert torch.equal(targets.argmax(1), labels)
+
+
+def test_a_border_wider_than_the_image_is_refused() -> None:
+    with pytest.raises(InputError, match="at most the image size, 8"):
+        Augment.from_config(AugmentConfig(crop_padding=9), 8, may_flip=True)
 
 
 def test_given_options_take_the_place_of_the_presets() -> None:

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from smallvit import datasets
-from smallvit.config import DataConfig, InputError
+from smallvit.config import DATA_NAMES, DataConfig, InputError
 from smallvit.datasets import decode
 from smallvit.datasets.decode import decode_image, default_size
+from smallvit.datasets.images import hold_out
+from smallvit.models import patch_for
 
 Writer = Callable[..., list[Path]]
 
@@ -28,7 +32,7 @@ def load(folder: Path, **options: object) -> datasets.ImageDataset:
 def test_a_flat_folder_is_split_in_three_with_every_class_in_each(image_folder: Path) -> None:
     data = load(image_folder)
     assert data.class_names == ("dark", "grey", "light")
-    assert [len(split) for split in (data.train, data.val, data.test)] == [43, 5, 12]
+    assert [len(split) for split in (data.train, data.val, data.test)] == [42, 6, 12]
     assert all(set(split.labels.tolist()) == {0, 1, 2} for split in (data.train, data.val, data.test))
     assert data.img_size == 16
     levels = [data.train.pixels[data.train.labels == label].float().mean().item() for label in range(3)]
@@ -57,7 +61,7 @@ def test_splits_that_the_folder_brings_are_used_as_they_are(
             ("val", "test"): (40, 6, 10),
             ("test",): (36, 4, 10),
             ("val",): (36, 4, 6),  # the one held-out folder judges; the best epoch is chosen on training images
-            (): (29, 3, 8),
+            (): (28, 4, 8),
         }[given]
     )
 
@@ -86,10 +90,25 @@ def test_a_changed_file_makes_the_cache_stale(image_folder: Path) -> None:
     assert load(image_folder).fingerprint != first.fingerprint
 
 
-def test_a_broken_cache_is_replaced(image_folder: Path) -> None:
+def cut_off(cache: Path) -> None:
+    cache.write_bytes(cache.read_bytes()[:1000])
+
+
+def spoil_notes(cache: Path) -> None:
+    with safe_open(cache, "pt") as file:
+        save_file({"pixels": file.get_tensor("pixels")}, cache, file.metadata() | {"bad": "no json"})
+
+
+def lose_images(cache: Path) -> None:
+    with safe_open(cache, "pt") as file:
+        save_file({"pixels": file.get_tensor("pixels")[:3]}, cache, file.metadata())
+
+
+@pytest.mark.parametrize("damage", [cut_off, spoil_notes, lose_images])
+def test_a_broken_cache_is_replaced(image_folder: Path, damage: Callable[[Path], None]) -> None:
     first = load(image_folder)
     (cache,) = decode.cache_folder().iterdir()
-    cache.write_bytes(cache.read_bytes()[:1000])
+    damage(cache)
     assert torch.equal(load(image_folder).train.pixels, first.train.pixels)
     assert any("cache" in note for note in load(image_folder).notes)
 
@@ -97,7 +116,7 @@ def test_a_broken_cache_is_replaced(image_folder: Path) -> None:
 def test_an_unwritable_cache_is_done_without(image_folder: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMALLVIT_CACHE", str(tmp_path / "file" / "cache"))
-    assert len(load(image_folder).train) == 43
+    assert len(load(image_folder).train) == 42
 
 
 def picture() -> Image.Image:
@@ -159,10 +178,11 @@ def test_any_shape_is_cut_to_a_square_from_its_centre(tmp_path: Path, shape: tup
         assert pixels[2, 8, 13] > 200  # blue right
 
 
-@pytest.mark.parametrize(("side", "expected"), [(32, 32), (30, 28), (64, 64), (500, 64), (5, 8)])
+@pytest.mark.parametrize(("side", "expected"), [(32, 32), (30, 28), (55, 52), (60, 56), (64, 64), (500, 64), (5, 8)])
 def test_the_image_size_follows_the_images(tmp_path: Path, write_images: Writer, side: int, expected: int) -> None:
     paths = write_images(tmp_path, 3, size=(side, side + 7))
     assert default_size(tuple(map(str, paths))) == expected
+    assert expected % patch_for("vit", expected) == 0
 
 
 def truncate(path: Path, to: int) -> None:
@@ -194,6 +214,51 @@ def test_hidden_files_and_folders_are_no_images(image_folder: Path) -> None:
     assert load(image_folder).class_names == ("dark", "grey", "light")
 
 
+def test_hidden_folders_within_a_class_are_passed_over(image_folder: Path, write_images: Writer) -> None:
+    write_images(image_folder / "dark" / ".ipynb_checkpoints", 5, 41)
+    write_images(image_folder / "__MACOSX", 5, 41)
+    data = load(image_folder)
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == 60
+
+
+def test_links_show_no_image_twice(image_folder: Path) -> None:
+    (image_folder / "dark" / "loop").symlink_to(image_folder / "dark")
+    (image_folder / "dark" / "again.png").symlink_to(image_folder / "dark" / "000.png")
+    data = load(image_folder)
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == 60
+
+
+def test_a_dangling_link_is_a_damaged_image(image_folder: Path) -> None:
+    (image_folder / "dark" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"1 of 61 .*gone\.png"):
+        load(image_folder)
+    assert len(load(image_folder, skip_corrupt=True).train) == 42
+
+
+def test_a_class_may_be_called_train(image_folder: Path) -> None:
+    (image_folder / "dark").rename(image_folder / "train")
+    assert load(image_folder).class_names == ("grey", "light", "train")
+
+
+def test_file_names_that_hold_line_breaks_stay_on_one_line(image_folder: Path) -> None:
+    (image_folder / "dark" / "a\nb.png").write_bytes(b"no image")
+    with pytest.raises(InputError) as caught:
+        load(image_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [[1000, 3], [400, 5, 5], [2, 100], [2, 2]])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
+def test_held_out_images_are_of_every_class_in_proportion(counts: list[int], fraction: float) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    stay, held = hold_out(labels, fraction, 0, "a test split")
+    assert np.array_equal(np.sort(np.concatenate([stay, held])), np.arange(len(labels)))
+    for label, n in enumerate(counts):
+        share = (labels[held] == label).sum()
+        assert 1 <= share <= n - 1
+        assert abs(share - n * fraction) <= 1
+
+
 def test_images_in_nested_folders_belong_to_their_class(image_folder: Path, write_images: Writer) -> None:
     write_images(image_folder / "dark" / "more", 5, 41)
     data = load(image_folder)
@@ -214,6 +279,19 @@ def tiny_class(folder: Path) -> None:
         path.unlink()
 
 
+def only_broken(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+
+
+def splits_by_other_names(folder: Path) -> None:
+    for name in ("Training", "Testing"):
+        (folder / name).mkdir()
+    for name in ("dark", "grey", "light"):
+        shutil.copytree(folder / name, folder / "Training" / name)
+        shutil.move(folder / name, folder / "Testing" / name)
+
+
 def foreign_test_class(folder: Path) -> None:
     for name in ("train", "test"):
         (folder / name).mkdir()
@@ -228,7 +306,8 @@ def foreign_test_class(folder: Path) -> None:
     [
         (remove_all_but_one, "at least two class folders.*only dark/"),
         (empty_class, "class folder .*none holds no images"),
-        (tiny_class, "too few to hold out"),
+        (tiny_class, "too few images to hold out"),
+        (splits_by_other_names, "Testing, Training look like splits"),
         (foreign_test_class, "test/unknown has no counterpart"),
         (shutil.rmtree, "no such folder"),
     ],
@@ -239,9 +318,17 @@ def test_unusable_folders_say_why(image_folder: Path, spoil: Callable[[Path], No
         load(image_folder)
 
 
+def test_nothing_but_broken_images_is_refused_when_they_are_left_out(image_folder: Path) -> None:
+    only_broken(image_folder)
+    with pytest.raises(InputError, match="no usable training image"):
+        load(image_folder, skip_corrupt=True)
+
+
 def test_images_that_do_not_fit_into_memory_are_refused_before_decoding(image_folder: Path) -> None:
     with pytest.raises(InputError, match=r"GiB of memory.*smaller --img-size"):
         load(image_folder, img_size=1_000_000)
+    with pytest.raises(InputError, match="GiB of memory"):
+        datasets.load(DataConfig(img_size=30_000))
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
@@ -255,6 +342,7 @@ def test_digits_are_the_images_of_scikit_learn() -> None:
     assert sum(len(split) for split in (data.train, data.val, data.test)) == 1797
     assert data.train.pixels.max() == 255
     assert not data.flip
+    assert set(datasets.DATASETS) == set(DATA_NAMES)
     assert datasets.load(DataConfig(img_size=16)).train.pixels.shape[-2:] == (16, 16)
 
 

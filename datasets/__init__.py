@@ -26,6 +26,7 @@ DATASETS = {
         "img_size": 8,
         "in_chans": 1,
         "flip": False,
+        "aug": "basic",
         "source": "sklearn.datasets.load_digits",
     },
 }
@@ -107,6 +108,7 @@ def _assemble(
         mean=mean,
         std=std,
         flip=DATASETS[config.data]["flip"] if named else True,
+        aug=DATASETS[config.data]["aug"] if named else "mix",
         fingerprint=_fingerprint(images, splits),
         notes=tuple(notes),
     )

@@ -71,13 +71,13 @@ class Augment:
     cutmix: float
 
     @classmethod
-    def from_config(cls, config: AugmentConfig, img_size: int, may_flip: bool) -> Augment:
-        """The preset, with the options that were given in place of its own.
+    def from_config(cls, config: AugmentConfig, img_size: int, may_flip: bool, auto: str = "mix") -> Augment:
+        """The preset (`auto` names the one that suits the data), with the options that were given in place of its own.
 
         Raises:
             InputError: a padding wider than the image.
         """
-        preset = dict(PRESETS[config.aug])
+        preset = dict(PRESETS[auto if config.aug == "auto" else config.aug])
         preset["padding"] = round(preset.pop("crop") * img_size)
         preset["flip"] *= may_flip
         given = {

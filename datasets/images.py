@@ -58,6 +58,8 @@ class ImageDataset:
     std: tuple[float, ...]
     flip: bool
     """Whether a mirrored image keeps its class."""
+    aug: str
+    """The augmentation preset that suits it."""
     fingerprint: str
     """Changes when the files do: a run is resumed on the very images it was started with."""
     notes: tuple[str, ...] = ()

@@ -93,8 +93,8 @@ class DataConfig:
 class AugmentConfig:
     """How training images are varied; every option is drawn anew for each image."""
 
-    aug: Literal["none", "basic", "mix"] = "mix"
-    """Preset: none, basic (crop, flip), or mix (crop, flip, random erasing, Mixup or CutMix)."""
+    aug: Literal["auto", "none", "basic", "mix"] = "auto"
+    """Preset: none, basic (crop, flip), mix (also erasing, Mixup or CutMix), or auto (mix; basic for the digits)."""
     crop_padding: int | None = None
     """Pixels of black border before the random crop; by default an eighth of the image size."""
     flip: float | None = None

@@ -55,8 +55,7 @@ class Run:
     ) -> None:
         if kind is not None and issubclass(kind, Exception) and not (self / self.STATE).exists():
             self.forget()
-        if self._lock is not None:
-            os.close(self._lock)
+        self.unlock()
 
     @property
     def resumable(self) -> bool:
@@ -79,6 +78,12 @@ class Run:
             os.close(folder)  # a file system without locks
         else:
             self._lock = folder
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def read_summary(self) -> dict[str, Any] | None:
         """What came out, if the run is finished and not being replaced.
@@ -168,10 +173,12 @@ def _create(folder: Path, config: Config) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         run.lock()
         if run.resumable:  # another process was faster, and is done with it
+            run.unlock()
             raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
         run.begin(config)
     except OSError as error:
         run.forget()
+        run.unlock()
         raise _unwritable(folder, error) from None
     return run
 

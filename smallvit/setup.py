@@ -78,7 +78,7 @@ def prepare(config: Config) -> Setup:
     dtype = hardware.pick_dtype(device, config.run.amp)
 
     dataset = datasets.load(config.data)
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug)
     batches = TrainingBatches(dataset, config.optim.batch_size, augment, config.run.seed, device)
 
     torch.manual_seed(config.run.seed)  # the initial weights

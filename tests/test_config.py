@@ -45,7 +45,7 @@ def test_flags_set_the_fields_of_their_name() -> None:
         (["--epochs", "x"], "--epochs: invalid int value: 'x'"),
         (["--epochs"], "--epochs: expected one argument"),
         (["--epoch", "3"], "unknown argument '--epoch' (did you mean '--epochs'?)"),
-        (["--aug", "basci"], "--aug basci: expected one of none, basic, mix (did you mean 'basic'?)"),
+        (["--aug", "basci"], "--aug basci: expected one of auto, none, basic, mix (did you mean 'basic'?)"),
         (["--lr", "0"], "--lr 0.0: expected a learning rate above 0"),
         (["--lr", "nan"], "--lr nan"),
         (["--lr", "inf"], "--lr inf"),

@@ -21,7 +21,7 @@ from smallvit.optim import create_optimizer, create_schedule
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run, open_run
 
-TINY = {"arch": "vit", "spt": True, "lsa": True, "epochs": 4, "batch_size": 256, "lr": 3e-3}
+TINY = {"arch": "vit", "spt": True, "lsa": True, "aug": "mix", "epochs": 4, "batch_size": 256, "lr": 3e-3}
 
 
 def train(out: Path, **options: object) -> engine.Result:
@@ -131,7 +131,21 @@ def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
 def test_kill_9_after_a_checkpoint_loses_nothing(finished: engine.Result, tmp_path: Path) -> None:
     out, command = tmp_path / "run", [sys.executable, "-m", "smallvit", "train"]
     code = "from smallvit import engine; engine.CHECKPOINT_SECONDS = 0; from smallvit.cli import main; main({})"
-    flags = ["train", "--spt", "--lsa", "--epochs", "4", "--batch-size", "256", "--lr", "3e-3", "--out", str(out)]
+    flags = [
+        "train",
+        "--spt",
+        "--lsa",
+        "--aug",
+        "mix",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "256",
+        "--lr",
+        "3e-3",
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen([sys.executable, "-c", code.format(flags)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (out / Run.STATE).exists() and time.monotonic() < deadline:

@@ -160,3 +160,9 @@ def test_given_options_take_the_place_of_the_presets() -> None:
     assert (augment.cutmix, augment.padding, augment.flip, augment.mixup) == (0, 1, 1, 1)
     assert Augment.from_config(AugmentConfig(aug="basic"), 32, may_flip=False).flip == 0
     assert Augment.from_config(AugmentConfig(aug="basic"), 32, may_flip=True).padding == 4
+
+
+def test_auto_takes_the_preset_that_suits_the_data() -> None:
+    mix, basic = (Augment.from_config(AugmentConfig(aug=aug), 32, may_flip=True) for aug in ("mix", "basic"))
+    assert Augment.from_config(AugmentConfig(), 32, may_flip=True) == mix
+    assert Augment.from_config(AugmentConfig(), 32, may_flip=True, auto="basic") == basic

@@ -56,7 +56,7 @@ def _load_digits(config: DataConfig) -> ImageDataset:
         pixels = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
         pixels = pixels.round().clamp(0, 255).byte()
     images = Images(pixels, torch.from_numpy(digits.target.astype(np.int64)))
-    return _assemble(config, images, _drawn(len(images)), tuple(map(str, digits.target_names)), [])
+    return _assemble(config, images, np.full(len(images), "all"), tuple(map(str, digits.target_names)), [])
 
 
 def _load_folder(config: DataConfig, files: Listing) -> ImageDataset:
@@ -69,10 +69,6 @@ def _load_folder(config: DataConfig, files: Listing) -> ImageDataset:
         good = np.setdiff1d(np.arange(len(images)), list(bad))
         images, splits = images.subset(good), splits[good]
     return _assemble(config, images, splits, files.class_names, notes)
-
-
-def _drawn(count: int) -> np.ndarray:
-    return np.full(count, "all")
 
 
 def _assemble(

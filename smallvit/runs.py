@@ -28,6 +28,10 @@ MAY_DIFFER = ("device", "out", "overwrite", "resume")
 """Options that a resumed run need not share with the one it continues."""
 
 
+class TakenError(InputError):
+    """The folder holds a run already, or another process is training there."""
+
+
 class Run:
     """One run's folder, locked against other writers while it is open, as a context manager.
 
@@ -53,8 +57,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, Exception) and not (self / self.STATE).exists():
-            self.forget()
+        if kind is not None and issubclass(kind, Exception) and not (self / self.BEST).exists():
+            self.forget()  # best.safetensors is the first file that training writes
         self.unlock()
 
     @property
@@ -66,14 +70,14 @@ class Run:
         """Keep other processes out until this one closes the run or ends, however it ends.
 
         Raises:
-            InputError: another process has the run open.
+            TakenError: another process has the run open.
         """
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(folder)
-            raise InputError(f"{self.folder}: another process is training there; choose another --out") from None
+            raise TakenError(f"{self.folder}: another process is training there; choose another --out") from None
         except OSError:
             os.close(folder)  # a file system without locks
         else:
@@ -148,7 +152,7 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
     except (OSError, ValueError):
         raise InputError(f"--out {folder}: not empty, and no run; choose another folder") from None
     if not config.run.overwrite:
-        raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
+        raise _taken(folder)
     run = Run(folder, config, new=False, replaces=True)
     run.lock()
     return run
@@ -172,9 +176,9 @@ def _create(folder: Path, config: Config) -> Run:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run.lock()
-        if run.resumable:  # another process was faster, and is done with it
+        if run.resumable:  # another process was faster
             run.unlock()
-            raise InputError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
+            raise _taken(folder)
         run.begin(config)
     except OSError as error:
         run.forget()
@@ -189,18 +193,14 @@ def _create_numbered(config: Config) -> Run:
     name = "-".join([config.model.arch, *plugins, os.path.basename(config.data.data)[:64]]).replace(os.sep, "-")
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
-        run = Run(folder, config, new=True)
-        try:
-            folder.parent.mkdir(exist_ok=True)
-            with suppress(FileExistsError):
-                folder.mkdir()
-                run.lock()
-                run.begin(config)
-                return run
-        except OSError as error:
-            run.forget()
-            raise _unwritable(folder, error) from None
+        if not os.path.lexists(folder):
+            with suppress(TakenError):
+                return _create(folder, config)
     raise AssertionError("there is always a free number")
+
+
+def _taken(folder: Path) -> TakenError:
+    return TakenError(f"--out {folder}: holds a run; --resume {folder} continues it, --overwrite replaces it")
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:

@@ -159,6 +159,27 @@ def test_kill_9_after_a_checkpoint_loses_nothing(finished: engine.Result, tmp_pa
     assert weights(out) == weights(finished.folder)
 
 
+def test_a_crash_within_the_first_checkpoint_leaves_a_run_that_goes_on(
+    finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_state", full)
+        with pytest.raises(OSError, match="No space"):
+            train(tmp_path / "run")
+    result = engine.train(Config.build(resume=str(tmp_path / "run")))
+    assert weights(result.folder) == weights(finished.folder)
+
+
+def test_two_starts_at_once_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("smallvit.runs.os.path.lexists", lambda path: False)  # both looked before either made one
+    with open_run(Config()) as one, open_run(Config()) as two:
+        assert (one.folder.name, two.folder.name) == ("vit-digits", "vit-digits-2")
+
+
 @pytest.mark.parametrize("name", [Run.METRICS, Run.LAST])
 def test_files_that_only_report_are_not_needed_to_go_on(
     finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -1,10 +1,10 @@
 """Scaled dot-product attention by the fastest exact path, chosen here and nowhere else.
 
 In half precision on CPUs, at the head widths of small models, PyTorch's fused kernel is several times slower than two
-batched matrix products. In fp32 on CPUs the two are level, and the fused kernel stores no scores; on GPUs it is the
-field's choice. `benchmarks/plugins.py` measures both paths side by side.
+batched matrix products. In fp32 on CPUs the two are level, and the fused kernel stores no scores, but it computes no
+gradient of a bias. On GPUs it is the field's choice. `benchmarks/plugins.py` measures both paths side by side.
 
-Axes: b batch, h heads, n queries, m keys, d head width.
+Axes: b batch, w windows of an image, h heads, n queries, m keys, d head width.
 """
 
 from __future__ import annotations
@@ -15,37 +15,56 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def prefers_fused(device_type: str, dtype: torch.dtype) -> bool:
+def prefers_fused(device_type: str, dtype: torch.dtype, learnt_bias: bool = False) -> bool:
     """Whether `F.scaled_dot_product_attention` is the fast path for tensors of this device and dtype."""
-    return device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16)
+    return device_type != "cpu" or not (learnt_bias or dtype in (torch.bfloat16, torch.float16))
 
 
 def attend(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m d"],
-    bias: Float[Tensor, "n m"] | Float[Tensor, "#b #h n m"] | None = None,
+    q: Float[Tensor, "*b n d"],
+    k: Float[Tensor, "*b m d"],
+    v: Float[Tensor, "*b m e"],
+    bias: Float[Tensor, "n m"] | Float[Tensor, "#w #h n m"] | None = None,
     dropout: float = 0.0,
-) -> Float[Tensor, "b h n d"]:
-    """softmax(q kᵀ + bias) v, with dropout on the probabilities. Scale q beforehand."""
+) -> Float[Tensor, "*b n e"]:
+    """softmax(q kᵀ + bias) v, with dropout on the probabilities. Scale q beforehand.
+
+    A bias of w windows serves a batch of images · w, the windows of an image side by side.
+    """
     if bias is not None:
         bias = bias.to(q.dtype)
-    if prefers_fused(q.device.type, q.dtype):
+    if prefers_fused(q.device.type, q.dtype, bias is not None and bias.requires_grad):
+        if is_windowed(q, bias):
+            bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
     if bias is not None and bias.ndim == 2:
-        product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))  # adds it for free
-        scores = product.unflatten(0, q.shape[:2])
+        product = torch.baddbmm(bias, q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2))  # adds it for free
+        scores = product.unflatten(0, q.shape[:-2])
     else:
-        scores = q @ k.transpose(-2, -1)
-        scores = scores if bias is None else scores + bias
+        scores = add_bias(q @ k.transpose(-2, -1), bias)
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+def add_bias(scores: Float[Tensor, "*b n m"], bias: Tensor | None) -> Float[Tensor, "*b n m"]:
+    """Scores plus a bias that broadcasts to them, or one of the windows of an image."""
+    if bias is None:
+        return scores
+    if is_windowed(scores, bias):
+        return (scores.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
+    return scores + bias
+
+
+def is_windowed(scores: Tensor, bias: Tensor | None) -> bool:
+    """Whether the bias has windows for its first axis, fewer than the batch."""
+    return bias is not None and bias.ndim == 4 and 1 < bias.shape[0] < scores.shape[0]
 
 
 def set_fused_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
     """Put timm's own attention layers on the same path, so that plain and patched models compare fairly.
 
-    `dtype` is what the matrix products run in: bfloat16 under bf16 autocast.
+    `dtype` is what the matrix products run in: bfloat16 under bf16 autocast. Layers with a learnt bias on their
+    scores (Swin, BEiT, relative positions) are left as timm sets them.
     """
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
+        if hasattr(module, "fused_attn") and not hasattr(module, "relative_position_bias_table"):
             module.fused_attn = prefers_fused(device_type, dtype)

@@ -5,6 +5,9 @@
 Source: Lee, Lee, Song 2021, "Vision Transformer for Small-Size Datasets", arXiv:2112.13492, §3.3. `t` multiplies
 the scores (the paper's 1/τ), one per head, and starts at head_dim^-0.5. The class token is masked like any other.
 
+For models that are trained already, the diagonal can be closed bit by bit: with openness o from 1 to 0, each
+token's own weight exp(Sᵢᵢ) counts o-fold. At o = 1 this is plain attention, at o = 0 it is LSA.
+
 Differs from the official code: where a token has nothing else to attend to (a single token, or a mask that hides
 all others), it attends to itself instead of giving NaN. `t` is kept out of weight decay: it is one-dimensional,
 and timm's parameter groups exempt such parameters.
@@ -14,20 +17,44 @@ Axes: b batch, h heads, n tokens, d head width, c = h·d.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from smallvit.plugins.attend import attend
+from smallvit.plugins.attend import add_bias, attend
 
 
-def diagonal_bias(n: int, like: Tensor) -> Float[Tensor, "n n"] | None:
-    """The bias that hides every token from itself: −∞ on the diagonal, 0 elsewhere; none for a single token."""
+@dataclass(frozen=True, kw_only=True)
+class LSAConfig:
+    """The variants of locality self-attention; the defaults are the paper's."""
+
+    temperature: Literal["head", "layer", "fixed"] = "head"
+    """One learnt temperature per head, one per layer, or the layer's own constant."""
+    mask: bool = True
+    """Whether tokens are kept from attending to themselves."""
+
+    def __post_init__(self) -> None:
+        if self.temperature not in ("head", "layer", "fixed"):
+            raise ValueError(f"temperature {self.temperature!r}: expected head, layer or fixed")
+        if self.temperature == "fixed" and not self.mask:
+            raise ValueError("LSAConfig(temperature='fixed', mask=False) would change nothing")
+
+
+def diagonal_bias(n: int, like: Tensor, openness: Tensor | None = None) -> Float[Tensor, "n n"] | None:
+    """The bias that hides every token from itself, log(openness) on the diagonal; none for a single token."""
     if n == 1:
         return None
-    return torch.zeros(n, n, device=like.device, dtype=like.dtype).fill_diagonal_(float("-inf"))
+    if openness is not None:
+        return torch.diag(openness.log().to(like.dtype).expand(n))
+    itself = torch.eye(n, dtype=torch.bool, device=like.device)
+    return like.new_zeros(n, n).masked_fill(itself, float("-inf"))
 
 
 def merge_masks(
@@ -37,7 +64,9 @@ def merge_masks(
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, float("-inf"))
     attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-    merged = attn_mask if bias is None else attn_mask + bias
+    if bias is None:
+        return attn_mask
+    merged = attn_mask + bias
     nothing_left = merged.isneginf().all(dim=-1, keepdim=True)
     itself = torch.eye(merged.shape[-1], dtype=torch.bool, device=merged.device)
     return merged.masked_fill(nothing_left & itself, 0.0)
@@ -63,10 +92,160 @@ def locality_attention(
     return attend(q, k, v, bias, dropout)
 
 
-class LocalitySelfAttention(nn.Module):
-    """Multi-head locality self-attention with the parameter names of `timm.layers.Attention`.
+class Locality:
+    """What turns an attention layer of timm's into locality self-attention; put before its class to adapt it.
+
+    The layer's own `forward` runs as it is, so that whatever it does beside the scores stays: norms, rotary and
+    relative positions, gates, talking heads. Only its softmax hides the diagonal, and the constant it scales
+    the scores by, `scale`, is the learnt `temperature`. Where it calls the fused kernel, ours is called instead.
+    """
+
+    adapters: ClassVar[dict[type[nn.Module], type[Locality]]] = {}
+    """The adapter of every attention class that has one."""
+    axes_after_heads: ClassVar[int] = 2
+    """Axes behind the heads' in the tensor that is scaled."""
+    temperature_per_head: ClassVar[bool] = True
+    """Whether the heads have an axis to themselves; else one temperature serves the layer."""
+    learns_its_scale: ClassVar[bool] = False
+    """Whether the layer of timm has a learnt temperature already, and needs no second."""
+    has_diagonal: ClassVar[bool] = True
+    """Whether queries are the keys; class attention has one query, and no diagonal."""
+    fusable: ClassVar[bool] = True
+    """Whether the layer's call of the fused kernel keeps its heads as they are."""
+
+    temperature: nn.Parameter | None
+    openness: Tensor | None
+    masked: bool
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Locality.adapters[cls.adapted()] = cls
+
+    @classmethod
+    def adapted(cls) -> type[nn.Module]:
+        """The attention class that this one adapts."""
+        return cls.__bases__[1]
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, config: LSAConfig, gradual: bool) -> None:
+        """Turn a layer of the timm class into this one, in place; its weights and hooks stay.
+
+        `gradual` leaves the diagonal open for `close_diagonal` to close.
+        """
+        constant = vars(layer).get("scale", 1.0)
+        layer.__class__ = cls
+        layer._begin(constant, config, gradual)
+
+    def _begin(self, constant: float, config: LSAConfig, gradual: bool) -> None:
+        heads = self.score_heads if config.temperature == "head" and self.temperature_per_head else 1
+        like = next(self.parameters())
+        learnt = config.temperature != "fixed" and not self.learns_its_scale
+        self.masked = config.mask and self.has_diagonal
+        self.register_parameter(
+            "temperature",
+            nn.Parameter(torch.full((heads,), constant, device=like.device, dtype=like.dtype)) if learnt else None,
+        )
+        self.register_buffer("openness", torch.ones((), device=like.device) if gradual and self.masked else None)
+
+    def release(self) -> None:
+        """Turn back into the layer of timm's, in place."""
+        del self.temperature, self.openness, self.masked
+        self.__class__ = self.adapted()
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Why a layer of the timm class cannot be adapted, if it cannot."""
+        return None
+
+    @property
+    def score_heads(self) -> int:
+        """Number of attention maps that the layer computes."""
+        return self.num_heads
+
+    @property
+    def added_parameters(self) -> int:
+        """Parameters that the layer has more than timm's."""
+        return 0 if self.temperature is None else self.temperature.numel()
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What the scores are multiplied by: the temperature, in place of timm's constant."""
+        if self.temperature is None:
+            return self.__dict__.get("scale", 1.0)
+        return in_compute_dtype(self.temperature).view(-1, *[1] * self.axes_after_heads)
+
+    @scale.setter
+    def scale(self, constant: float) -> None:
+        self.__dict__["scale"] = constant
+
+    @property
+    def fused_attn(self) -> bool:
+        """Whether the layer's own code shall call the fused kernel, for which `attend` then stands in."""
+        return self.fusable
+
+    @fused_attn.setter
+    def fused_attn(self, fused: bool) -> None:
+        self.__dict__["fused_attn"] = fused
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with HiddenDiagonal(self):
+            return super().forward(*args, **kwargs)
+
+    def diagonal(self, n: int, m: int, like: Tensor) -> Float[Tensor, "n n"] | None:
+        """The bias for scores of n queries and m keys; none where queries are not the keys, or alone."""
+        return diagonal_bias(n, like, self.openness) if self.masked and n == m else None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """`F.scaled_dot_product_attention` with the temperature for its scale and without the diagonal."""
+        n, m = q.shape[-2], k.shape[-2]
+        if is_causal:
+            attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril_()
+        bias = self.diagonal(n, m, q)
+        if attn_mask is not None:
+            bias = merge_masks(bias, attn_mask)
+        if self.temperature is None:
+            return attend(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, bias, dropout_p)
+        return attend(q * self.scale.to(q.dtype), k, v, bias, dropout_p)
+
+
+class HiddenDiagonal(TorchFunctionMode):
+    """While it is on, the softmax of scores hides the diagonal, and `Locality.attend` is the fused kernel.
+
+    `alone` (w, n) are tokens of the windows whose diagonal stays, having nothing else to attend to.
+    """
+
+    def __init__(self, layer: Locality, alone: Tensor | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.alone = alone
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self.layer.attend(*args, **kwargs)
+        if function is Tensor.softmax or function is torch.softmax or function is F.softmax:
+            scores = args[0]
+            bias = keep_alone(self.layer.diagonal(*scores.shape[-2:], scores), self.alone)
+            return function(add_bias(scores, bias), *args[1:], **kwargs)
+        return function(*args, **kwargs)
+
+
+class LocalitySelfAttention(Locality, Attention):
+    """Multi-head locality self-attention, with the parameter names of `timm.layers.Attention`.
 
     Tokens (b, n, dim) in, (b, n, dim) out. Beside `qkv` and `proj` it holds `temperature`, of shape (num_heads,).
+
+    The temperature is multiplied into q's rows of the weight matrix, which is exact and costs next to nothing,
+    unless a norm stands between them.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
@@ -80,48 +259,64 @@ class LocalitySelfAttention(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        config: LSAConfig | None = None,
     ) -> None:
-        super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.temperature = nn.Parameter(torch.full((num_heads,), (dim // num_heads) ** -0.5))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.norm = nn.Identity()
-        self.gate: nn.Module | None = None
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+        self._begin((dim // num_heads) ** -0.5, config or LSAConfig(), gradual=False)
 
     def forward(
         self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n c"]:
+        if self.temperature is None or type(self.qkv) is not nn.Linear or type(self.q_norm) is not nn.Identity:
+            return super().forward(x, attn_mask, is_causal)
+        n, h = x.shape[1], self.num_heads
+        qkv = F.linear(x, *folded(self.qkv, self.temperature, h))
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=h)
+        bias = self.diagonal(n, n, q)
         if is_causal:
-            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril_()
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        dropout = self.attn_drop.p if self.training else 0.0
-        y = locality_attention(self.q_norm(q), self.k_norm(k), v, self.temperature, attn_mask, dropout)
+            attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril_()
+        if attn_mask is not None:
+            bias = merge_masks(bias, attn_mask)
+        y = attend(q, self.k_norm(k), v, bias, self.attn_drop.p if self.training else 0.0)
         y = self.norm(rearrange(y, "b h n d -> b n (h d)"))
-        if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
+        if (gate := getattr(self, "gate", None)) is not None:  # older versions of timm have none
+            y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    @classmethod
-    def from_timm(cls, attention: Attention) -> LocalitySelfAttention:
-        """Take the place of a timm attention layer: its layers are shared, only the temperature is new."""
-        with torch.device("meta"):  # only the structure: every layer below is replaced
-            lsa = cls(attention.qkv.out_features // 3, attention.num_heads)
-        start = torch.full((attention.num_heads,), attention.scale)
-        lsa.temperature = nn.Parameter(start.to(attention.qkv.weight))
-        for name, layer in attention.named_children():
-            setattr(lsa, name, layer)
-        return lsa.train(attention.training)
 
-    def to_timm(self, attention: Attention) -> Attention:
-        """Hand the layers back to the timm layer they came from."""
-        for name, layer in self.named_children():
-            if hasattr(attention, name):
-                setattr(attention, name, layer)
-        return attention.train(self.training)
+def keep_alone(
+    bias: Float[Tensor, "n n"] | None, alone: Bool[Tensor, "w n"] | None
+) -> Float[Tensor, "n n"] | Float[Tensor, "w 1 n n"] | None:
+    """The diagonal's bias, but none for tokens that have nothing else to attend to."""
+    if bias is None or alone is None:
+        return bias
+    return torch.where(torch.diag_embed(alone), 0.0, bias)[:, None]
+
+
+def folded(qkv: nn.Linear, temperature: Float[Tensor, " h"], heads: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer for q, k and v whose q are multiplied by a temperature per head (or one for all)."""
+    width = qkv.out_features // 3
+    factor = temperature.expand(heads).repeat_interleave(width // heads)
+    factor = torch.cat([factor, factor.new_ones(2 * width)])
+    return qkv.weight * factor[:, None], None if qkv.bias is None else qkv.bias * factor
+
+
+def in_compute_dtype(tensor: Tensor) -> Tensor:
+    """The tensor as matrix products take it: in autocast's dtype where that is on."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def set_openness(model: nn.Module, openness: float) -> None:
+    """How much a token's own weight counts, from 1 (plain attention) to 0 (LSA), in layers patched with init="exact".
+
+    Raises:
+        ValueError: `openness` is not between 0 and 1.
+    """
+    if not 0 <= openness <= 1:
+        raise ValueError(f"openness {openness}: expected a share from 0 to 1")
+    for module in model.modules():
+        if isinstance(module, Locality) and module.openness is not None:
+            module.openness.fill_(openness)

@@ -5,83 +5,154 @@
 Source: Lee, Lee, Song 2021, "Vision Transformer for Small-Size Datasets", arXiv:2112.13492, §3.2: four diagonal
 shifts in the order left-up, right-up, left-down, right-down, zero padding, LayerNorm over 5·C·p·q values, Linear.
 
-A patch lies with its shifted copies in one window of (p + 2s) × (q + 2t) pixels, of which the five views repeat the
-inner ones. So windows are cut once (4/5 of the values of the five views at even patches), normalised in fp32 with
-every pixel weighted by how often it occurs, and projected by one matrix product, whose weights are the five views'
-added up at their places, with LayerNorm's gain and bias folded in. The result is the equation's, and low contrast
-costs no precision: what reaches the product, in bf16 too, is already normalised.
+A patch lies with its shifted copies in one window of (p + 2s) × (q + 2t) pixels, of which the views repeat the inner
+ones. So windows are cut once (4/5 of the values of the five views at even patches), normalised in fp32 with every
+pixel weighted by how often it occurs, and projected by one matrix product, whose weights are the views' added up at
+their places, with LayerNorm's gain and bias folded in. The result is the equation's, and low contrast costs no
+precision: what reaches the product, in bf16 too, is already normalised. Without the norm it is one convolution.
 
 Differs from the official code: a shift is at least one pixel, so that patches of size 1 see their neighbours
 (half of 1, rounded down, would be five identical copies); and features are ordered view, channel, row, column.
 
-Axes: b batch, v the five views, c channels, h w image, p q patch height and width, i j patch grid, e token width.
+Axes: b batch, v views (the image first), c channels, h w image, p q patch height and width, i j token grid,
+e token width, y z window.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
-VIEWS = 5
-
-
-def half_patch(patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels to shift by, down and right: half the patch, rounded down, at least 1."""
-    return max(1, patch_size[0] // 2), max(1, patch_size[1] // 2)
-
-
-def view_corners(shift: tuple[int, int]) -> list[tuple[int, int]]:
-    """(row, column) at which each view's patch begins in its window: the image itself, then the four shifts."""
-    s, t = shift
-    return [(s, t), (0, 0), (0, 2 * t), (2 * s, 0), (2 * s, 2 * t)]
+DIAGONAL = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+CARDINAL = ((-1, 0), (0, -1), (0, 1), (1, 0))
+DIRECTIONS = {"diagonal": DIAGONAL, "cardinal": CARDINAL, "all": DIAGONAL + CARDINAL}
+"""(down, right) in shifts: where each shifted view looks."""
 
 
-def fold_views(kernels: Float[Tensor, "e v c p q"], shift: tuple[int, int]) -> Float[Tensor, "e c window_h window_w"]:
-    """One kernel for the window of all five views: their kernels added up, each at its place."""
-    p, q = kernels.shape[-2:]
-    s, t = shift
-    return torch.stack(
-        [
-            F.pad(kernels[:, view], (left, 2 * t - left, top, 2 * s - top))
-            for view, (top, left) in enumerate(view_corners(shift))
-        ]
-    ).sum(dim=0)
+@dataclass(frozen=True, kw_only=True)
+class SPTConfig:
+    """The variants of shifted patch tokenization; the defaults are the paper's."""
+
+    directions: Literal["diagonal", "cardinal", "all"] = "diagonal"
+    """Four diagonal views beside the image itself, four cardinal ones, or all eight."""
+    shift: float = 0.5
+    """Distance of the views as a share of the patch, rounded down, at least one pixel."""
+    norm: bool = True
+    """Whether the views are normalised together before they are projected."""
+
+    def __post_init__(self) -> None:
+        if self.directions not in DIRECTIONS:
+            raise ValueError(f"directions {self.directions!r}: expected one of {', '.join(DIRECTIONS)}")
+        if not 0 < self.shift <= 1:
+            raise ValueError(f"shift {self.shift}: expected a share of the patch above 0, at most 1")
 
 
-class ShiftedPatchTokenization(nn.Module):
-    """Images (b, c, h, w) to patch tokens (b, e, h/p, w/q): a drop-in for a patch embedding's convolution.
+@dataclass(frozen=True)
+class Views:
+    """Where the views of a patch lie in the window that holds them all."""
 
-    `in_chans` c, `dim` e, `patch_size` p or (p, q) in pixels. Pixels that fill no whole patch at the right and
-    bottom make no token of their own, as with a convolution.
+    patch_size: tuple[int, int]
+    config: SPTConfig
 
-    Source: arXiv:2112.13492, §3.2.
-    """
+    @property
+    def shift(self) -> tuple[int, int]:
+        """Pixels that a view is shifted by, down and right."""
+        p, q = self.patch_size
+        return max(1, int(p * self.config.shift)), max(1, int(q * self.config.shift))
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int | tuple[int, int]) -> None:
-        super().__init__()
-        p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        self.in_channels, self.out_channels = in_chans, dim
-        self.patch_size = (p, q)
-        self.norm = nn.LayerNorm(VIEWS * in_chans * p * q)
-        self.proj = nn.Linear(VIEWS * in_chans * p * q, dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The paper's initial values: Xavier-normal weights, zero bias."""
-        self.norm.reset_parameters()
-        nn.init.xavier_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+    @property
+    def count(self) -> int:
+        """Number of views, the image itself among them."""
+        return 1 + len(self.corners)
 
     @property
     def window(self) -> tuple[int, int]:
         """Height and width in pixels of what one token sees."""
-        shift = half_patch(self.patch_size)
-        return self.patch_size[0] + 2 * shift[0], self.patch_size[1] + 2 * shift[1]
+        (p, q), (s, t) = self.patch_size, self.shift
+        return p + 2 * s, q + 2 * t
+
+    @property
+    def corners(self) -> list[tuple[int, int]]:
+        """(row, column) at which each shifted view's patch begins in the window."""
+        s, t = self.shift
+        return [(s + down * s, t + right * t) for down, right in DIRECTIONS[self.config.directions]]
+
+    def images(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b vc h w"]:
+        """The image and its shifted views, zeros where they reach beyond it."""
+        (s, t), (h, w) = self.shift, x.shape[2:]
+        around = F.pad(x, (t, t, s, s))
+        return torch.cat([x, *(around[:, :, top : top + h, left : left + w] for top, left in self.corners)], dim=1)
+
+    def fold(self, kernels: Float[Tensor, "e v c p q"], centre: bool = True) -> Float[Tensor, "e c y z"]:
+        """One kernel for the whole window: the views' kernels added up, each at its place.
+
+        With `centre` the first is the image's own; without, there are only the shifted views'.
+        """
+        (p, q), (y, z) = kernels.shape[-2:], self.window
+        corners = [self.shift, *self.corners] if centre else self.corners
+        return torch.stack(
+            [
+                F.pad(kernels[:, view], (left, z - q - left, top, y - p - top))
+                for view, (top, left) in enumerate(corners)
+            ]
+        ).sum(dim=0)
+
+
+class ShiftedPatchTokenization(nn.Module):
+    """Images (b, c, h, w) to patch tokens (b, e, i, j): a drop-in for a patch embedding's convolution.
+
+    `in_chans` c, `dim` e, `patch_size` p or (p, q) in pixels. Patches lie side by side unless `stride` says else;
+    `padding` adds zeros around the image. Pixels that fill no whole patch at the right and bottom make no token of
+    their own, as with a convolution, unless `ceil_mode` has them padded.
+
+    Source: arXiv:2112.13492, §3.2.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+        config: SPTConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or SPTConfig()
+        self.patch_size = p, q = _pair(patch_size)
+        self.stride = _pair(patch_size if stride is None else stride)
+        self.padding, self.ceil_mode = _pair(padding), ceil_mode
+        self.in_channels, self.out_channels = in_chans, dim
+        values = self.views.count * in_chans * p * q
+        self.norm = nn.LayerNorm(values) if self.config.norm else nn.Identity()
+        self.proj = nn.Linear(values, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initial values: Xavier-normal weights, zero bias."""
+        if self.config.norm:
+            self.norm.reset_parameters()
+        nn.init.xavier_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    @property
+    def views(self) -> Views:
+        """Where the views lie."""
+        return Views(self.patch_size, self.config)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
+        x = self._padded(x)
+        if not self.config.norm:
+            return F.conv2d(x, self.views.fold(self._kernels(self.proj.weight)), self.proj.bias, self.stride)
         with torch.autocast(x.device.type, enabled=False):
             normal = self._normalised_windows(x.float())
             weight, bias = self._folded()
@@ -89,13 +160,23 @@ class ShiftedPatchTokenization(nn.Module):
         tokens = F.linear(normal.to(dtype), weight.to(dtype), bias.to(dtype))
         return rearrange(tokens, "b i j e -> b e i j")
 
-    def _normalised_windows(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b i j cyx"]:
-        """What each token sees, with the mean and variance of its five views removed."""
-        (s, t), (p, q), (y, z) = half_patch(self.patch_size), self.patch_size, self.window
-        windows = F.pad(x, (t, t, s, s)).unfold(2, y, p).unfold(3, z, q)
+    def _padded(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        """The image with zeros where windows reach beyond it."""
+        right, bottom = (-x.shape[3] % self.stride[1], -x.shape[2] % self.stride[0]) if self.ceil_mode else (0, 0)
+        s, t = self.views.shift[0] + self.padding[0], self.views.shift[1] + self.padding[1]
+        return F.pad(x, (t, t + right, s, s + bottom))
+
+    def _kernels(self, weight: Tensor) -> Float[Tensor, "e v c p q"]:
+        p, q = self.patch_size
+        return rearrange(weight, "e (v c p q) -> e v c p q", c=self.in_channels, p=p, q=q)
+
+    def _normalised_windows(self, x: Tensor) -> Float[Tensor, "b i j cyx"]:
+        """What each token sees, with the mean and variance of its views removed."""
+        y, z = self.views.window
+        windows = x.unfold(2, y, self.stride[0]).unfold(3, z, self.stride[1])
         windows = rearrange(windows, "b c i j y z -> b i j (c y z)")
-        ones = x.new_ones(1, VIEWS, self.in_channels, p, q)
-        share = fold_views(ones, (s, t)).flatten() / self.norm.weight.numel()  # of each pixel in the five views
+        ones = self._kernels(x.new_ones(1, self.proj.in_features))
+        share = self.views.fold(ones).flatten() / self.proj.in_features  # of each pixel in the views
         centred = windows - (windows * share).sum(dim=-1, keepdim=True)
         variance = (centred.square() * share).sum(dim=-1, keepdim=True)
         return centred * (variance + self.norm.eps).rsqrt()
@@ -103,20 +184,18 @@ class ShiftedPatchTokenization(nn.Module):
     def _folded(self) -> tuple[Float[Tensor, "e cyx"], Float[Tensor, " e"]]:
         """Projection of a normalised window: the views' weights added up, LayerNorm's gain and bias within."""
         weight = self.proj.weight.float()
-        p, q = self.patch_size
-        gained = rearrange(weight * self.norm.weight.float(), "e (v c p q) -> e v c p q", v=VIEWS, p=p, q=q)
-        folded = fold_views(gained, half_patch(self.patch_size)).flatten(1)
+        folded = self.views.fold(self._kernels(weight * self.norm.weight.float())).flatten(1)
         return folded, self.proj.bias.float() + weight @ self.norm.bias.float()
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d) -> ShiftedPatchTokenization:
-        """A fresh layer of a patchify convolution's channels, width, patch, device and dtype.
 
-        Raises:
-            ValueError: the convolution's patches overlap, are dilated, padded or grouped.
-        """
-        plain = conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
-        if conv.kernel_size != conv.stride or not plain:
-            raise ValueError(f"shifted patch tokenization replaces convolutions that cut patches, not {conv}")
-        spt = cls(conv.in_channels, conv.out_channels, conv.kernel_size)
-        return spt.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+class ShiftedPatchMerging(ShiftedPatchTokenization):
+    """Feature maps (b, h, w, c) to (b, ⌈h/2⌉, ⌈w/2⌉, e): SPT with patches of 2 in place of Swin's patch merging.
+
+    Source: arXiv:2112.13492, §3.2 and the official code.
+    """
+
+    def __init__(self, in_chans: int, dim: int, config: SPTConfig | None = None) -> None:
+        super().__init__(in_chans, dim, 2, ceil_mode=True, config=config)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j e"]:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 
@@ -11,7 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from smallvit.plugins.attend import attend, prefers_fused
-from smallvit.plugins.lsa import LocalitySelfAttention, locality_attention
+from smallvit.plugins.lsa import LocalitySelfAttention, LSAConfig, locality_attention
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -42,6 +43,13 @@ def layer_and_tokens(n: int, **arguments: object) -> tuple[LocalitySelfAttention
     layer = LocalitySelfAttention(12, 3, **arguments)
     nn.init.uniform_(layer.temperature, 0.2, 1.0)
     return layer, torch.randn(2, n, 12)
+
+
+def adopted(attention: Attention) -> LocalitySelfAttention:
+    """A copy of a layer of timm's, patched."""
+    layer = copy.deepcopy(attention)
+    LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=False)
+    return layer
 
 
 # a class token and 2 × 2 patches, two prefix tokens and 2 × 3 patches, no prefix and 3 × 3
@@ -145,7 +153,7 @@ def test_lsa_without_mask_and_temperature_would_be_timms_attention() -> None:
     """Away from the diagonal LSA starts as the attention it replaces: rescaled rows of the same probabilities."""
     torch.manual_seed(0)
     timm_layer = Attention(12, 3, qkv_bias=True)
-    layer = LocalitySelfAttention.from_timm(timm_layer)
+    layer = adopted(timm_layer)
     assert layer.temperature.tolist() == pytest.approx([4**-0.5] * 3)
     q, k = torch.randn(2, 1, 3, 5, 4)
     full = (q @ k.transpose(-2, -1) * timm_layer.scale).softmax(-1)
@@ -164,7 +172,7 @@ def test_lsa_keeps_what_else_timms_attention_has(extras: dict) -> None:
     x = torch.randn(2, 5, 12)
     mask = ~torch.eye(5, dtype=torch.bool)
     expected = timm_layer(x, attn_mask=mask)  # timm's own layer, the diagonal hidden by its own mask
-    layer = LocalitySelfAttention.from_timm(timm_layer)
+    layer = adopted(timm_layer)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 

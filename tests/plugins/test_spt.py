@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from smallvit.plugins.spt import ShiftedPatchTokenization
+from smallvit.plugins.spt import ShiftedPatchMerging, ShiftedPatchTokenization, SPTConfig, Views
+
+from .pixels import cut, shifts
 
 # channels, height, width, patch: square and not, even, odd and 1, with and without a remainder at the border
 CASES = [
@@ -22,51 +26,119 @@ CASES = [
 ]
 
 
+CONFIGS = {
+    "paper": SPTConfig(),
+    "cardinal": SPTConfig(directions="cardinal"),
+    "all": SPTConfig(directions="all"),
+    "a quarter": SPTConfig(shift=0.25),
+    "a whole patch": SPTConfig(shift=1.0),
+    "no norm": SPTConfig(norm=False),
+    "all, a whole patch, no norm": SPTConfig(directions="all", shift=1.0, norm=False),
+}
+GEOMETRIES: dict[str, tuple[tuple, dict]] = {
+    "side by side": ((3, 8, 8, (4, 4)), {}),
+    "not square": ((2, 6, 12, (3, 4)), {}),
+    "overlapping": ((2, 11, 10, (4, 4)), {"stride": 2}),
+    "overlapping, not square": ((1, 9, 13, (3, 5)), {"stride": (1, 3)}),
+    "padded": ((2, 9, 12, (7, 7)), {"stride": 4, "padding": 3}),
+    "padded at the sides": ((2, 8, 7, (4, 3)), {"padding": (0, 1)}),
+    "rounded up": ((2, 9, 11, (2, 4)), {"ceil_mode": True}),
+    "rounded up, overlapping": ((2, 9, 10, (4, 4)), {"stride": 2, "ceil_mode": True}),
+    "rounded up, overlapping, odd": ((1, 6, 8, (3, 3)), {"stride": 2, "ceil_mode": True}),
+    "rounded up, padded": ((1, 6, 7, (3, 3)), {"padding": 1, "ceil_mode": True}),
+}
+
+
 def naive_spt(x: Tensor, layer: ShiftedPatchTokenization) -> Tensor:
     """S(x) = LN(P([x s¹ s² s³ s⁴])) E, one pixel at a time."""
-    (b, c, h, w), (p, q) = x.shape, layer.patch_size
-    s, t = max(1, p // 2), max(1, q // 2)
-    shifts = [(0, 0), (-s, -t), (-s, t), (s, -t), (s, t)]  # left-up, right-up, left-down, right-down
-    zero = torch.zeros((), dtype=x.dtype)
-    tokens = []
-    for image in x:
-        for i in range(h // p):
-            for j in range(w // q):
-                values = []
-                for down, right in shifts:
-                    for channel in range(c):
-                        for row in range(i * p, i * p + p):
-                            for column in range(j * q, j * q + q):
-                                y, z = row + down, column + right
-                                inside = 0 <= y < h and 0 <= z < w
-                                values.append(image[channel, y, z] if inside else zero)
-                v = torch.stack(values)
-                normal = (v - v.mean()) / (v.var(unbiased=False) + layer.norm.eps).sqrt()
-                tokens.append(layer.proj.weight @ (normal * layer.norm.weight + layer.norm.bias) + layer.proj.bias)
-    return torch.stack(tokens).view(b, h // p, w // q, -1).permute(0, 3, 1, 2)
+    config, patch = layer.config, layer.patch_size
+    views = [(0, 0), *shifts(patch, config.directions, config.shift)]
+    v = cut(x, patch, views, layer.stride, layer.padding, layer.ceil_mode).flatten(3)
+    if config.norm:
+        normal = (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + layer.norm.eps).sqrt()
+        v = normal * layer.norm.weight + layer.norm.bias
+    return torch.einsum("bijn,en->beij", v, layer.proj.weight) + layer.proj.bias[:, None, None]
 
 
-def layer_and_image(case: tuple, dtype: torch.dtype = torch.float32) -> tuple[ShiftedPatchTokenization, Tensor]:
+def layer_and_image(
+    case: tuple, dtype: torch.dtype = torch.float32, **arguments: object
+) -> tuple[ShiftedPatchTokenization, Tensor]:
     c, h, w, patch = case
     torch.manual_seed(0)
-    layer = ShiftedPatchTokenization(c, 6, patch).to(dtype)
-    nn.init.normal_(layer.norm.weight, 1, 0.3)
-    nn.init.normal_(layer.norm.bias)
+    layer = ShiftedPatchTokenization(c, 6, patch, **arguments).to(dtype)
+    if layer.config.norm:
+        nn.init.normal_(layer.norm.weight, 1, 0.3)
+        nn.init.normal_(layer.norm.bias)
     nn.init.normal_(layer.proj.bias)
     return layer, torch.randn(2, c, h, w, dtype=dtype) + 0.5
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_spt_equals_the_equation_forward_and_in_every_gradient(case: tuple) -> None:
-    layer, image = layer_and_image(case)
+def assert_equals_the_equation(layer: nn.Module, image: Tensor, oracle: Callable[[Tensor, nn.Module], Tensor]) -> None:
     inputs = [image.requires_grad_(), *layer.parameters()]
-    ours, theirs = layer(image), naive_spt(image, layer)
+    ours, theirs = layer(image), oracle(image, layer)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(ours)
-    for mine, oracle in zip(
+    for mine, expected in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
     ):
-        torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-5 * oracle.abs().max().item() + 1e-6)
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_spt_equals_the_equation_forward_and_in_every_gradient(case: tuple) -> None:
+    assert_equals_the_equation(*layer_and_image(case), naive_spt)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_variant_equals_the_equation_in_every_geometry(config: str, geometry: str) -> None:
+    case, arguments = GEOMETRIES[geometry]
+    assert_equals_the_equation(*layer_and_image(case, config=CONFIGS[config], **arguments), naive_spt)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (5, 7), (1, 1), (2, 3)], ids=str)
+def test_merging_equals_the_equation_with_patches_of_two(config: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = ShiftedPatchMerging(3, 6, CONFIGS[config])
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    channels_first = lambda x, layer: naive_spt(x.permute(0, 3, 1, 2), layer).permute(0, 2, 3, 1)  # noqa: E731
+    image = torch.randn(2, *size, 3)
+    assert layer(image).shape == (2, -(-size[0] // 2), -(-size[1] // 2), 6)
+    assert_equals_the_equation(layer, image, channels_first)
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (3, 5), (4, 4), (7, 7)], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
+def test_a_view_is_shifted_by_a_share_of_the_patch_rounded_down_and_at_least_a_pixel(
+    patch: tuple[int, int], share: float
+) -> None:
+    views = Views(patch, SPTConfig(shift=share))
+    assert views.shift == shifts(patch, "diagonal", share)[-1]
+    assert views.window == (patch[0] + 2 * views.shift[0], patch[1] + 2 * views.shift[1])
+
+
+def test_spt_as_published_has_four_diagonal_views_of_half_a_patch_and_a_norm() -> None:
+    assert SPTConfig() == SPTConfig(directions="diagonal", shift=0.5, norm=True)
+    layer = ShiftedPatchTokenization(3, 6, 4)
+    assert layer.config == SPTConfig()
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "norm.weight": (240,),
+        "norm.bias": (240,),
+        "proj.weight": (6, 240),
+        "proj.bias": (6,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"directions": "up"}, "directions 'up'"), ({"shift": 0.0}, "shift 0.0"), ({"shift": 1.5}, "shift 1.5")],
+    ids=str,
+)
+def test_spt_refuses_variants_that_there_are_not(arguments: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SPTConfig(**arguments)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
@@ -129,14 +201,6 @@ def test_spt_survives_a_state_dict_round_trip() -> None:
     other = ShiftedPatchTokenization(3, 6, 4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(image), layer(image))
-
-
-@pytest.mark.parametrize(
-    "conv", [nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(3, 8, 4, 4, padding=1), nn.Conv2d(4, 8, 2, 2, groups=2)]
-)
-def test_spt_refuses_convolutions_that_cut_no_patches(conv: nn.Conv2d) -> None:
-    with pytest.raises(ValueError, match="cut patches"):
-        ShiftedPatchTokenization.from_conv(conv)
 
 
 def test_spt_compiles_to_one_graph_with_the_same_output() -> None:

@@ -1,0 +1,209 @@
+"""Every supported class and feature of timm's under both plugins: what patching changes, keeps and gives back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import smallvit
+from smallvit.plugins import Locality, UnsupportedModelError, set_openness
+from smallvit.plugins.patching import patched_layers, why_not
+from smallvit.plugins.spt_timm import CONVOLUTIONS, MERGINGS
+
+from .zoo import ZOO, build, images
+
+STEM = "it has no embedding or merging of patches that SPT knows"
+NO_ATTENTION = "it has no layer that attends by a softmax over tokens"
+UNSUPPORTED = {
+    "spt": {
+        **dict.fromkeys(("caformer", "coatnet", "davit", "efficientformer", "efficientformer v2"), STEM),
+        **dict.fromkeys(("efficientvit msra", "fastvit", "gcvit", "levit", "levit conv", "maxvit", "nextvit"), STEM),
+        **dict.fromkeys(("shvit", "tiny vit", "botnet", "mobilevit", "xcit", "resnet"), STEM),
+        **dict.fromkeys(("lowformer", "cpubone", "cpubone, transposed", "gemma4"), STEM),
+        "naflexvit": "NaFlexEmbeds (it takes images that are cut into patches already)",
+        "tnt": "PixelEmbed (it cuts patches of a convolution's output, pixel by pixel)",
+        "vitamin": "Identity (it takes the features of its backbone as they are)",
+    },
+    "lsa": {
+        "coat": "FactorAttnConvRelPosEnc (its softmax is over positions for each channel, not between tokens)",
+        "mixer": NO_ATTENTION,
+        "resnet": NO_ATTENTION,
+        "pvt v2 linear": "Attention (its keys are pooled)",
+        "xcit": "XCA (it attends among channels, not tokens), ClassAttn (it has one query, the class token)",
+    },
+}
+CASES = [(name, plugin) for name in ZOO for plugin in UNSUPPORTED if name not in UNSUPPORTED[plugin]]
+LSA = [name for name, plugin in CASES if plugin == "lsa"]
+ALONE = {
+    "swin to one token": "layers.2.blocks.0.attn.temperature",
+    "efficientvit msra": "stages.2.blocks.0.mixer.m.attn.temperature",
+    "levit": "stages.2.blocks.0.attn.temperature",
+    "levit conv": "stages.2.blocks.0.attn.temperature",
+}
+"""Temperatures that do not matter, since the layer sees one token."""
+
+every_case = pytest.mark.parametrize(("name", "plugin"), CASES, ids=[f"{name}-{plugin}" for name, plugin in CASES])
+
+
+def patched(name: str, plugin: str, init: str = "paper", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return smallvit.patch(build(name, seed), **{plugin: True}, init=init)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, name: str) -> Tensor:
+    return model(images(name))
+
+
+@cache
+def plain_logits(name: str) -> Tensor:
+    return logits(build(name), name)
+
+
+@cache
+def patched_logits(name: str, plugin: str, init: str = "paper") -> Tensor:
+    return logits(patched(name, plugin, init), name)
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+def gradients(model: nn.Module, name: str) -> dict[str, Tensor]:
+    model(images(name)).square().sum().backward()
+    return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@cache
+def plain_names(name: str) -> tuple[set[str], set[str]]:
+    """Parameters of the plain model, and those that a gradient reaches."""
+    model = build(name)
+    return {key for key, _ in model.named_parameters()}, set(gradients(model, name))
+
+
+def changed_classes(plugin: str) -> Iterator[type[nn.Module]]:
+    """The classes of timm's that patching the zoo really changed."""
+    for name, key in CASES:
+        if key != plugin:
+            continue
+        plain, model = build(name), patched(name, plugin)
+        for _, layer, _ in patched_layers(model):
+            within = plain.get_submodule(layer.rpartition(".")[0])
+            yield from (type(plain.get_submodule(layer)), type(within))
+
+
+def test_the_zoo_has_every_attention_class_that_has_an_adapter() -> None:
+    assert Locality.adapters.keys() <= set(changed_classes("lsa"))
+
+
+def test_the_zoo_has_every_embedding_and_merging_that_can_be_shifted() -> None:
+    assert CONVOLUTIONS.keys() | MERGINGS.keys() <= set(changed_classes("spt"))
+
+
+@pytest.mark.parametrize("plugin", UNSUPPORTED)
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_is_refused_only_where_it_must_be_and_told_why(name: str, plugin: str) -> None:
+    model = build(name)
+    reason = why_not(model, plugin)
+    if name not in UNSUPPORTED[plugin]:
+        assert reason is None
+        return
+    assert UNSUPPORTED[plugin][name] in reason
+    layers, state = dict(model.named_modules()), list(model.state_dict())
+    with pytest.raises(UnsupportedModelError) as caught:
+        smallvit.patch(model, **{plugin: True})
+    assert reason in str(caught.value)
+    assert type(model).__name__ in str(caught.value)
+    assert dict(model.named_modules()) == layers
+    assert list(model.state_dict()) == state
+    assert why_not(model, plugin) == reason
+
+
+@every_case
+def test_patching_changes_the_logits_and_keeps_them_finite(name: str, plugin: str) -> None:
+    before, after = plain_logits(name), patched_logits(name, plugin)
+    assert after.shape == before.shape
+    assert after.isfinite().all()
+    assert (after - before).abs().max() > 1e-4 * before.abs().max()
+
+
+@every_case
+def test_exact_patching_keeps_the_logits(name: str, plugin: str) -> None:
+    assert_near(patched_logits(name, plugin, "exact"), plain_logits(name))
+
+
+@every_case
+@pytest.mark.parametrize("init", ["paper", "exact"])
+def test_gradients_reach_all_that_they_reach_in_the_plain_model_and_all_that_is_new(
+    name: str, plugin: str, init: str
+) -> None:
+    before, reached = plain_names(name)
+    model = patched(name, plugin, init)
+    ours = gradients(model, name)
+    names = {key for key, _ in model.named_parameters()}
+    new = names - before
+    assert reached & names <= ours.keys()
+    assert new <= ours.keys()
+    assert all(gradient.isfinite().all() for gradient in ours.values())
+    assert {key for key in new if not ours[key].any()} == {ALONE.get(name)} & new
+
+
+@every_case
+@pytest.mark.parametrize("init", ["paper", "exact"])
+def test_unpatching_gives_back_the_model_bit_by_bit(name: str, plugin: str, init: str) -> None:
+    plain, model = build(name), patched(name, plugin, init)
+    assert smallvit.unpatch(model) is model
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [(key, type(layer)) for key, layer in model.named_modules()] == [
+        (key, type(layer)) for key, layer in plain.named_modules()
+    ]
+    assert torch.equal(logits(model, name), plain_logits(name))
+
+
+@every_case
+@pytest.mark.parametrize("init", ["paper", "exact"])
+def test_patching_twice_changes_nothing(name: str, plugin: str, init: str) -> None:
+    model = patched(name, plugin, init)
+    layers, classes = dict(model.named_modules()), [type(layer) for layer in model.modules()]
+    state = list(model.state_dict())
+    for again in ("paper", "exact"):
+        smallvit.patch(model, **{plugin: True}, init=again)
+        assert dict(model.named_modules()) == layers
+        assert [type(layer) for layer in model.modules()] == classes
+        assert list(model.state_dict()) == state
+    assert torch.equal(logits(model, name), patched_logits(name, plugin, init))
+
+
+@every_case
+@pytest.mark.parametrize("init", ["paper", "exact"])
+def test_patched_models_survive_pickle_copy_and_state_dict(name: str, plugin: str, init: str) -> None:
+    model, expected = patched(name, plugin, init), patched_logits(name, plugin, init)
+    twin = copy.deepcopy(pickle.loads(pickle.dumps(model)))
+    assert torch.equal(logits(twin, name), expected)
+    assert torch.equal(logits(smallvit.unpatch(twin), name), plain_logits(name))
+    other = patched(name, plugin, init, seed=1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, name), expected)
+
+
+@pytest.mark.parametrize("name", LSA)
+def test_closing_the_diagonal_leads_from_the_plain_model_to_lsa(name: str) -> None:
+    model = patched(name, "lsa", "exact")
+    outputs = {}
+    for openness in (1.0, 0.999, 0.5, 0.4995, 1e-30, 0.0):
+        set_openness(model, openness)
+        outputs[openness] = logits(model, name)
+    assert_near(outputs[1.0], plain_logits(name))
+    assert_near(outputs[0.0], patched_logits(name, "lsa"))
+    assert_near(outputs[1e-30], outputs[0.0])
+    step = (outputs[1.0] - outputs[0.0]).abs().max().item()
+    assert (outputs[0.999] - outputs[1.0]).abs().max() < 0.1 * step
+    assert (outputs[0.4995] - outputs[0.5]).abs().max() < 0.1 * step
+    assert not torch.allclose(outputs[0.5], outputs[1.0], rtol=0, atol=1e-3 * step)
+    assert not torch.allclose(outputs[0.5], outputs[0.0], rtol=0, atol=1e-3 * step)

@@ -11,16 +11,21 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "smallvit.config",
     "InputError": "smallvit.config",
+    "LSAConfig": "smallvit.plugins",
+    "SPTConfig": "smallvit.plugins",
     "TrainingError": "smallvit.config",
     "create_model": "smallvit.models",
     "describe": "smallvit.plugins",
     "load": "smallvit.checkpoint",
+    "load_base": "smallvit.plugins",
     "patch": "smallvit.plugins",
+    "set_input_size": "smallvit.plugins",
+    "set_openness": "smallvit.plugins",
     "train": "smallvit.engine",
     "unpatch": "smallvit.plugins",
 }
 
-_ROOMS = ("checkpoint", "config", "datasets", "engine", "models", "plugins", "profile", "report")
+_ROOMS = ("checkpoint", "config", "datasets", "engine", "models", "plugins", "profile", "registry", "report")
 
 __all__ = ["__version__", *_HOMES]
 
@@ -31,8 +36,13 @@ if TYPE_CHECKING:
     from smallvit.config import TrainingError as TrainingError
     from smallvit.engine import train as train
     from smallvit.models import create_model as create_model
+    from smallvit.plugins import LSAConfig as LSAConfig
+    from smallvit.plugins import SPTConfig as SPTConfig
     from smallvit.plugins import describe as describe
+    from smallvit.plugins import load_base as load_base
     from smallvit.plugins import patch as patch
+    from smallvit.plugins import set_input_size as set_input_size
+    from smallvit.plugins import set_openness as set_openness
     from smallvit.plugins import unpatch as unpatch
 
 

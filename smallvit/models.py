@@ -1,36 +1,29 @@
 """Architecture names to models: the paper's own, and any of timm's at the size of the images given.
 
-`vit` is the ViT of Lee, Lee, Song 2021 (arXiv:2112.13492): 192 wide, 9 layers, 12 heads, MLP twice the width, no
-bias on q, k, v, a class token, learnt position embeddings, Xavier-normal weights, the same stochastic depth in
-every block. Built from `timm.models.VisionTransformer`.
+`vit`, `cait`, `pit`, `swin` and `t2t` are those of Lee, Lee, Song 2021 (arXiv:2112.13492), from `published`.
+Importing this module also tells timm of them: `timm.create_model("smallvit_vit")` (see `registry`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import timm
-from timm.layers import DropPath
 from timm.models import is_model_in_modules
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from smallvit.config import InputError, first_line, nearest
-from smallvit.plugins import UnsupportedModelError, patch
+from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, patch
+from smallvit.published import PUBLISHED
 
 DROP_PATH = 0.1
 """Stochastic depth of the paper's models, and of timm's transformers here."""
 
-PAPER_VIT = {"embed_dim": 192, "depth": 9, "num_heads": 12, "mlp_ratio": 2.0, "qkv_bias": False}
 TINY_VIT = {"embed_dim": 96, "depth": 6, "num_heads": 6, "mlp_ratio": 2.0, "qkv_bias": False}
 TINY_SIZE = 16
 """Image size in pixels up to which `vit` is the tiny one: the paper's has more weights than such images ask for."""
-
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    "vit": lambda **arguments: _vit(**arguments),
-}
 
 # Arguments by which timm's families take patches of p pixels (timm module: arguments)
 TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -41,8 +34,8 @@ TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "swin_transformer": lambda p: {"patch_size": p, "window_size": 4},
     "swin_transformer_v2": lambda p: {"patch_size": p, "window_size": 4},
 }
-MERGING = ("pit", "swin_transformer", "swin_transformer_v2")
-"""Families that begin with patches of half the size and merge them."""
+MERGING = ("pit", "swin", "swin_transformer", "swin_transformer_v2")
+"""Architectures and families that begin with patches of half the size and merge them."""
 
 
 def create_model(
@@ -55,11 +48,18 @@ def create_model(
     drop_path: float | None = None,
     spt: bool = False,
     lsa: bool = False,
+    plugin_init: Literal["paper", "exact"] = "paper",
+    spt_directions: Literal["diagonal", "cardinal", "all"] = "diagonal",
+    spt_shift: float = 0.5,
+    spt_norm: bool = True,
+    lsa_temperature: Literal["head", "layer", "fixed"] = "head",
+    lsa_mask: bool = True,
 ) -> nn.Module:
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
-    `patch_size` in pixels follows `img_size` unless given (PiT, Swin: the first stage's). `drop_path` is 0.1 for
-    transformers unless given.
+    `patch_size` in pixels follows `img_size` unless given (PiT, Swin: the first stage's; T2T: what its unfolds make).
+    `drop_path` is 0.1 for transformers unless given. The other arguments are those of `ModelConfig`, all plain values,
+    so that a checkpoint can hold them.
 
     Raises:
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
@@ -72,13 +72,12 @@ def create_model(
         "in_chans": in_chans,
         "drop_path": drop_path,
     }
-    if arch in ARCHITECTURES:
-        model = ARCHITECTURES[arch](patch_size=patch_size, **arguments)
-    else:
-        model = _timm_model(arch, patch_size=patch_size, **arguments)
+    model = (_published if arch in PUBLISHED else _timm_model)(arch, patch_size=patch_size, **arguments)
     if spt or lsa:
+        spt_config = SPTConfig(directions=spt_directions, shift=spt_shift, norm=spt_norm)
+        lsa_config = LSAConfig(temperature=lsa_temperature, mask=lsa_mask)
         try:
-            patch(model, spt=spt, lsa=lsa)
+            patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
         except UnsupportedModelError as error:
             raise InputError(f"--arch {arch}: {error}") from None
     return model
@@ -90,11 +89,11 @@ def require_known(arch: str) -> None:
     Raises:
         InputError: it is none; the line names the nearest. Or it names trained weights, which are not loaded here.
     """
-    if arch in ARCHITECTURES:
+    if arch in PUBLISHED:
         return
     base = timm.models.get_arch_name(arch)
     if not timm.is_model(base) or timm.get_pretrained_cfg(base) is None:
-        names = [*ARCHITECTURES, *timm.list_models()]
+        names = [*PUBLISHED, *timm.list_models()]
         raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
     if arch != base:
         raise InputError(f"--arch {arch} names trained weights, but training starts from scratch; use {base}")
@@ -107,8 +106,8 @@ def patch_for(arch: str, img_size: int) -> int | None:
     of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
     images of up to 16 px it is 2, and 1 below 8 px. PiT and Swin take half of it, and their own where it is 16.
     """
-    family = _family(arch)
-    if arch not in ARCHITECTURES and family is None:
+    family = arch if arch in PUBLISHED else _family(arch)
+    if family is None:
         return None
     named = re.search(r"_patch(\d+)", arch)
     if named and family not in MERGING and img_size // int(named[1]) >= 7:
@@ -130,28 +129,13 @@ def describe_choice(arch: str, img_size: int, patch_size: int | None) -> str:
     return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else "")
 
 
-def _vit(img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None) -> nn.Module:
+def _published(
+    arch: str, img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None
+) -> nn.Module:
     _require_multiple(img_size, patch_size)
-    size = TINY_VIT if img_size <= TINY_SIZE else PAPER_VIT
-    model = VisionTransformer(
-        img_size=img_size, patch_size=patch_size, num_classes=num_classes, in_chans=in_chans, **size
-    )
+    smaller = {"size": TINY_VIT} if arch == "vit" and img_size <= TINY_SIZE else {}
     rate = DROP_PATH if drop_path is None else drop_path
-    for block in model.blocks:  # timm's own argument grows the rate from 0 with depth
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-    return initialise_as_published(model)
-
-
-def initialise_as_published(model: nn.Module) -> nn.Module:
-    """The paper's initial values: Xavier-normal linear and convolution weights, N(0, 1) tokens and positions."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.normal_(model.cls_token)
-    nn.init.normal_(model.pos_embed)
-    return model
+    return PUBLISHED[arch](img_size, patch_size, num_classes, in_chans, rate, **smaller)
 
 
 def _timm_model(

@@ -25,13 +25,16 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
     """
     weight = next(model.parameters())
     image = torch.zeros(1, in_chans, img_size, img_size, device=weight.device, dtype=weight.dtype)
-    training = model.training
-    model.eval()
+    training, learnt = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)  # the counter's hooks meet views of parameters, which they cannot follow
     try:
         with FlopCounterMode(display=False) as counter:
             model(image)
     except Exception as error:  # whatever one of a thousand models raises at sizes not foreseen
         reason = first_line(error)
         raise InputError(f"{type(model).__name__} cannot take {img_size}-pixel images: {reason}") from error
-    model.train(training)
+    finally:
+        model.train(training)
+        for parameter in learnt:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2

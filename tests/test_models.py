@@ -120,7 +120,9 @@ def test_a_timm_name_is_timms_own_model_at_its_own_size() -> None:
         ("vit", {"patch_size": 5}, "use 30 or 35"),
         ("vit_tiny_patch16_224", {"img_size": 33}, "use 32 or 36"),
         ("vit", {"patch_size": 64}, "use 64, or a smaller --patch-size"),
-        ("resnet18", {"spt": True}, "--arch resnet18: cannot patch ResNet"),
+        ("resnet18", {"spt": True}, "--arch resnet18: cannot patch this ResNet with shifted patch tokenization"),
+        ("t2t", {"spt": True, "plugin_init": "exact"}, "--arch t2t: tokens.0: TokenTransformer normalises all views"),
+        ("t2t", {"patch_size": 1}, "t2t halves the image step by step; use 2"),
         ("vgg11", {"drop_path": 0.1}, "--arch vgg11 cannot be built"),
     ],
 )

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-oldest lint install clean
 
 install: $(INSTALLED)
 
@@ -18,6 +18,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# The oldest supported timm, put before the installed one
+test-oldest: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target build/timm-oldest timm==1.0.26
+	PYTHONPATH=build/timm-oldest $(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

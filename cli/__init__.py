@@ -10,6 +10,7 @@ from smallvit.config import InputError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",
+    "coverage": "show which of timm's models SPT and LSA can patch",
 }
 
 _VERB_LINES = "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items())
@@ -23,6 +24,7 @@ Vision Transformers that learn from small image sets.
 
   smallvit train --arch vit --spt --lsa               the embedded handwritten digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
+  smallvit coverage 'swin*'                           what SPT and LSA find in timm's models
   smallvit VERB --help                                a verb's options
   smallvit --version
 """

@@ -17,7 +17,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from smallvit.config import Config, InputError, nearest
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad argument is an InputError of one line."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
@@ -28,7 +30,7 @@ def parse_options(argv: list[str], prog: str, description: str) -> dict[str, Any
     Raises:
         InputError: an unknown flag or a value of the wrong type; the nearest valid flag is named.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     for group, group_class in get_type_hints(Config).items():

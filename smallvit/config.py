@@ -46,11 +46,23 @@ class ModelConfig:
     """Which network to train."""
 
     arch: str = "vit"
-    """Architecture: vit (the paper's), or any timm model name."""
+    """Architecture: vit, cait, pit, swin or t2t (the paper's), or any timm model name."""
     spt: bool = False
-    """Shifted patch tokenization in the patch embedding."""
+    """Shifted patch tokenization in the patch embedding and where patches are merged."""
     lsa: bool = False
     """Locality self-attention in every block."""
+    plugin_init: Literal["paper", "exact"] = "paper"
+    """How SPT and LSA begin: paper (as published), or exact (the model computes at first what it would without)."""
+    spt_directions: Literal["diagonal", "cardinal", "all"] = "diagonal"
+    """SPT's views beside the image: four diagonal ones (the paper's), four cardinal ones, or all eight."""
+    spt_shift: float = 0.5
+    """SPT: distance of the views as a share of the patch."""
+    spt_norm: bool = True
+    """SPT: normalise the views together before they are projected."""
+    lsa_temperature: Literal["head", "layer", "fixed"] = "head"
+    """LSA: one learnt temperature per head (the paper's), one per layer, or a fixed one."""
+    lsa_mask: bool = True
+    """LSA: keep tokens from attending to themselves."""
     patch_size: int | None = None
     """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
     drop_path: float | None = None
@@ -61,6 +73,9 @@ class ModelConfig:
             _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1 pixel")
         if self.drop_path is not None:
             _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a probability below 1")
+        _require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
+        if self.lsa_temperature == "fixed" and not self.lsa_mask:
+            raise InputError("--lsa-temperature fixed --no-lsa-mask would leave nothing of LSA: give up one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +150,8 @@ class OptimConfig:
     """Share of the steps during which the learning rate rises from 0 to its peak."""
     smoothing: float = 0.1
     """Label smoothing."""
+    diagonal_until: float = 0.5
+    """With --plugin-init exact: share of the steps over which tokens' attention to themselves fades to none."""
     clip_grad: float | None = None
     """Largest allowed norm of the whole gradient; by default it is not clipped."""
 
@@ -147,6 +164,7 @@ class OptimConfig:
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share from 0 to below 1")
         _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "a share from 0 to below 1")
+        _require(0 <= self.diagonal_until <= 1, "diagonal_until", self.diagonal_until, "a share from 0 to 1")
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from smallvit import checkpoint, hardware, objectives
 from smallvit.config import Config, InputError, TrainingError
 from smallvit.evaluate import evaluate
+from smallvit.optim import openness
+from smallvit.plugins import set_openness
 from smallvit.profile import count_parameters
 from smallvit.progress import TrainingProgress
 from smallvit.report import plot_curves
@@ -144,13 +146,15 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
         TrainingError: a loss is not finite.
     """
     config, model, optimizer = setup.config, setup.model, setup.optimizer
-    steps = len(setup.batches)
+    epochs, steps = config.optim.epochs, len(setup.batches)
     losses, rates = torch.zeros(steps, device=setup.device), []
     started = looked = time.monotonic()
     seen = 0
     model.train()
     for step, (images, targets) in enumerate(setup.batches.epoch(epoch)):
         setup.schedule.step_update(epoch * steps + step + 1)
+        if config.model.plugin_init == "exact":
+            set_openness(model, openness(epoch * steps + step + 1, epochs * steps, config.optim.diagonal_until))
         rates.append(optimizer.param_groups[0]["lr"])
         torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step))
         with hardware.autocast(setup.device, setup.dtype):

@@ -28,3 +28,13 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def openness(step: int, steps: int, until: float) -> float:
+    """How open the diagonal of attention is at a step, counted from 1: from 1 down to 0.
+
+    For models patched with init="exact". A token's own weight falls linearly until the share `until` of the steps;
+    from then on it is none, and attention is the paper's LSA.
+    """
+    closing = until * steps
+    return max(0.0, 1 - (step - 1) / closing) if closing else 0.0

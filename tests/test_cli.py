@@ -39,7 +39,9 @@ def test_these_imports_load_no_torch(statement: str) -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--epochs", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "--epochs", "-1"], ["coverage", "--help"]]
+)
 def test_help_and_bad_flags_load_no_torch(arguments: list[str]) -> None:
     check = (
         "import sys\nfrom smallvit.cli import main\n"
@@ -134,7 +136,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "device": (["train", "--device", "cuda:99"], "this machine has cpu"),
         "device without numbers": (["train", "--device", "meta"], "this machine has cpu"),
         "device name": (["train", "--device", "gpu"], "this machine has cpu"),
-        "plugin": (["train", "--arch", "resnet18", "--spt"], "cannot patch ResNet"),
+        "plugin": (["train", "--arch", "resnet18", "--spt"], "cannot patch this ResNet"),
         "size for the model": (["train", "--arch", "convnext_atto"], "8-pixel images"),
     }
 
@@ -209,3 +211,24 @@ def test_output_that_cannot_be_written_later_exits_with_one(smallvit: Command, m
     assert code == 1
     assert "No space left on device" in err
     assert not Path("run").exists()
+
+
+def test_coverage_tells_what_is_patched_and_why_not(smallvit: Command) -> None:
+    code, out, _ = smallvit("coverage", "cait_xxs*")
+    assert code == 0
+    assert "cait_xxs24_224" in out
+    assert "spt yes (1 layers); lsa yes (26 layers)" in out
+    code, out, _ = smallvit("coverage", "mobilevitv2_050", "--totals")
+    assert out.count("mobilevit ") == 1
+    code, out, _ = smallvit("coverage", "mobilevitv2_050")
+    assert "lsa no: it has no layer that attends by a softmax over tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["resnet18"], "no model of timm's fits 'resnet18'"), (["--nonsense"], "unrecognized arguments: --nonsense")],
+)
+def test_coverage_refuses_what_it_does_not_know(smallvit: Command, arguments: list[str], message: str) -> None:
+    code, out, err = smallvit("coverage", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err

@@ -17,7 +17,7 @@ import torch
 import smallvit
 from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware
 from smallvit.datasets.loaders import evaluation_batches
-from smallvit.optim import create_optimizer, create_schedule
+from smallvit.optim import create_optimizer, create_schedule, openness
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run, open_run
 
@@ -76,6 +76,34 @@ def test_training_again_gives_the_same_bytes(finished: engine.Result, tmp_path: 
 
 def test_another_seed_gives_other_weights(finished: engine.Result, tmp_path: Path) -> None:
     assert weights(train(tmp_path / "other", seed=1).folder) != weights(finished.folder)
+
+
+def openness_at_the_end(folder: Path) -> set[float]:
+    tensors, _ = checkpoint.load_weights(folder / Run.LAST)
+    return {value.item() for name, value in tensors.items() if name.endswith("openness")}
+
+
+def test_exact_plugins_fade_self_attention_by_the_share_of_steps_given(tmp_path: Path) -> None:
+    exact = {"plugin_init": "exact", "epochs": 2}
+    assert openness_at_the_end(train(tmp_path / "half", **exact).folder) == {0.0}
+    steps = 2 * math.ceil(len(datasets.load(Config().data).train) / 256)
+    (last,) = openness_at_the_end(train(tmp_path / "whole", **exact, diagonal_until=1.0).folder)
+    assert last == pytest.approx(1 / steps)
+    assert openness_at_the_end(train(tmp_path / "paper", epochs=1).folder) == set()
+
+
+def test_the_openness_falls_linearly_and_stays_closed() -> None:
+    assert [openness(step, 8, 0.5) for step in range(1, 9)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert [openness(step, 3, 0.0) for step in range(1, 4)] == [0.0] * 3
+    assert [openness(step, 2, 1.0) for step in range(1, 3)] == [1.0, 0.5]
+
+
+def test_the_ablations_of_the_paper_reach_the_model(tmp_path: Path) -> None:
+    options = {"spt_directions": "all", "spt_shift": 0.25, "spt_norm": False, "lsa_temperature": "layer"}
+    model = train(tmp_path / "run", epochs=1, lsa_mask=False, **options).load()
+    assert model.patch_embed.proj.config == smallvit.SPTConfig(directions="all", shift=0.25, norm=False)
+    assert model.blocks[0].attn.temperature.shape == (1,)
+    assert not model.blocks[0].attn.masked
 
 
 @pytest.mark.parametrize("calls", [1, 3, 6])

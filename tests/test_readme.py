@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from smallvit.cli.options import parse_options
 from smallvit.config import Config
@@ -26,6 +28,18 @@ def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     namespace: dict = {}
     exec(compile(snippet.replace("epochs=100", "epochs=1"), "README.md", "exec"), namespace)
     assert namespace["model"] is not None
+
+
+def test_the_fine_tuning_example_learns_and_gives_timms_model_back() -> None:
+    torch.manual_seed(0)
+    (snippet,) = (snippet for snippet in SNIPPETS if "set_openness" in snippet)
+    namespace: dict = {}
+    exec(compile(snippet, "README.md", "exec"), namespace)
+    model = namespace["model"]
+    plain = timm.create_model("deit_tiny_patch16_224", **namespace["small"])
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert namespace["loss"].item() < 1  # 2.3 is guessing
 
 
 @pytest.mark.parametrize("command", COMMANDS)

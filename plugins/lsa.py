@@ -130,7 +130,7 @@ class Locality:
     def adopt(cls, layer: nn.Module, config: LSAConfig, gradual: bool) -> None:
         """Turn a layer of the timm class into this one, in place; its weights and hooks stay.
 
-        `gradual` leaves the diagonal open for `close_diagonal` to close.
+        `gradual` leaves the diagonal open for `set_openness` to close.
         """
         constant = vars(layer).get("scale", 1.0)
         layer.__class__ = cls
@@ -195,6 +195,20 @@ class Locality:
         """The bias for scores of n queries and m keys; none where queries are not the keys, or alone."""
         return diagonal_bias(n, like, self.openness) if self.masked and n == m else None
 
+    def scaled_qkv(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "three b h n d"]:
+        """Queries, keys and values by the layer `qkv`, the queries multiplied by the temperature.
+
+        It is multiplied into q's rows of the weight matrix, which is exact and costs next to nothing.
+        """
+        width = self.qkv.out_features // 3
+        factor = self.qkv.weight.new_ones(self.num_heads) * (
+            self.scale if self.temperature is None else self.temperature
+        )
+        factor = F.pad(factor.repeat_interleave(width // self.num_heads), (0, 2 * width), value=1.0)
+        bias = None if self.qkv.bias is None else self.qkv.bias * factor
+        qkv = F.linear(x, self.qkv.weight * factor[:, None], bias)
+        return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+
     def attend(
         self,
         q: Tensor,
@@ -244,9 +258,6 @@ class LocalitySelfAttention(Locality, Attention):
 
     Tokens (b, n, dim) in, (b, n, dim) out. Beside `qkv` and `proj` it holds `temperature`, of shape (num_heads,).
 
-    The temperature is multiplied into q's rows of the weight matrix, which is exact and costs next to nothing,
-    unless a norm stands between them.
-
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
     """
@@ -269,11 +280,10 @@ class LocalitySelfAttention(Locality, Attention):
     def forward(
         self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n c"]:
-        if self.temperature is None or type(self.qkv) is not nn.Linear or type(self.q_norm) is not nn.Identity:
+        if type(self.qkv) is not nn.Linear or type(self.q_norm) is not nn.Identity:
             return super().forward(x, attn_mask, is_causal)
-        n, h = x.shape[1], self.num_heads
-        qkv = F.linear(x, *folded(self.qkv, self.temperature, h))
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=h)
+        q, k, v = self.scaled_qkv(x)
+        n = x.shape[1]
         bias = self.diagonal(n, n, q)
         if is_causal:
             attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril_()
@@ -293,14 +303,6 @@ def keep_alone(
     if bias is None or alone is None:
         return bias
     return torch.where(torch.diag_embed(alone), 0.0, bias)[:, None]
-
-
-def folded(qkv: nn.Linear, temperature: Float[Tensor, " h"], heads: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer for q, k and v whose q are multiplied by a temperature per head (or one for all)."""
-    width = qkv.out_features // 3
-    factor = temperature.expand(heads).repeat_interleave(width // heads)
-    factor = torch.cat([factor, factor.new_ones(2 * width)])
-    return qkv.weight * factor[:, None], None if qkv.bias is None else qkv.bias * factor
 
 
 def in_compute_dtype(tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from timm import layers
@@ -53,8 +52,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from smallvit.plugins.attend import attend
-from smallvit.plugins.lsa import HiddenDiagonal, Locality, folded, keep_alone
+from smallvit.plugins.attend import attend, attend_talking
+from smallvit.plugins.lsa import HiddenDiagonal, Locality, keep_alone
 
 CLASS_ATTENTION = "it has one query, the class token"
 FORBIDDEN = -100.0
@@ -82,6 +81,18 @@ class LocalRelPos(Locality, vision_transformer_relpos.RelPosAttention):
 
 class LocalTalkingHeads(Locality, cait.TalkingHeadAttn):
     """CaiT: the diagonal is hidden after the heads are mixed, so the mix meets no infinity."""
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return talking_heads(self, x)
+
+
+def talking_heads(layer: Locality, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    """CaiT's attention, patched: the diagonal joins the mix of the heads."""
+    q, k, v = layer.scaled_qkv(x)
+    bias = layer.diagonal(x.shape[1], x.shape[1], q)
+    dropout = layer.attn_drop.p if layer.training else 0.0
+    y = attend_talking(q, k, v, layer.proj_l, layer.proj_w, bias, dropout)
+    return layer.proj_drop(layer.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 
 class LocalConViT(Locality, convit.MHSA):
@@ -289,16 +300,9 @@ class LocalClassAttention(Locality, cait.ClassAttn):
 class LocalSwin(Locality, swin_transformer.WindowAttention):
     """Swin: the diagonal joins relative positions and the shift's mask in one bias of an image's windows."""
 
-    fusable = False  # the call would hand over positions and mask as one bias
-
     def forward(self, x: Float[Tensor, "b n c"], mask: Float[Tensor, "w n n"] | None = None) -> Float[Tensor, "b n c"]:
-        if self.temperature is None or type(self.qkv) is not nn.Linear:
-            with HiddenDiagonal(self, without_neighbours(mask)):
-                return super(Locality, self).forward(x, mask)
-        n, h = x.shape[1], self.num_heads
-        qkv = F.linear(x, *folded(self.qkv, self.temperature, h))
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=h)
-        bias = self._get_rel_pos_bias()
+        q, k, v = self.scaled_qkv(x)
+        n, bias = x.shape[1], self._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask[:, None]
         if (hidden := keep_alone(self.diagonal(n, n, q), without_neighbours(mask))) is not None:

@@ -11,6 +11,9 @@ pixel weighted by how often it occurs, and projected by one matrix product, whos
 their places, with LayerNorm's gain and bias folded in. The result is the equation's, and low contrast costs no
 precision: what reaches the product, in bf16 too, is already normalised. Without the norm it is one convolution.
 
+Feature maps (`features`) have many channels, and means that are small beside their contrast. There the windows are
+never cut: with weights W, mean μ and deviation σ of a window, y = (conv(x, Wγ) − μ ΣWγ) / σ + Wβ + b, one convolution.
+
 Differs from the official code: a shift is at least one pixel, so that patches of size 1 see their neighbours
 (half of 1, rounded down, would be five identical copies); and features are ordered view, channel, row, column.
 
@@ -95,14 +98,24 @@ class Views:
 
         With `centre` the first is the image's own; without, there are only the shifted views'.
         """
-        (p, q), (y, z) = kernels.shape[-2:], self.window
+        (p, q), (y, z) = self.patch_size, self.window
+        views = kernels.unbind(dim=1)
+        if centre and self.fills_window:
+            *_, left_up, right_up, left_down, right_down = views
+            shifted = torch.cat([torch.cat([left_up, right_up], 3), torch.cat([left_down, right_down], 3)], 2)
+            (s, t) = self.shift
+            return shifted + F.pad(views[0], (t, t, s, s))
         corners = [self.shift, *self.corners] if centre else self.corners
-        return torch.stack(
-            [
-                F.pad(kernels[:, view], (left, z - q - left, top, y - p - top))
-                for view, (top, left) in enumerate(corners)
-            ]
-        ).sum(dim=0)
+        return sum(
+            F.pad(view, (left, z - q - left, top, y - p - top))
+            for view, (top, left) in zip(views, corners, strict=True)
+        )
+
+    @property
+    def fills_window(self) -> bool:
+        """Whether the shifted views lie side by side and fill the window: half a patch, diagonally."""
+        (p, q), (s, t) = self.patch_size, self.shift
+        return self.config.directions == "diagonal" and (p, q) == (2 * s, 2 * t)
 
 
 class ShiftedPatchTokenization(nn.Module):
@@ -110,7 +123,8 @@ class ShiftedPatchTokenization(nn.Module):
 
     `in_chans` c, `dim` e, `patch_size` p or (p, q) in pixels. Patches lie side by side unless `stride` says else;
     `padding` adds zeros around the image. Pixels that fill no whole patch at the right and bottom make no token of
-    their own, as with a convolution, unless `ceil_mode` has them padded.
+    their own, as with a convolution, unless `ceil_mode` has them padded. `features`: the input is no image but
+    a feature map.
 
     Source: arXiv:2112.13492, §3.2.
     """
@@ -124,13 +138,14 @@ class ShiftedPatchTokenization(nn.Module):
         stride: int | tuple[int, int] | None = None,
         padding: int | tuple[int, int] = 0,
         ceil_mode: bool = False,
+        features: bool = False,
         config: SPTConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = config or SPTConfig()
         self.patch_size = p, q = _pair(patch_size)
         self.stride = _pair(patch_size if stride is None else stride)
-        self.padding, self.ceil_mode = _pair(padding), ceil_mode
+        self.padding, self.ceil_mode, self.features = _pair(padding), ceil_mode, features
         self.in_channels, self.out_channels = in_chans, dim
         values = self.views.count * in_chans * p * q
         self.norm = nn.LayerNorm(values) if self.config.norm else nn.Identity()
@@ -154,38 +169,61 @@ class ShiftedPatchTokenization(nn.Module):
         if not self.config.norm:
             return F.conv2d(x, self.views.fold(self._kernels(self.proj.weight)), self.proj.bias, self.stride)
         with torch.autocast(x.device.type, enabled=False):
-            normal = self._normalised_windows(x.float())
-            weight, bias = self._folded()
+            kernels, bias = self._folded()
+            share = self.views.fold(self._kernels(kernels.new_ones(1, self.proj.in_features))) / self.proj.in_features
+            if self.features:
+                mean, deviation = self._statistics(at_least_fp32(x), share[:, :1])
+            else:
+                normal = self._normalised_windows(at_least_fp32(x), share.flatten())
         dtype = self.proj.weight.dtype
-        tokens = F.linear(normal.to(dtype), weight.to(dtype), bias.to(dtype))
+        if self.features:
+            product = F.conv2d(x.to(dtype), kernels.to(dtype), stride=self.stride)
+            tokens = (product - mean * kernels.sum(dim=(1, 2, 3))[:, None, None]) / deviation + bias[:, None, None]
+            return tokens.to(product.dtype)
+        tokens = F.linear(normal.to(dtype), kernels.flatten(1).to(dtype), bias.to(dtype))
         return rearrange(tokens, "b i j e -> b e i j")
 
     def _padded(self, x: Float[Tensor, "b c h w"]) -> Tensor:
         """The image with zeros where windows reach beyond it."""
-        right, bottom = (-x.shape[3] % self.stride[1], -x.shape[2] % self.stride[0]) if self.ceil_mode else (0, 0)
-        s, t = self.views.shift[0] + self.padding[0], self.views.shift[1] + self.padding[1]
+        (s, t), (y, z), (p, q) = self.views.shift, self.padding, self.patch_size
+        bottom = (p - 2 * y - x.shape[2]) % self.stride[0] if self.ceil_mode else 0
+        right = (q - 2 * z - x.shape[3]) % self.stride[1] if self.ceil_mode else 0
+        s, t = s + y, t + z
         return F.pad(x, (t, t + right, s, s + bottom))
 
     def _kernels(self, weight: Tensor) -> Float[Tensor, "e v c p q"]:
         p, q = self.patch_size
         return rearrange(weight, "e (v c p q) -> e v c p q", c=self.in_channels, p=p, q=q)
 
-    def _normalised_windows(self, x: Tensor) -> Float[Tensor, "b i j cyx"]:
-        """What each token sees, with the mean and variance of its views removed."""
+    def _normalised_windows(self, x: Tensor, share: Float[Tensor, " cyz"]) -> Float[Tensor, "b i j cyz"]:
+        """What each token sees, with the mean and variance of its views removed.
+
+        `share` is how much of the views each pixel of a window makes up.
+        """
         y, z = self.views.window
         windows = x.unfold(2, y, self.stride[0]).unfold(3, z, self.stride[1])
         windows = rearrange(windows, "b c i j y z -> b i j (c y z)")
-        ones = self._kernels(x.new_ones(1, self.proj.in_features))
-        share = self.views.fold(ones).flatten() / self.proj.in_features  # of each pixel in the views
         centred = windows - (windows * share).sum(dim=-1, keepdim=True)
         variance = (centred.square() * share).sum(dim=-1, keepdim=True)
         return centred * (variance + self.norm.eps).rsqrt()
 
-    def _folded(self) -> tuple[Float[Tensor, "e cyx"], Float[Tensor, " e"]]:
+    def _statistics(self, x: Tensor, share: Float[Tensor, "1 1 y z"]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (b, 1, i, j) of what each token sees; `share` is the same for all channels."""
+        mean = F.conv2d(x.sum(dim=1, keepdim=True), share, stride=self.stride)
+        square = F.conv2d(x.square().sum(dim=1, keepdim=True), share, stride=self.stride)
+        return mean, ((square - mean.square()).clamp(min=0) + self.norm.eps).sqrt()
+
+    def _folded(self) -> tuple[Float[Tensor, "e c y z"], Float[Tensor, " e"]]:
         """Projection of a normalised window: the views' weights added up, LayerNorm's gain and bias within."""
-        weight = self.proj.weight.float()
-        folded = self.views.fold(self._kernels(weight * self.norm.weight.float())).flatten(1)
-        return folded, self.proj.bias.float() + weight @ self.norm.bias.float()
+        weight, gain, bias, offset = map(
+            at_least_fp32, (self.proj.weight, self.norm.weight, self.proj.bias, self.norm.bias)
+        )
+        return self.views.fold(self._kernels(weight * gain)), bias + weight @ offset
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ShiftedPatchMerging(ShiftedPatchTokenization):
@@ -195,7 +233,7 @@ class ShiftedPatchMerging(ShiftedPatchTokenization):
     """
 
     def __init__(self, in_chans: int, dim: int, config: SPTConfig | None = None) -> None:
-        super().__init__(in_chans, dim, 2, ceil_mode=True, config=config)
+        super().__init__(in_chans, dim, 2, ceil_mode=True, features=True, config=config)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j e"]:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

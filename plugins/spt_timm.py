@@ -124,7 +124,9 @@ def _convolution(module: nn.Module) -> tuple[str, str | None] | None:
 def _tokenization(conv: nn.Conv2d, config: SPTConfig) -> ShiftedPatchTokenization:
     """SPT of a convolution's channels and patches; of patches of 2 where it pools."""
     if _is_pooling(conv):
-        return ShiftedPatchTokenization(conv.in_channels, conv.out_channels, 2, ceil_mode=True, config=config)
+        return ShiftedPatchTokenization(
+            conv.in_channels, conv.out_channels, 2, ceil_mode=True, features=True, config=config
+        )
     return ShiftedPatchTokenization(
         conv.in_channels,
         conv.out_channels,

@@ -32,7 +32,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smallvit.config import InputError
+from smallvit.plugins.attend import attend_talking
 from smallvit.plugins.lsa import Locality
+from smallvit.plugins.lsa_timm import talking_heads
 from smallvit.t2t import T2TViT
 
 VIT = {"embed_dim": 192, "depth": 9, "num_heads": 12, "mlp_ratio": 2.0, "qkv_bias": False}
@@ -84,6 +86,9 @@ class ClassTalkingHeads(ClassAttn):
 class LocalTalkingHeads(Locality, TalkingHeads):
     """Among patches, patched."""
 
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return talking_heads(self, x)
+
 
 class LocalClassTalkingHeads(Locality, ClassTalkingHeads):
     """Of the class token, patched: a temperature, as in the official code; there is no diagonal."""
@@ -103,12 +108,10 @@ def talk(
     k: Float[Tensor, "b h m d"],
     v: Float[Tensor, "b h m d"],
 ) -> Float[Tensor, "b n hd"]:
-    """Attention whose heads are mixed before the softmax and after it (arXiv:2003.02436), heads side by side."""
-    scores = (q * layer.scale) @ k.transpose(-2, -1)
-    scores = layer.proj_l(scores.movedim(1, -1)).movedim(-1, 1)
-    weights = scores.softmax(dim=-1)
-    weights = layer.proj_w(weights.movedim(1, -1)).movedim(-1, 1)
-    return rearrange(layer.attn_drop(weights) @ v, "b h n d -> b n (h d)")
+    """Attention with mixed heads, the heads side by side."""
+    dropout = layer.attn_drop.p if layer.training else 0.0
+    y = attend_talking(q * layer.scale, k, v, layer.proj_l, layer.proj_w, dropout=dropout)
+    return rearrange(y, "b h n d -> b n (h d)")
 
 
 class PointwisePooling(Pooling):

@@ -8,9 +8,9 @@ Only leaf modules change: attention layers, patch embeddings, poolings and mergi
 parameter names and everything else of timm stay as they are.
 """
 
-from smallvit.plugins.attend import set_fused_attention
 from smallvit.plugins.describe import Change, Description, describe
-from smallvit.plugins.lsa import Locality, LocalitySelfAttention, LSAConfig, locality_attention, set_openness
+from smallvit.plugins.locality import Locality, LocalitySelfAttention, set_fused_attention, set_openness
+from smallvit.plugins.lsa import LSAConfig, locality_attention
 from smallvit.plugins.patching import UnsupportedModelError, patch, unpatch
 from smallvit.plugins.resize import set_input_size
 from smallvit.plugins.spt import ShiftedPatchTokenization, SPTConfig

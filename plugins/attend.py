@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+HALF = (torch.bfloat16, torch.float16)
 SHORT_ROW = 32
 """Keys that fill a vector of half-precision numbers on the widest CPUs."""
 
 
 def prefers_fused(device_type: str, dtype: torch.dtype, learnt_bias: bool = False) -> bool:
     """Whether `F.scaled_dot_product_attention` is the fast path for tensors of this device and dtype."""
-    return device_type != "cpu" or not (learnt_bias or dtype in (torch.bfloat16, torch.float16))
+    return device_type != "cpu" or not (learnt_bias or dtype in HALF)
 
 
 def attend(
@@ -67,6 +68,8 @@ def attend_talking(
 
 def mix_heads(mix: nn.Linear, maps: Float[Tensor, "b h n m"], bias: Tensor | None = None) -> Float[Tensor, "b h n m"]:
     """A linear layer over the heads, plus a bias (n, m): a batched product, faster than moving the heads' axis."""
+    if not is_plain(mix):
+        return add_bias(mix(maps.movedim(1, -1)).movedim(-1, 1), bias)
     offset = maps.new_zeros(1, 1) if mix.bias is None else mix.bias[:, None]
     if bias is not None:
         offset = offset + bias.flatten()
@@ -76,7 +79,7 @@ def mix_heads(mix: nn.Linear, maps: Float[Tensor, "b h n m"], bias: Tensor | Non
 
 def softmax(scores: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b n m"]:
     """Softmax over the keys. Short rows in half precision take the way over fp32, several times faster on CPUs."""
-    if scores.device.type == "cpu" and scores.shape[-1] < SHORT_ROW and scores.dtype != torch.float32:
+    if scores.device.type == "cpu" and scores.shape[-1] < SHORT_ROW and scores.dtype in HALF:
         return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
     return scores.softmax(dim=-1)
 
@@ -95,12 +98,6 @@ def is_windowed(scores: Tensor, bias: Tensor | None) -> bool:
     return bias is not None and bias.ndim == 4 and 1 < bias.shape[0] < scores.shape[0]
 
 
-def set_fused_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Put timm's own attention layers on the same path, so that plain and patched models compare fairly.
-
-    `dtype` is what the matrix products run in: bfloat16 under bf16 autocast. Layers with a learnt bias on their
-    scores (Swin, BEiT, relative positions) are left as timm sets them.
-    """
-    for module in model.modules():
-        if hasattr(module, "fused_attn") and not hasattr(module, "relative_position_bias_table"):
-            module.fused_attn = prefers_fused(device_type, dtype)
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one that nothing adapts or watches, so that its weights may be used directly."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from smallvit.plugins.lsa import Locality
+from smallvit.plugins.locality import Locality
 from smallvit.plugins.patching import TITLES, original, patched_layers
 from smallvit.plugins.spt import Views
 from smallvit.plugins.spt_exact import ShiftedViews

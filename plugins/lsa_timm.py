@@ -53,7 +53,8 @@ from timm.models import (
 from torch import Tensor, nn
 
 from smallvit.plugins.attend import attend, attend_talking
-from smallvit.plugins.lsa import HiddenDiagonal, Locality, keep_alone
+from smallvit.plugins.locality import Locality
+from smallvit.plugins.lsa import keep_alone
 
 CLASS_ATTENTION = "it has one query, the class token"
 FORBIDDEN = -100.0
@@ -252,10 +253,6 @@ class LocalMViT(Locality, mvitv2.MultiScaleAttention):
 class LocalNextViT(Locality, nextvit.EfficientAttention):
     """NextViT's last stage."""
 
-    @property
-    def score_heads(self) -> int:
-        return self.num_heads
-
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
         return "its keys are pooled" if layer.sr is not None else None
@@ -317,8 +314,7 @@ class LocalSwinV2(Locality, swin_transformer_v2.WindowAttention):
     learns_its_scale = True
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Float[Tensor, "w n n"] | None = None) -> Float[Tensor, "b n c"]:
-        with HiddenDiagonal(self, without_neighbours(mask)):
-            return super(Locality, self).forward(x, mask)
+        return self.hide(without_neighbours(mask), x, mask)
 
 
 class LocalSwinV2Cr(Locality, swin_transformer_v2_cr.WindowMultiHeadAttention):
@@ -327,8 +323,7 @@ class LocalSwinV2Cr(Locality, swin_transformer_v2_cr.WindowMultiHeadAttention):
     learns_its_scale = True
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Float[Tensor, "w n n"] | None = None) -> Float[Tensor, "b n c"]:
-        with HiddenDiagonal(self, without_neighbours(mask)):
-            return super(Locality, self).forward(x, mask)
+        return self.hide(without_neighbours(mask), x, mask)
 
 
 def without_neighbours(mask: Float[Tensor, "w n n"] | None) -> Bool[Tensor, "w n"] | None:

@@ -1,8 +1,8 @@
 """Putting the plugins into a model and taking them out again.
 
 Attention layers change their class in place. Where SPT keeps trained weights, so do convolutions and mergings; as
-published, it is a new layer in their place, and what stood there waits in its attribute `original`, unregistered:
-absent from `parameters()` and `state_dict()`, present in copies and pickles.
+published, it is a new layer in their place, and what stood there waits in an attribute of it, unregistered: absent
+from `parameters()` and `state_dict()`, present in copies and pickles.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from smallvit.plugins import lsa_timm, spt_timm
-from smallvit.plugins.lsa import Locality, LSAConfig
+from smallvit.plugins.locality import Locality
+from smallvit.plugins.lsa import LSAConfig
 from smallvit.plugins.spt import SPTConfig
 from smallvit.plugins.spt_exact import ShiftedViews
 
 TITLES = {"spt": "shifted patch tokenization", "lsa": "locality self-attention"}
+
+
+ORIGINAL = "_smallvit_original"
+"""Attribute of a layer that SPT put into a model: what stood in its place."""
 
 
 class UnsupportedModelError(TypeError):
@@ -62,25 +67,24 @@ def patch(
 
     Raises:
         UnsupportedModelError: the model has no layer that the plugin can take. It is then unchanged.
+        TypeError: a plugin is asked for by something other than a bool or its config.
         ValueError: neither plugin was asked for, or the patterns leave no layer.
     """
     if init not in ("paper", "exact"):
         raise ValueError(f"init {init!r}: expected paper or exact")
-    configs = {"spt": spt, "lsa": lsa}
-    if not any(configs.values()):
+    variants = {"spt": _variant(spt, SPTConfig, "spt"), "lsa": _variant(lsa, LSAConfig, "lsa")}
+    wanted = {plugin: variant for plugin, variant in variants.items() if variant is not None}
+    if not wanted:
         raise ValueError("choose what to patch: spt=True, lsa=True or both")
     patterns = _Patterns(_tuple(include), _tuple(exclude))
-    for plugin, config in configs.items():
-        if config:
-            _chosen(model, plugin, patterns, init)  # or an error, before anything has changed
-    if spt:
-        config = spt if isinstance(spt, SPTConfig) else SPTConfig()
-        for site in _chosen(model, "spt", patterns, init):
-            _tokenize(model, site, config, init)
-    if lsa:
-        config = lsa if isinstance(lsa, LSAConfig) else LSAConfig()
-        for site in _chosen(model, "lsa", patterns, init):
-            Locality.adapters[type(site.layer)].adopt(site.layer, config, gradual=init == "exact")
+    for plugin, variant in wanted.items():
+        _chosen(model, plugin, variant, patterns, init)  # or an error, before anything has changed
+    for plugin, variant in wanted.items():
+        for site in _chosen(model, plugin, variant, patterns, init):
+            if plugin == "spt":
+                _tokenize(model, site, variant, init)
+            else:
+                Locality.adapters[type(site.layer)].adopt(site.layer, variant, gradual=init == "exact")
     return model
 
 
@@ -91,12 +95,17 @@ def unpatch(model: nn.Module) -> nn.Module:
     init="exact" those of embeddings and mergings. Layers that SPT replaced as published come back with their
     weights of that time, since SPT's do not fit into them.
     """
-    like = next(model.parameters())
-    for _, name, layer in list(patched_layers(model)):
+    layers = [layer for _, _, layer in patched_layers(model)]
+    for layer in layers:
+        if (before := original(layer)) is not None and _on_meta(before) and not _on_meta(model):
+            raise ValueError(f"{type(before).__name__} was patched before it had weights: there are none to go back to")
+    for layer in layers:
         if isinstance(layer, Locality | ShiftedViews):
             layer.release()
-        else:
-            model.set_submodule(name, original(layer).to(like.device, like.dtype).train(layer.training))
+            _allow_other_patches(model, layer)
+    for layer in layers:
+        if (before := original(layer)) is not None:
+            _restore(model, layer, before)
     return model
 
 
@@ -112,7 +121,7 @@ def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 def original(layer: nn.Module) -> nn.Module | None:
     """What stood in the place of a layer that SPT put there; None for other layers."""
-    return vars(layer).get("original")
+    return vars(layer).get(ORIGINAL)
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -145,18 +154,36 @@ def why_not(model: nn.Module, plugin: str) -> str | None:
     }[plugin]
 
 
-def _chosen(model: nn.Module, plugin: str, patterns: _Patterns, init: str) -> list[Site]:
+def _variant(wanted: Any, kind: type, plugin: str) -> Any:
+    """The variant of a plugin that is asked for; None where it is not."""
+    if isinstance(wanted, bool):
+        return kind() if wanted else None
+    if not isinstance(wanted, kind):
+        raise TypeError(f"{plugin}={wanted!r}: expected True, False or a {kind.__name__}")
+    return wanted
+
+
+def _chosen(model: nn.Module, plugin: str, variant: Any, patterns: _Patterns, init: str) -> list[Site]:
+    """The layers that a plugin shall take now."""
+    cannot = f"cannot patch this {type(model).__name__} with {TITLES[plugin]}"
     if (reason := why_not(model, plugin)) is not None:
-        raise UnsupportedModelError(f"cannot patch this {type(model).__name__} with {TITLES[plugin]}: {reason}")
+        raise UnsupportedModelError(f"{cannot}: {reason}")
     fit = [site for site in sites(model) if site.plugin == plugin and site.refusal is None]
     chosen = [site for site in fit if patterns.match(site.name)]
     if not chosen and not any(key == plugin and patterns.match(name) for key, name, _ in patched_layers(model)):
         names = ", ".join(site.name for site in fit[:3]) + (", ..." if len(fit) > 3 else "")
         raise ValueError(f"{patterns} leave no layer for {TITLES[plugin]}; there are {names}")
+    if plugin == "lsa":
+        changing = [site for site in chosen if Locality.adapters[type(site.layer)].changes(variant)]
+        if chosen and not changing:
+            raise UnsupportedModelError(f"{cannot}: {variant} leaves nothing of it in these layers")
+        return changing
     for site in chosen:
-        if plugin == "spt" and init == "exact" and spt_timm.with_shifted_views(site.layer) is None:
-            kind = type(site.layer).__name__
+        kind = type(site.layer).__name__
+        if init == "exact" and spt_timm.with_shifted_views(site.layer) is None:
             raise UnsupportedModelError(f"{site.name}: {kind} normalises all views together; use init='paper'")
+        if init == "paper" and site.within is model and site.layer is model:
+            raise UnsupportedModelError(f"{cannot}: it would be replaced; patch the model that it is part of")
     return chosen
 
 
@@ -164,12 +191,43 @@ def _tokenize(model: nn.Module, site: Site, config: SPTConfig, init: str) -> Non
     """Put SPT into one place."""
     if init == "exact":
         spt_timm.with_shifted_views(site.layer).adopt(site.layer, config)
-        return
-    prefix = next(name for name, module in model.named_modules() if module is site.within)
-    for name, new in spt_timm.published(site.layer, site.within, config).items():
-        qualified = ".".join(filter(None, (prefix, name)))
-        object.__setattr__(new, "original", model.get_submodule(qualified))  # beside the registry: no submodule
-        model.set_submodule(qualified, new)
+    else:
+        for name, new in spt_timm.published(site.layer, site.within, config).items():
+            old = site.within.get_submodule(name)
+            object.__setattr__(new, ORIGINAL, old)  # beside the registry: no submodule
+            _replace(model, old, new)
+    if hasattr(site.within, "set_input_size"):
+        object.__setattr__(site.within, "set_input_size", spt_timm.KeepPatchSize(site.within))
+
+
+def _restore(model: nn.Module, layer: nn.Module, before: nn.Module) -> None:
+    """Put back what stood in a layer's place, where and as the layer is now."""
+    parameters = list(layer.parameters())
+    like = next(iter(parameters), next(model.parameters(), None))
+    before.to(like.device, like.dtype).train(layer.training)
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        before.requires_grad_(False)
+    _replace(model, layer, before)
+    _allow_other_patches(model, before)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module into every place where another is."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _allow_other_patches(model: nn.Module, layer: nn.Module) -> None:
+    """Give the embedding that holds a layer its own `set_input_size` back."""
+    for parent in model.modules():
+        if isinstance(vars(parent).get("set_input_size"), spt_timm.KeepPatchSize) and layer in parent.children():
+            del parent.set_input_size
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _is_class_attention(layer: nn.Module) -> bool:

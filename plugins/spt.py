@@ -11,8 +11,10 @@ pixel weighted by how often it occurs, and projected by one matrix product, whos
 their places, with LayerNorm's gain and bias folded in. The result is the equation's, and low contrast costs no
 precision: what reaches the product, in bf16 too, is already normalised. Without the norm it is one convolution.
 
-Feature maps (`features`) have many channels, and means that are small beside their contrast. There the windows are
-never cut: with weights W, mean μ and deviation σ of a window, y = (conv(x, Wγ) − μ ΣWγ) / σ + Wβ + b, one convolution.
+Feature maps (`features`) have many channels, and there the windows are never cut. The mean of a pixel over its
+channels, its level, is taken off first: with the remaining detail d, the level l, and mean μ and deviation σ of a
+window, y = (conv(d, Wγ) + conv(l, ΣWγ) − μ ΣΣWγ) / σ + Wβ + b. Only the convolution of the detail is computed in half
+precision; that of the level has one channel.
 
 Differs from the official code: a shift is at least one pixel, so that patches of size 1 see their neighbours
 (half of 1, rounded down, would be five identical copies); and features are ordered view, channel, row, column.
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -118,6 +121,7 @@ class Views:
         return self.config.directions == "diagonal" and (p, q) == (2 * s, 2 * t)
 
 
+@register_notrace_module
 class ShiftedPatchTokenization(nn.Module):
     """Images (b, c, h, w) to patch tokens (b, e, i, j): a drop-in for a patch embedding's convolution.
 
@@ -141,7 +145,7 @@ class ShiftedPatchTokenization(nn.Module):
         features: bool = False,
         config: SPTConfig | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next class's: a merging is one of timm's too
         self.config = config or SPTConfig()
         self.patch_size = p, q = _pair(patch_size)
         self.stride = _pair(patch_size if stride is None else stride)
@@ -171,15 +175,12 @@ class ShiftedPatchTokenization(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             kernels, bias = self._folded()
             share = self.views.fold(self._kernels(kernels.new_ones(1, self.proj.in_features))) / self.proj.in_features
-            if self.features:
-                mean, deviation = self._statistics(at_least_fp32(x), share[:, :1])
-            else:
-                normal = self._normalised_windows(at_least_fp32(x), share.flatten())
+            x = at_least_fp32(x)
+            if not self.features:
+                normal = self._normalised_windows(x, share.flatten())
         dtype = self.proj.weight.dtype
         if self.features:
-            product = F.conv2d(x.to(dtype), kernels.to(dtype), stride=self.stride)
-            tokens = (product - mean * kernels.sum(dim=(1, 2, 3))[:, None, None]) / deviation + bias[:, None, None]
-            return tokens.to(product.dtype)
+            return self._normalised_maps(x, kernels, bias, share[:, :1] * self.in_channels).to(dtype)
         tokens = F.linear(normal.to(dtype), kernels.flatten(1).to(dtype), bias.to(dtype))
         return rearrange(tokens, "b i j e -> b e i j")
 
@@ -207,11 +208,21 @@ class ShiftedPatchTokenization(nn.Module):
         variance = (centred.square() * share).sum(dim=-1, keepdim=True)
         return centred * (variance + self.norm.eps).rsqrt()
 
-    def _statistics(self, x: Tensor, share: Float[Tensor, "1 1 y z"]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (b, 1, i, j) of what each token sees; `share` is the same for all channels."""
-        mean = F.conv2d(x.sum(dim=1, keepdim=True), share, stride=self.stride)
-        square = F.conv2d(x.square().sum(dim=1, keepdim=True), share, stride=self.stride)
-        return mean, ((square - mean.square()).clamp(min=0) + self.norm.eps).sqrt()
+    def _normalised_maps(
+        self, x: Tensor, kernels: Float[Tensor, "e c y z"], bias: Float[Tensor, " e"], share: Float[Tensor, "1 1 y z"]
+    ) -> Float[Tensor, "b e i j"]:
+        """Tokens of a feature map, without cutting windows; `share` is how much each place of a window makes up."""
+        level = x.mean(dim=1, keepdim=True)
+        detail = x - level
+        product = F.conv2d(detail.to(self.proj.weight.dtype), kernels.to(self.proj.weight.dtype), stride=self.stride)
+        with torch.autocast(x.device.type, enabled=False):
+            level = level - level.mean(dim=(2, 3), keepdim=True)  # any constant will do: this one keeps numbers small
+            square = detail.square().mean(dim=1, keepdim=True) + level.square()
+            mean = F.conv2d(level, share, stride=self.stride)
+            variance = (F.conv2d(square, share, stride=self.stride) - mean.square()).clamp(min=0)
+            levels = F.conv2d(level, kernels.sum(dim=1, keepdim=True), stride=self.stride)
+            centred = product + (levels - mean * kernels.sum(dim=(1, 2, 3))[:, None, None])
+            return centred * (variance + self.norm.eps).rsqrt() + bias[:, None, None]
 
     def _folded(self) -> tuple[Float[Tensor, "e c y z"], Float[Tensor, " e"]]:
         """Projection of a normalised window: the views' weights added up, LayerNorm's gain and bias within."""
@@ -226,6 +237,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@register_notrace_module
 class ShiftedPatchMerging(ShiftedPatchTokenization):
     """Feature maps (b, h, w, c) to (b, ⌈h/2⌉, ⌈w/2⌉, e): SPT with patches of 2 in place of Swin's patch merging.
 

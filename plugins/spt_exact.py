@@ -11,10 +11,13 @@ Axes: as in `spt`; v counts the shifted views alone.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
+from timm.layers import register_notrace_module
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
@@ -26,7 +29,15 @@ class ShiftedViews:
 
     config: SPTConfig
     shifted: nn.Parameter
-    """Weights of the views, (e, v, c, p, q)."""
+    """Weights of the views, (e, v·c, p, q)."""
+    adapted: ClassVar[type[nn.Module]]
+    """The class of timm's, or torch's, that this one adapts."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if len(cls.__bases__) > 1 and issubclass(cls.__bases__[0], ShiftedViews):  # not what others derive from it
+            cls.adapted = cls.__bases__[1]
+            register_notrace_module(cls)
 
     @classmethod
     def adopt(cls, layer: nn.Module, config: SPTConfig) -> None:
@@ -35,17 +46,22 @@ class ShiftedViews:
         layer.__class__ = cls
         layer.config = config
         views, (e, c) = len(layer.views.corners), layer.channels
-        layer.shifted = nn.Parameter(weight.new_zeros(e, views, c, *layer.views.patch_size))
+        layer.shifted = nn.Parameter(weight.new_zeros(e, views * c, *layer.views.patch_size))
 
     def release(self) -> None:
         """Turn back into the layer of timm's, in place, with its weights as they are now."""
         del self.shifted, self.config
-        self.__class__ = type(self).__bases__[1]
+        self.__class__ = self.adapted
 
     @property
     def views(self) -> Views:
         """Where the views lie; patches of 2 unless the layer says else."""
         return Views((2, 2), self.config)
+
+    @property
+    def shifted_kernels(self) -> Float[Tensor, "e v c p q"]:
+        """The weights view by view."""
+        return self.shifted.unflatten(1, (len(self.views.corners), -1))
 
     @property
     def added_parameters(self) -> int:
@@ -66,7 +82,7 @@ class ShiftedConv2d(ShiftedViews, nn.Conv2d):
         return Views(self.kernel_size, self.config)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
-        kernels = torch.cat([self.weight[:, None], self.shifted], dim=1)
+        kernels = torch.cat([self.weight[:, None], self.shifted_kernels], dim=1)
         reach = [pad + shift for pad, shift in zip(self.padding, self.views.shift, strict=True)]
         return F.conv2d(x, self.views.fold(kernels), self.bias, self.stride, reach)
 
@@ -82,7 +98,7 @@ class ShiftedPooling2d(ShiftedViews, nn.Conv2d):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
         s, t = self.views.shift
         around = F.pad(x, (t, t + x.shape[3] % 2, s, s + x.shape[2] % 2))
-        return super().forward(x) + F.conv2d(around, self.views.fold(self.shifted, centre=False), stride=2)
+        return super().forward(x) + F.conv2d(around, self.views.fold(self.shifted_kernels, centre=False), stride=2)
 
 
 class ShiftedMerging(ShiftedViews):
@@ -103,7 +119,7 @@ class ShiftedMerging(ShiftedViews):
 
     def project_shifted(self, patches: Float[Tensor, "b i j v qpc"]) -> Float[Tensor, "b i j e"]:
         """Project the views' patches and add them up."""
-        return F.linear(patches.flatten(3), rearrange(self.shifted, "e v c p q -> e (v q p c)"))
+        return F.linear(patches.flatten(3), rearrange(self.shifted_kernels, "e v c p q -> e (v q p c)"))
 
 
 class ShiftedSwinMerging(ShiftedMerging, swin_transformer.PatchMerging):

@@ -12,9 +12,11 @@ A module of one's own takes part as published if its attribute `cuts_images` is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm import layers
+from timm.layers import to_2tuple
 from timm.models import (
     crossvit,
     hiera,
@@ -72,8 +74,27 @@ REASONS: dict[type[nn.Module], str] = {
 """Why other embeddings of timm's cannot be replaced."""
 
 
+class ShiftedSwinV2PatchMerging(ShiftedPatchMerging, swin_transformer_v2.PatchMerging):
+    """As published, and one of timm's mergings, which Swin V2 asks for when its image size changes."""
+
+
 class Dropped(nn.Identity):
     """In place of a layer behind a patch embedding's convolution, which SPT does without."""
+
+
+class KeepPatchSize:
+    """`set_input_size` of an embedding that SPT is in: other images, but no other patches."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self.embedding = embedding
+
+    def __call__(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.embedding.patch_size):
+            raise ValueError(
+                f"patch_size {patch_size}: shifted patch tokenization is in, whose patches of "
+                f"{self.embedding.patch_size} cannot be resampled; unpatch the model, change them, patch it again"
+            )
+        type(self.embedding).set_input_size(self.embedding, img_size=img_size)
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -105,7 +126,9 @@ def published(layer: nn.Module, within: nn.Module, config: SPTConfig) -> dict[st
     weight = next(layer.parameters())
     with torch.device(weight.device):
         if type(layer) in MERGINGS:
-            leaves = {"": ShiftedPatchMerging(layer.reduction.in_features // 4, layer.reduction.out_features, config)}
+            v2 = type(layer) is swin_transformer_v2.PatchMerging
+            merging = ShiftedSwinV2PatchMerging if v2 else ShiftedPatchMerging
+            leaves = {"": merging(layer.reduction.in_features // 4, layer.reduction.out_features, config)}
         elif within is layer:
             leaves = within.shifted_leaves(config)
         else:

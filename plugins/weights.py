@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from smallvit.plugins.lsa import Locality
+from smallvit.plugins.locality import Locality
 from smallvit.plugins.patching import original, patched_layers
 from smallvit.plugins.spt_exact import ShiftedViews
 

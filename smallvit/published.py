@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from smallvit.config import InputError
 from smallvit.plugins.attend import attend_talking
-from smallvit.plugins.lsa import Locality
+from smallvit.plugins.locality import Locality
 from smallvit.plugins.lsa_timm import talking_heads
 from smallvit.t2t import T2TViT
 

@@ -28,7 +28,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smallvit.plugins.lsa import Locality
+from smallvit.plugins.locality import Locality
 from smallvit.plugins.spt import SPTConfig, Views
 
 KERNEL, STRIDE = 3, 2

@@ -12,7 +12,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from smallvit.plugins.attend import attend, prefers_fused
-from smallvit.plugins.lsa import LocalitySelfAttention, LSAConfig, locality_attention
+from smallvit.plugins.locality import LocalitySelfAttention
+from smallvit.plugins.lsa import LSAConfig, locality_attention
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -179,3 +180,48 @@ def test_lsa_keeps_what_else_timms_attention_has(extras: dict) -> None:
 def test_lsa_refuses_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(ValueError, match="not a multiple"):
         LocalitySelfAttention(10, 3)
+
+
+@pytest.mark.parametrize("openness", [1.0, 0.7, 0.1, 1e-6, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_openness_is_what_a_tokens_own_weight_counts(openness: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Attention(12, 3)
+    LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)
+    nn.init.uniform_(layer.temperature, 0.3, 1.0)
+    layer.openness.fill_(openness)
+    q, k = torch.randn(2, 2, 3, 5, 4).to(dtype)
+    weights = torch.einsum("bhid,bhjd->bhij", q.float() * layer.temperature[:, None, None], k.float()).exp()
+    weights = weights * (1 - (1 - openness) * torch.eye(5))
+    ours = layer.attend(q, k, torch.eye(5, dtype=dtype).expand(2, 3, 5, 5))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(ours.float(), weights / weights.sum(-1, keepdim=True), rtol=tolerance, atol=tolerance)
+
+
+def test_openness_is_saved_but_never_learnt() -> None:
+    layer = Attention(12, 3)
+    LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)
+    assert "openness" in layer.state_dict()
+    assert "openness" not in dict(layer.named_parameters())
+    layer.openness.zero_()
+    layer(torch.randn(2, 5, 12)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("temperature", ["head", "layer", "fixed"])
+def test_lsa_alone_has_the_temperatures_that_its_config_says(temperature: str) -> None:
+    layer = LocalitySelfAttention(12, 3, config=LSAConfig(temperature=temperature))
+    sizes = {"head": 3, "layer": 1, "fixed": 0}
+    assert layer.added_parameters == sizes[temperature]
+    q, k = torch.randn(2, 1, 3, 5, 4)
+    weights = layer.attend(q, k, torch.eye(5).expand(1, 3, 5, 5))
+    torch.testing.assert_close(
+        weights, locality_attention(q, k, torch.eye(5).expand(1, 3, 5, 5), torch.full((3,), 0.5))
+    )
+
+
+def test_lsa_refuses_variants_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="temperature 'token': expected head, layer or fixed"):
+        LSAConfig(temperature="token")
+    with pytest.raises(ValueError, match="would change nothing"):
+        LSAConfig(temperature="fixed", mask=False)

@@ -9,8 +9,10 @@ import torch
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
-from smallvit.plugins.lsa import Locality, LSAConfig
+from smallvit.plugins.locality import Locality
+from smallvit.plugins.lsa import LSAConfig
 
+from . import oracles_maps, oracles_tokens, oracles_windows  # noqa: F401
 from .naive import CASES, Case, linear, shift_mask
 from .zoo import shaken
 
@@ -164,11 +166,12 @@ def test_shifted_windows_never_look_at_what_is_forbidden_and_at_themselves_only_
 @pytest.mark.parametrize("gradual", [False, True])
 def test_a_window_of_one_token_passes_it_on(swin: str, config: str, gradual: bool) -> None:
     torch.manual_seed(0)
-    layer = shaken(SWINS[swin](1)).eval()
+    layer, x = shaken(SWINS[swin](1)).eval(), torch.randn(4, 1, 12)
+    if layer(x).isnan().any():
+        pytest.skip(f"this timm's {swin} has no windows of one token")
     Locality.adapters[type(layer)].adopt(layer, CONFIGS[config], gradual)
     if gradual:
         layer.openness.zero_()
-    x = torch.randn(4, 1, 12)
     torch.testing.assert_close(layer(x), own_value(layer, x), rtol=1e-5, atol=1e-5)
 
 

@@ -9,11 +9,23 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention, PatchEmbed
+from timm.models.cait import TalkingHeadAttn
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import smallvit
-from smallvit.plugins import LocalitySelfAttention, ShiftedPatchTokenization, UnsupportedModelError
+from smallvit.plugins import (
+    Locality,
+    LocalitySelfAttention,
+    LSAConfig,
+    ShiftedPatchTokenization,
+    SPTConfig,
+    UnsupportedModelError,
+)
+from smallvit.plugins.patching import why_not
+
+from .zoo import build
+from .zoo import images as zoo_images
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 MODELS = {
@@ -105,13 +117,6 @@ def test_unpatch_keeps_what_attention_learnt_while_patched() -> None:
     assert model.blocks[1].attn.proj.bias is None
 
 
-def test_patched_models_move_between_dtypes_and_unpatch_there() -> None:
-    model = smallvit.patch(MODELS["vit"](), spt=True, lsa=True).to(torch.float64)
-    assert model(images().double()).dtype == torch.float64
-    smallvit.unpatch(model)
-    assert model(images().double()).dtype == torch.float64
-
-
 def test_only_new_parameters_get_new_names() -> None:
     model = MODELS["vit"]()
     before = set(model.state_dict())
@@ -162,28 +167,199 @@ def test_describe_tells_what_changed_where_and_at_what_cost() -> None:
     assert description.added_parameters == description.parameters - plain == 4 * 48 * 24 + 2 * 5 * 48 + 2 * 3
     text = str(description)
     assert "patch_embed.proj" in text
-    assert "8x8 pixels instead of 4x4" in text
+    assert "a token sees 8x8 instead of 4x4" in text
     assert f"{plain:,} without plugins" in text
     assert "lsa  locality self-attention: not patched" in str(smallvit.describe(smallvit.unpatch(model)))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
-def test_other_models_are_refused_and_told_what_is_supported(name: str) -> None:
+@pytest.mark.parametrize("plugin", ["spt", "lsa"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_convolutional_models_are_refused_and_told_why(name: str, plugin: str) -> None:
     model = timm.create_model(name)
     layers = dict(model.named_modules())
-    with pytest.raises(UnsupportedModelError, match="VisionTransformer"):
-        smallvit.patch(model, spt=True)
+    reason = why_not(model, plugin)
+    assert reason is not None
+    with pytest.raises(UnsupportedModelError, match=f"cannot patch this {type(model).__name__} with .*: {reason}"):
+        smallvit.patch(model, **{plugin: True})
     assert dict(model.named_modules()) == layers
 
 
-def test_a_vit_without_a_known_attention_is_left_unchanged() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, attn_layer="diff", **SMALL)
-    layers = dict(model.named_modules())
-    with pytest.raises(UnsupportedModelError, match="locality self-attention"):
+def test_a_model_that_takes_only_one_of_two_plugins_is_left_unchanged() -> None:
+    model = build("levit")
+    classes = [type(layer) for layer in model.modules()]
+    with pytest.raises(UnsupportedModelError, match="shifted patch tokenization"):
         smallvit.patch(model, spt=True, lsa=True)
-    assert dict(model.named_modules()) == layers
+    assert [type(layer) for layer in model.modules()] == classes
 
 
-def test_patch_wants_to_know_what_to_patch() -> None:
+def test_differential_attention_gets_two_temperatures_a_head() -> None:
+    model = MODELS["vit"](attn_layer="diff", embed_dim=48)
+    smallvit.patch(model, spt=True, lsa=True)
+    assert model.blocks[0].attn.temperature.shape == (6,)
+
+
+def test_patch_wants_to_know_what_to_patch_and_how() -> None:
     with pytest.raises(ValueError, match="spt=True"):
         smallvit.patch(MODELS["vit"]())
+    with pytest.raises(ValueError, match="init 'random': expected paper or exact"):
+        smallvit.patch(MODELS["vit"](), lsa=True, init="random")
+
+
+def patched_names(model: nn.Module) -> set[str]:
+    return {change.name for change in smallvit.describe(model).changes}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({"include": "blocks.1.*"}, {"blocks.1.attn"}),
+        ({"include": ["blocks.0.attn", "patch_embed*"]}, {"blocks.0.attn", "patch_embed.proj"}),
+        ({"include": "*.[0-2].*", "exclude": "blocks.0.attn"}, {"blocks.1.attn", "blocks.2.attn"}),
+        ({"exclude": ("blocks.0.*", "blocks.2.*")}, {"blocks.1.attn", "patch_embed.proj"}),
+        ({"include": iter(["blocks.2.attn"])}, {"blocks.2.attn"}),
+    ],
+    ids=str,
+)
+def test_patterns_choose_the_layers(patterns: dict, expected: set[str]) -> None:
+    model = MODELS["vit"](depth=3)
+    spt = "patch_embed.proj" in expected
+    assert patched_names(smallvit.patch(model, lsa=True, spt=spt, **patterns)) == expected
+    assert all(
+        (type(block.attn) is Attention) == (f"blocks.{i}.attn" not in expected) for i, block in enumerate(model.blocks)
+    )
+
+
+@pytest.mark.parametrize(
+    "patterns", [{"include": "layers.*"}, {"exclude": "*"}, {"include": ()}, {"include": "BLOCKS.*"}]
+)
+def test_patterns_that_leave_nothing_are_told_what_there_is(patterns: dict) -> None:
+    model = MODELS["vit"](depth=4)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn, blocks\.1\.attn, blocks\.2\.attn, \.\.\."):
+        smallvit.patch(model, lsa=True, **patterns)
+    with pytest.raises(ValueError, match=r"there are patch_embed\.proj$"):
+        smallvit.patch(model, spt=True, **patterns)
+    assert not patched_names(model)
+
+
+def test_one_plugin_without_a_layer_keeps_the_other_from_starting() -> None:
+    model = MODELS["vit"]()
+    with pytest.raises(ValueError, match="locality self-attention"):
+        smallvit.patch(model, spt=True, lsa=True, include="patch_embed.*")
+    assert not patched_names(model)
+
+
+def test_patterns_of_layers_that_are_patched_already_change_nothing() -> None:
+    model = smallvit.patch(MODELS["vit"](), lsa=True, include="blocks.0.*")
+    classes = [type(layer) for layer in model.modules()]
+    smallvit.patch(model, lsa=True, include="blocks.0.*")
+    assert [type(layer) for layer in model.modules()] == classes
+    smallvit.patch(model, lsa=True)
+    assert patched_names(model) == {"blocks.0.attn", "blocks.1.attn"}
+    smallvit.patch(model, lsa=True, include="blocks.*")
+    assert patched_names(model) == {"blocks.0.attn", "blocks.1.attn"}
+
+
+def test_configs_reach_every_layer() -> None:
+    spt, lsa = SPTConfig(directions="all", shift=0.25, norm=False), LSAConfig(temperature="layer", mask=False)
+    model = smallvit.patch(build("swin"), spt=spt, lsa=lsa)
+    tokenizers = [layer for layer in model.modules() if isinstance(layer, ShiftedPatchTokenization)]
+    assert len(tokenizers) == 2
+    assert all(layer.config == spt and type(layer.norm) is nn.Identity for layer in tokenizers)
+    attentions = [layer for layer in model.modules() if isinstance(layer, Locality)]
+    assert len(attentions) == 3
+    assert all(layer.temperature.shape == (1,) and not layer.masked for layer in attentions)
+    exact = smallvit.patch(build("swin"), spt=spt, init="exact")
+    assert [tuple(p.shape) for n, p in exact.named_parameters() if "shifted" in n] == [
+        (12, 8 * 3, 2, 2),
+        (24, 8 * 12, 2, 2),
+    ]
+
+
+def test_an_exact_attention_without_a_mask_has_nothing_to_close() -> None:
+    model = smallvit.patch(MODELS["vit"](), lsa=LSAConfig(mask=False), init="exact")
+    expected = model(images())
+    smallvit.set_openness(model, 0)
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("openness", [-0.1, 1.1, float("nan")])
+def test_openness_is_a_share(openness: float) -> None:
+    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+        smallvit.set_openness(smallvit.patch(MODELS["vit"](), lsa=True, init="exact"), openness)
+
+
+def test_describe_tells_of_every_form() -> None:
+    text = str(smallvit.describe(smallvit.patch(build("swin"), spt=True, lsa=True)))
+    assert "spt  shifted patch tokenization: 3 layers (patch_embed.proj ... layers.1.downsample)" in text
+    assert "a token sees 4x4 instead of 2x2" in text
+    assert "LayerNorm behind the patches is dropped" in text
+    assert "lsa  locality self-attention: 3 layers" in text
+    assert "2 temperatures, no token attends to itself" in text
+    assert "3 temperatures, no token attends to itself" in text
+    text = str(smallvit.describe(smallvit.patch(build("swin v2"), spt=True, lsa=True, init="exact")))
+    assert "shifted views added" in text
+    assert "the layer's own temperature, a token's attention to itself can be closed (set_openness)" in text
+    one = smallvit.describe(
+        smallvit.patch(MODELS["vit"](), lsa=LSAConfig(temperature="layer", mask=False), include="*.0.*")
+    )
+    assert "1 layer (blocks.0.attn), +1 parameters" in str(one)
+    assert "1 temperature, nothing is hidden" in str(one)
+
+
+@pytest.mark.parametrize("init", ["paper", "exact"])
+@pytest.mark.parametrize("name", ["vit", "cait", "pit distilled", "swin", "swin v2", "swin v2 cr", "pvt v2"])
+def test_describe_counts_what_patching_adds(name: str, init: str) -> None:
+    plain, model = build(name), build(name)
+    description = smallvit.describe(smallvit.patch(model, spt=True, lsa=True, init=init))
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (plain, model)]
+    assert description.parameters == sizes[1]
+    assert description.added_parameters == sizes[1] - sizes[0]
+    assert not smallvit.describe(smallvit.unpatch(model)).changes
+
+
+@pytest.mark.parametrize("name", ["cait", "pit distilled", "swin", "nest", "vit sam", "hiera", "levit"])
+def test_temperatures_have_no_weight_decay_in_any_family(name: str) -> None:
+    model = smallvit.patch(build(name), lsa=True)
+    decayed = {id(p) for g in param_groups_weight_decay(model, 0.05) if g["weight_decay"] for p in g["params"]}
+    temperatures = [p for key, p in model.named_parameters() if key.endswith("temperature")]
+    assert temperatures
+    assert not any(id(parameter) in decayed for parameter in temperatures)
+
+
+@pytest.mark.parametrize("init", ["paper", "exact"])
+@pytest.mark.parametrize("name", ["vit", "pit distilled", "swin", "swin v2", "levit"])
+def test_patched_models_move_to_another_dtype_and_unpatch_there(name: str, init: str) -> None:
+    plain = build(name).double()
+    model = build(name)
+    smallvit.patch(model, spt=why_not(model, "spt") is None, lsa=True, init=init)
+    model.double()
+    x = zoo_images(name).double()
+    assert model(x).dtype == torch.float64
+    smallvit.unpatch(model)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_patching_a_model_in_another_dtype_keeps_it_there() -> None:
+    model = smallvit.patch(build("swin").double(), spt=True, lsa=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert model(zoo_images("swin").double()).dtype == torch.float64
+
+
+def test_hooks_on_attention_layers_stay() -> None:
+    model, seen = build("cait"), []
+    model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    smallvit.patch(model, lsa=True)
+    model(zoo_images("cait"))
+    smallvit.unpatch(model)
+    model(zoo_images("cait"))
+    assert seen == [Locality.adapters[TalkingHeadAttn], TalkingHeadAttn]
+
+
+def test_training_mode_stays_as_it_is() -> None:
+    for training in (True, False):
+        model = build("swin").train(training)
+        smallvit.patch(model, spt=True, lsa=True)
+        assert all(layer.training == training for layer in model.modules())
+        smallvit.unpatch(model.train(not training))
+        assert all(layer.training != training for layer in model.modules())

@@ -22,7 +22,7 @@ from smallvit.plugins.spt_exact import (
     ShiftedSwinV2Merging,
     ShiftedViews,
 )
-from smallvit.plugins.spt_timm import is_pooling, with_shifted_views
+from smallvit.plugins.spt_timm import with_shifted_views
 
 from .pixels import cut, shifts
 from .zoo import build, images, shaken
@@ -43,9 +43,13 @@ def views_of(layer: ShiftedViews, patch: tuple[int, int]) -> list[tuple[int, int
 def naive_convolution(layer: ShiftedConv2d, x: Tensor) -> Tensor:
     views = CENTRE + views_of(layer, layer.kernel_size)
     patches = cut(x, layer.kernel_size, views, layer.stride, layer.padding)
-    kernels = torch.cat([layer.weight[:, None], layer.shifted], dim=1)
+    kernels = torch.cat([layer.weight[:, None], by_view(layer)], dim=1)
     y = torch.einsum("bijvcpq,evcpq->beij", patches, kernels)
     return y if layer.bias is None else y + layer.bias[:, None, None]
+
+
+def by_view(layer: nn.Module) -> Tensor:
+    return rearrange(layer.shifted, "e (v c) p q -> e v c p q", c=layer.channels[1])
 
 
 def naive_pooling(layer: ShiftedPooling2d, x: Tensor) -> Tensor:
@@ -53,14 +57,14 @@ def naive_pooling(layer: ShiftedPooling2d, x: Tensor) -> Tensor:
     own = own.repeat_interleave(layer.out_channels // layer.in_channels, dim=3)
     y = torch.einsum("bijepq,epq->beij", own, layer.weight[:, 0])
     around = cut(x, (2, 2), views_of(layer, (2, 2)), ceil=True)
-    return y + layer.bias[:, None, None] + torch.einsum("bijvcpq,evcpq->beij", around, layer.shifted)
+    return y + layer.bias[:, None, None] + torch.einsum("bijvcpq,evcpq->beij", around, by_view(layer))
 
 
 def naive_merging(layer: nn.Module, x: Tensor) -> Tensor:
     """Each view's patch as timm orders it (column, row, channel), normalised before or after the projection."""
     patches = cut(x.permute(0, 3, 1, 2), (2, 2), CENTRE + views_of(layer, (2, 2)), ceil=True)
     patches = rearrange(patches, "b i j v c p q -> b i j v (q p c)")
-    weights = torch.cat([layer.reduction.weight[:, None], rearrange(layer.shifted, "e v c p q -> e v (q p c)")], dim=1)
+    weights = torch.cat([layer.reduction.weight[:, None], rearrange(by_view(layer), "e v c p q -> e v (q p c)")], dim=1)
 
     def norm(values: Tensor) -> Tensor:
         return F.layer_norm(values, values.shape[-1:], layer.norm.weight, layer.norm.bias, layer.norm.eps)
@@ -174,5 +178,5 @@ def test_unpatching_keeps_what_an_exactly_patched_model_learnt(name: str) -> Non
 
 
 def test_only_pits_pooling_is_taken_for_a_pooling() -> None:
-    assert all(is_pooling(make()) for make, _ in POOLINGS.values())
-    assert not any(is_pooling(make()) for make, _ in EMBEDDINGS.values())
+    assert all(with_shifted_views(make()) is ShiftedPooling2d for make, _ in POOLINGS.values())
+    assert all(with_shifted_views(make()) is ShiftedConv2d for make, _ in EMBEDDINGS.values())

@@ -48,6 +48,31 @@ ALONE = {
 }
 """Temperatures that do not matter, since the layer sees one token."""
 
+WHERE = {
+    "lsa": {
+        "cait": "blocks.0.attn blocks.1.attn blocks_token_only.0.attn",
+        "crossvit": "blocks.0.blocks.0.0.attn blocks.0.blocks.1.0.attn",
+        "gcvit": "stages.0.blocks.0.attn stages.1.blocks.0.attn stages.2.blocks.0.attn stages.3.blocks.0.attn",
+        "hiera": "blocks.0.attn blocks.3.attn",
+        "hiera det": "blocks.0.attn blocks.2.attn blocks.4.attn",
+        "mvit v2": "stages.1.blocks.0.attn stages.2.blocks.1.attn",
+        "pvt v2": "stages.3.blocks.0.attn",
+        "twins pcpvt": "blocks.3.0.attn",
+        "twins svt": "blocks.0.0.attn blocks.1.0.attn blocks.2.0.attn blocks.3.0.attn blocks.3.1.attn",
+        "vit attention pool": "blocks.0.attn blocks.1.attn",
+        "vit parallel scaling": "blocks.0 blocks.1",
+        "volo": "network.2.0.attn network.3.0.attn",
+    },
+    "spt": {
+        "crossvit": "patch_embed.0.proj patch_embed.1.proj",
+        "swin": "patch_embed.proj patch_embed.norm layers.1.downsample",
+        "vit": "patch_embed.proj",
+        "vit hybrid": "patch_embed.proj",
+        "volo": "patch_embed.proj",
+    },
+}
+"""Which layers change, in models where some of their kind do not, or there are several."""
+
 every_case = pytest.mark.parametrize(("name", "plugin"), CASES, ids=[f"{name}-{plugin}" for name, plugin in CASES])
 
 
@@ -123,6 +148,12 @@ def test_a_model_is_refused_only_where_it_must_be_and_told_why(name: str, plugin
     assert dict(model.named_modules()) == layers
     assert list(model.state_dict()) == state
     assert why_not(model, plugin) == reason
+
+
+@pytest.mark.parametrize(("name", "plugin"), [(name, plugin) for plugin, names in WHERE.items() for name in names])
+def test_only_layers_change_that_can(name: str, plugin: str) -> None:
+    changed = [layer for _, layer, _ in patched_layers(patched(name, plugin))]
+    assert changed == WHERE[plugin][name].split()
 
 
 @every_case

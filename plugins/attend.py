@@ -73,7 +73,9 @@ def mix_heads(mix: nn.Linear, maps: Float[Tensor, "b h n m"], bias: Tensor | Non
     offset = maps.new_zeros(1, 1) if mix.bias is None else mix.bias[:, None]
     if bias is not None:
         offset = offset + bias.flatten()
-    mixed = torch.baddbmm(offset.to(maps.dtype), mix.weight.expand(len(maps), -1, -1).to(maps.dtype), maps.flatten(2))
+    mixed = torch.baddbmm(
+        offset.to(maps.dtype), mix.weight.expand(maps.shape[0], -1, -1).to(maps.dtype), maps.flatten(2)
+    )
     return mixed.unflatten(2, maps.shape[2:])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import timm
@@ -24,6 +23,10 @@ FAMILIES = (
     "swin_transformer_v2",
     "swin_transformer_v2_cr",
     "beit",
+    "byoanet",
+    "cpubone",
+    "csatv2",
+    "lowformer",
     "eva",
     "maxxvit",
     "nest",
@@ -98,8 +101,3 @@ def survey(name: str) -> Coverage:
         changed[plugin] = sum(key == plugin for key, _, _ in patched_layers(model))
         left[plugin] = sum(site.plugin == plugin for site in sites(model))
     return Coverage(name, family(name), changed, left, reasons)
-
-
-def surveys(pattern: str = "*", *, all_families: bool = False) -> Iterator[Coverage]:
-    """`survey` of each of `names`."""
-    yield from map(survey, names(pattern, all_families=all_families))

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from smallvit.plugins.attend import attend
 
+HIDDEN = -1e4
+"""What a mask adds to scores that shall not count, at most; some write this, some the least number, some −∞."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LSAConfig:
@@ -56,16 +59,18 @@ def diagonal_bias(n: int, like: Tensor, openness: Tensor | None = None) -> Float
 def merge_masks(
     bias: Float[Tensor, "n n"] | None, attn_mask: Bool[Tensor, ...] | Float[Tensor, ...]
 ) -> Float[Tensor, "#b #h n n"]:
-    """Add a caller's mask (True = may attend, or an additive bias), keeping self-attention as the last resort."""
+    """Add a caller's mask (True = may attend, or an additive bias), keeping self-attention as the last resort.
+
+    It is that of tokens whose mask is at most `HIDDEN` for all others.
+    """
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, float("-inf"))
     attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if bias is None:
         return attn_mask
-    merged = attn_mask + bias
-    nothing_left = merged.isneginf().all(dim=-1, keepdim=True)
-    itself = torch.eye(merged.shape[-1], dtype=torch.bool, device=merged.device)
-    return merged.masked_fill(nothing_left & itself, 0.0)
+    itself = torch.eye(bias.shape[-1], dtype=torch.bool, device=bias.device)
+    alone = ((attn_mask <= HIDDEN) | itself).all(dim=-1, keepdim=True)
+    return (attn_mask + bias).masked_fill(alone & itself, 0.0)
 
 
 def locality_attention(

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from timm import layers
-from timm.layers import bottleneck_attn, diff_attention
+from timm.layers import bottleneck_attn, diff_attention, halo_attn
 from timm.models import (
     beit,
     cait,
@@ -366,6 +366,10 @@ if (_gemma4 := _later("gemma4_vit", "Gemma4Attention")) is not None:
 REASONS: dict[type[nn.Module], str] = {
     coat.FactorAttnConvRelPosEnc: "its softmax is over positions for each channel, not between tokens",
     crossvit.CrossAttention: CLASS_ATTENTION,
+    layers.AttentionPool2d: "it pools all tokens into one",
+    halo_attn.HaloAttn: "its keys are those of a wider window than its queries",
+    layers.MultiQueryAttention2d: "all its heads share their keys",
+    layers.RotAttentionPool2d: "it pools all tokens into one",
     layers.AttentionPoolLatent: "its queries are learnt, not tokens",
     volo.ClassAttention: CLASS_ATTENTION,
     volo.OutlookAttention: "it computes weights from the token alone, not scores between tokens",

@@ -19,7 +19,7 @@ def set_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> nn.Modu
 
     Raises:
         TypeError: the model is of a class that cannot change its image size.
-        ValueError: the size is no multiple of the patch size.
+        ValueError: CaiT's size is no multiple of its patch size, or PiT's is smaller than a patch.
     """
     size = to_2tuple(img_size)
     if isinstance(model, Cait):

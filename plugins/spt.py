@@ -13,8 +13,8 @@ precision: what reaches the product, in bf16 too, is already normalised. Without
 
 Feature maps (`features`) have many channels, and there the windows are never cut. The mean of a pixel over its
 channels, its level, is taken off first: with the remaining detail d, the level l, and mean μ and deviation σ of a
-window, y = (conv(d, Wγ) + conv(l, ΣWγ) − μ ΣΣWγ) / σ + Wβ + b. Only the convolution of the detail is computed in half
-precision; that of the level has one channel.
+window, y = (conv(d, Wγ) + (l − μ) ΣWγ) / σ + Wβ + b, the second sum over the channels. Windows are cut of the level
+alone, which is one channel in fp32; what is rounded to half precision has no mean.
 
 Differs from the official code: a shift is at least one pixel, so that patches of size 1 see their neighbours
 (half of 1, rounded down, would be five identical copies); and features are ordered view, channel, row, column.
@@ -174,13 +174,11 @@ class ShiftedPatchTokenization(nn.Module):
             return F.conv2d(x, self.views.fold(self._kernels(self.proj.weight)), self.proj.bias, self.stride)
         with torch.autocast(x.device.type, enabled=False):
             kernels, bias = self._folded()
-            share = self.views.fold(self._kernels(kernels.new_ones(1, self.proj.in_features))) / self.proj.in_features
-            x = at_least_fp32(x)
-            if not self.features:
-                normal = self._normalised_windows(x, share.flatten())
-        dtype = self.proj.weight.dtype
         if self.features:
-            return self._normalised_maps(x, kernels, bias, share[:, :1] * self.in_channels).to(dtype)
+            return self._project_map(at_least_fp32(x), kernels, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            normal = self._normalised_windows(at_least_fp32(x))
+        dtype = self.proj.weight.dtype
         tokens = F.linear(normal.to(dtype), kernels.flatten(1).to(dtype), bias.to(dtype))
         return rearrange(tokens, "b i j e -> b e i j")
 
@@ -196,33 +194,41 @@ class ShiftedPatchTokenization(nn.Module):
         p, q = self.patch_size
         return rearrange(weight, "e (v c p q) -> e v c p q", c=self.in_channels, p=p, q=q)
 
-    def _normalised_windows(self, x: Tensor, share: Float[Tensor, " cyz"]) -> Float[Tensor, "b i j cyz"]:
-        """What each token sees, with the mean and variance of its views removed.
+    def _share(self, like: Tensor) -> Float[Tensor, "c y z"]:
+        """How much of the views' values each pixel of a window makes up."""
+        ones = self._kernels(like.new_ones(1, self.proj.in_features))
+        return self.views.fold(ones)[0] / self.proj.in_features
 
-        `share` is how much of the views each pixel of a window makes up.
-        """
+    def _windows(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b i j cyz"]:
+        """What each token sees of a padded image."""
         y, z = self.views.window
         windows = x.unfold(2, y, self.stride[0]).unfold(3, z, self.stride[1])
-        windows = rearrange(windows, "b c i j y z -> b i j (c y z)")
+        return rearrange(windows, "b c i j y z -> b i j (c y z)")
+
+    def _normalised_windows(self, x: Tensor) -> Float[Tensor, "b i j cyz"]:
+        """What each token sees, with the mean and variance of its views removed."""
+        windows, share = self._windows(x), self._share(x).flatten()
         centred = windows - (windows * share).sum(dim=-1, keepdim=True)
         variance = (centred.square() * share).sum(dim=-1, keepdim=True)
         return centred * (variance + self.norm.eps).rsqrt()
 
-    def _normalised_maps(
-        self, x: Tensor, kernels: Float[Tensor, "e c y z"], bias: Float[Tensor, " e"], share: Float[Tensor, "1 1 y z"]
+    def _project_map(
+        self, x: Tensor, kernels: Float[Tensor, "e c y z"], bias: Float[Tensor, " e"]
     ) -> Float[Tensor, "b e i j"]:
-        """Tokens of a feature map, without cutting windows; `share` is how much each place of a window makes up."""
+        """Tokens of a feature map, whose windows are not cut."""
         level = x.mean(dim=1, keepdim=True)
         detail = x - level
-        product = F.conv2d(detail.to(self.proj.weight.dtype), kernels.to(self.proj.weight.dtype), stride=self.stride)
+        dtype = self.proj.weight.dtype
+        product = F.conv2d(detail.to(dtype), kernels.to(dtype), stride=self.stride)
         with torch.autocast(x.device.type, enabled=False):
-            level = level - level.mean(dim=(2, 3), keepdim=True)  # any constant will do: this one keeps numbers small
-            square = detail.square().mean(dim=1, keepdim=True) + level.square()
-            mean = F.conv2d(level, share, stride=self.stride)
-            variance = (F.conv2d(square, share, stride=self.stride) - mean.square()).clamp(min=0)
-            levels = F.conv2d(level, kernels.sum(dim=1, keepdim=True), stride=self.stride)
-            centred = product + (levels - mean * kernels.sum(dim=(1, 2, 3))[:, None, None])
-            return centred * (variance + self.norm.eps).rsqrt() + bias[:, None, None]
+            share = self._share(x).sum(dim=0)
+            levels = self._windows(level)
+            levels = levels - (levels @ share.flatten())[..., None]
+            variance = F.conv2d(detail.square().mean(dim=1, keepdim=True), share[None, None], stride=self.stride)
+            variance = variance + (levels.square() @ share.flatten())[:, None]
+            levels = rearrange(F.linear(levels, kernels.sum(dim=1).flatten(1)), "b i j e -> b e i j")
+            tokens = (product + levels) * (variance + self.norm.eps).rsqrt() + bias[:, None, None]
+        return tokens.to(product.dtype)
 
     def _folded(self) -> tuple[Float[Tensor, "e c y z"], Float[Tensor, " e"]]:
         """Projection of a normalised window: the views' weights added up, LayerNorm's gain and bias within."""

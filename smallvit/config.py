@@ -36,9 +36,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
 def _require(holds: bool, option: str, value: object, expected: str) -> None:
     if not holds:
-        raise InputError(f"--{option.replace('_', '-')} {value}: expected {expected}")
+        raise InputError(f"{_flag(option)} {value}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,12 @@ class ModelConfig:
         if self.drop_path is not None:
             _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a probability below 1")
         _require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
+        for field_ in fields(self):
+            plugin = field_.name.partition("_")[0]
+            if plugin in ("spt", "lsa") and getattr(self, field_.name) != field_.default and not getattr(self, plugin):
+                raise InputError(f"{_flag(field_.name)} is of no use without --{plugin}")
+        if self.plugin_init == "exact" and not (self.spt or self.lsa):
+            raise InputError("--plugin-init exact is of no use without --spt or --lsa")
         if self.lsa_temperature == "fixed" and not self.lsa_mask:
             raise InputError("--lsa-temperature fixed --no-lsa-mask would leave nothing of LSA: give up one of them")
 

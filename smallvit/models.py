@@ -1,7 +1,7 @@
 """Architecture names to models: the paper's own, and any of timm's at the size of the images given.
 
-`vit`, `cait`, `pit`, `swin` and `t2t` are those of Lee, Lee, Song 2021 (arXiv:2112.13492), from `published`.
-Importing this module also tells timm of them: `timm.create_model("smallvit_vit")` (see `registry`).
+`vit`, `cait`, `pit`, `swin` and `t2t` are those of Lee, Lee, Song 2021 (arXiv:2112.13492), from `published`; `registry`
+tells timm of them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ PLUGINS: dict[str, dict[str, bool]] = {
 }
 NAMES = {f"smallvit_{arch}{suffix}": (arch, plugins) for arch, (suffix, plugins) in product(PUBLISHED, PLUGINS.items())}
 """Names in timm's registry: architecture and plugins."""
-IGNORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "drop_rate", "bn_momentum", "bn_eps", "scriptable")
+IGNORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "bn_momentum", "bn_eps", "scriptable")
 """What timm's own train script passes to every model, as far as it means nothing here."""
 
 default_cfgs = generate_default_cfgs(
@@ -63,6 +63,10 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     ) -> nn.Module:
         if pretrained:
             raise ValueError(f"{name} has no trained weights; create it with pretrained=False")
+        if rest.pop("drop_rate", 0.0):
+            raise ValueError(f"{name} has no dropout: leave out drop_rate, or use drop_path_rate")
+        if not isinstance(img_size, int):
+            raise ValueError(f"img_size {img_size}: {name} is made for square images, one number")
         features_only, out_indices = rest.pop("features_only", False), rest.pop("out_indices", None)
         arguments = {key: value for key, value in rest.items() if key not in IGNORED}
         model = create_model(

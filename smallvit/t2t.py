@@ -36,9 +36,9 @@ KERNEL, STRIDE = 3, 2
 
 def sinusoid(count: int, width: int) -> Float[Tensor, "1 count width"]:
     """Fixed positions: sin(p / 10000^(2k/width)) at channel 2k of position p, the cosine at channel 2k + 1."""
-    channel = torch.arange(width)
+    channel = torch.arange(width, device="cpu")
     frequency = 10_000.0 ** (-2 * (channel // 2).double() / width)
-    angle = torch.arange(count)[:, None] * frequency
+    angle = torch.arange(count, device="cpu")[:, None] * frequency
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
 
 
@@ -193,12 +193,12 @@ class T2TViT(nn.Module):
         )
         self.tokens[0].cuts_images = True
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        rows, columns = (-(-side // STRIDE**unfolds) for side in self.img_size)
-        self.register_buffer("pos_embed", sinusoid(1 + rows * columns, embed_dim), persistent=False)
+        self.register_buffer("pos_embed", torch.empty(1, self._tokens(), embed_dim), persistent=False)
+        self.init_non_persistent_buffers()
         self.blocks = nn.Sequential(
             *[
                 Block(embed_dim, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
-                for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+                for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
             ]
         )
         self.norm = nn.LayerNorm(embed_dim)
@@ -214,6 +214,20 @@ class T2TViT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 initialise_linear(module)
+
+    def init_non_persistent_buffers(self) -> None:
+        """The positions, which no checkpoint holds."""
+        self.pos_embed.copy_(sinusoid(self._tokens(), self.embed_dim))
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """What the model is made for from now on; it takes other sizes too."""
+        self.img_size = to_2tuple(img_size)
+        self.pos_embed = sinusoid(self._tokens(), self.embed_dim).to(self.pos_embed)
+
+    def _tokens(self) -> int:
+        """Tokens of an image, the class token among them."""
+        rows, columns = (-(-side // STRIDE ** len(self.tokens)) for side in self.img_size)
+        return 1 + rows * columns
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that no weight decay should act on."""

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+import smallvit
 from smallvit.config import InputError
 from smallvit.profile import count_macs, count_parameters
 from smallvit.published import PUBLISHED, ClassTalkingHeads, TalkingHeads
@@ -283,3 +284,22 @@ def test_t2ts_patch_is_halved_step_by_step(patch_size: int, tokens: int) -> None
 def test_t2t_refuses_other_patches(patch_size: int, use: str) -> None:
     with pytest.raises(InputError, match=use):
         build("t2t", patch_size=patch_size)
+
+
+def test_t2t_can_be_built_without_memory_and_filled() -> None:
+    model = build("t2t").eval()
+    with torch.device("meta"):
+        empty = build("t2t")
+    empty.to_empty(device="cpu").eval().load_state_dict(model.state_dict())
+    empty.init_non_persistent_buffers()
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(empty(image), model(image))
+
+
+def test_t2t_can_be_told_another_image_size() -> None:
+    model = build("t2t").eval()
+    image = torch.randn(1, 3, 48, 40)
+    expected = model(image)
+    smallvit.set_input_size(model, (48, 40))
+    assert model.pos_embed.shape[1] == 1 + 12 * 10
+    assert torch.equal(model(image), expected)

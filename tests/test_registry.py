@@ -52,6 +52,14 @@ def test_features_only_gives_maps(arch: str) -> None:
     assert all(features.ndim == 4 for features in maps)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"drop_rate": 0.1}, "has no dropout"), ({"img_size": (32, 64)}, "square images")]
+)
+def test_what_means_nothing_to_them_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("smallvit_pit", **arguments)
+
+
 def test_there_are_no_trained_weights_to_load() -> None:
     with pytest.raises(ValueError, match="no trained weights"):
         timm.create_model("smallvit_vit", pretrained=True)

@@ -53,7 +53,8 @@ def output(layer: nn.Module, x: Tensor, case: Case) -> Tensor:
 
 
 def test_every_adapter_has_an_oracle() -> None:
-    assert Locality.adapters.keys() == {type(case.layer()) for case in CASES.values()}
+    of_timm = {adapted for adapted in Locality.adapters if adapted.__module__.startswith("timm.")}
+    assert of_timm == {type(case.layer()) for case in CASES.values()}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

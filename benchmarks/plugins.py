@@ -65,8 +65,10 @@ class Step:
         self.images = torch.randn(batch, 3, size, size, device=device)
         self.labels = torch.arange(batch, device=device) % 100
         self.variant, self.device = variant, device
-        with self.path():
-            set_fused_attention(model, device.type, variant.dtype)
+        set_fused_attention(model, device.type, variant.dtype)
+        for module in model.modules() if variant.fused is not None and variant.name == "plain" else ():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = variant.fused
         self.call = torch.compile(model, fullgraph=True) if variant.compiled else model
 
     def path(self) -> Any:
@@ -168,6 +170,7 @@ def main() -> None:
     known = {"fp32": torch.float32, "bf16": pick_dtype(device, "auto")}
     dtypes = list(dict.fromkeys(known[name] for name in arguments.precision))
     console = Console()
+    console.width = max(100, console.width)  # also where the output goes to a file
     size, batch, rounds = arguments.img_size, arguments.batch_size, arguments.rounds
     console.print(
         f"{describe_hardware(device)}, torch {torch.__version__}, {size} px, batch {batch}, medians of {rounds}"

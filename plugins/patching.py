@@ -170,12 +170,13 @@ def _chosen(model: nn.Module, plugin: str, variant: Any, patterns: _Patterns, in
         raise UnsupportedModelError(f"{cannot}: {reason}")
     fit = [site for site in sites(model) if site.plugin == plugin and site.refusal is None]
     chosen = [site for site in fit if patterns.match(site.name)]
-    if not chosen and not any(key == plugin and patterns.match(name) for key, name, _ in patched_layers(model)):
+    done = any(key == plugin and patterns.match(name) for key, name, _ in patched_layers(model))
+    if not chosen and not done:
         names = ", ".join(site.name for site in fit[:3]) + (", ..." if len(fit) > 3 else "")
         raise ValueError(f"{patterns} leave no layer for {TITLES[plugin]}; there are {names}")
     if plugin == "lsa":
         changing = [site for site in chosen if Locality.adapters[type(site.layer)].changes(variant)]
-        if chosen and not changing:
+        if not changing and not done:
             raise UnsupportedModelError(f"{cannot}: {variant} leaves nothing of it in these layers")
         return changing
     for site in chosen:

@@ -5,7 +5,10 @@
 `smallvit_vit`, `smallvit_cait`, `smallvit_pit`, `smallvit_swin`, `smallvit_t2t`, each also with `_spt`, `_lsa` and
 `_spt_lsa`. There are no trained weights of these. Arguments are those of `smallvit.create_model`, with timm's names
 for stochastic depth (`drop_path_rate`) and features (`features_only`, `out_indices`), and images of 32 pixels unless
-`img_size` says else.
+`img_size` says else. A script that is not yours, such as timm's own for training, runs with them so:
+
+    python -c "import smallvit.registry, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')" \\
+        train.py DATA --model smallvit_vit_spt_lsa --img-size 32
 """
 
 from __future__ import annotations

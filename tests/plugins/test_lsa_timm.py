@@ -9,7 +9,7 @@ import torch
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
-from smallvit.plugins.locality import Locality
+from smallvit.plugins.locality import Locality, set_openness
 from smallvit.plugins.lsa import LSAConfig
 
 from . import oracles_maps, oracles_tokens, oracles_windows  # noqa: F401
@@ -74,6 +74,25 @@ def test_lsa_equals_the_equation_forward_and_in_every_gradient(name: str, config
     )
     for grad, oracle in zip(mine, expected, strict=True):
         torch.testing.assert_close(grad, oracle, rtol=1e-4, atol=1e-5 * (1 + oracle.abs().max().item()))
+
+
+@pytest.mark.parametrize("gradual", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_every_adapter_compiles_to_one_graph(name: str, gradual: bool) -> None:
+    case = CASES[name]
+    layer = timm_layer(case)
+    try:
+        torch.compile(layer, fullgraph=True, backend="eager")(tokens(case), **case.more)
+    except Exception:
+        pytest.skip("timm's own layer does not compile to one graph")
+    Locality.adapters[type(layer)].adopt(layer, LSAConfig(), gradual=gradual)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for openness in (1.0, 0.5, 0.0) if gradual else (0.0,):
+        set_openness(layer, openness)
+        y = compiled(tokens(case), **case.more)
+        y = y[0] if isinstance(y, tuple) else y
+        torch.testing.assert_close(y, output(layer, tokens(case), case), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

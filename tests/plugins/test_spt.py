@@ -215,7 +215,14 @@ def test_spt_survives_a_state_dict_round_trip() -> None:
     assert torch.equal(other(image), layer(image))
 
 
-def test_spt_compiles_to_one_graph_with_the_same_output() -> None:
-    layer, image = layer_and_image(CASES[0])
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_spt_compiles_to_one_graph_with_the_same_output(geometry: str, norm: bool, features: bool) -> None:
+    (c, h, w, patch), more = GEOMETRIES[geometry]
+    torch.manual_seed(0)
+    layer = ShiftedPatchTokenization(c, 6, patch, features=features, config=SPTConfig(norm=norm), **more)
+    image = torch.randn(2, c, h, w)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(image), layer(image))

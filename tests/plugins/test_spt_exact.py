@@ -180,3 +180,13 @@ def test_unpatching_keeps_what_an_exactly_patched_model_learnt(name: str) -> Non
 def test_only_pits_pooling_is_taken_for_a_pooling() -> None:
     assert all(with_shifted_views(make()) is ShiftedPooling2d for make, _ in POOLINGS.values())
     assert all(with_shifted_views(make()) is ShiftedConv2d for make, _ in EMBEDDINGS.values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_shifted_views_compile_to_one_graph(name: str) -> None:
+    plain, x = plain_and_input(name)
+    layer = adopted(plain, SPTConfig())
+    nn.init.normal_(layer.shifted, std=0.3)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -41,12 +41,15 @@ def attend(
         if is_windowed(q, bias):
             bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+    batch = q.shape[:-2]
+    q, k, v = (tensor.flatten(0, -3) for tensor in (q, k, v))  # a compiler may lay out four axes as an image's
     if bias is not None and bias.ndim == 2:
-        product = torch.baddbmm(bias, q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2))  # adds it for free
-        scores = product.unflatten(0, q.shape[:-2])
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # adds it for free
     else:
-        scores = add_bias(q @ k.transpose(-2, -1), bias)
-    return F.dropout(softmax(scores), dropout) @ v
+        scores = q @ k.transpose(1, 2)
+        if bias is not None:
+            scores = add_bias(scores.unflatten(0, batch), bias).flatten(0, -3)
+    return (F.dropout(softmax(scores), dropout) @ v).unflatten(0, batch)
 
 
 def attend_talking(

@@ -61,7 +61,7 @@ class Step:
         elif PLUGINS[variant.name]:
             smallvit.patch(model, **PLUGINS[variant.name])
         self.model: nn.Module = model.to(device)
-        self.optimizer = create_optimizer(model, OptimConfig())
+        self.optimizer = create_optimizer(model, OptimConfig(weight_decay=0.05))
         self.images = torch.randn(batch, 3, size, size, device=device)
         self.labels = torch.arange(batch, device=device) % 100
         self.variant, self.device = variant, device

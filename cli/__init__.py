@@ -10,6 +10,8 @@ from smallvit.config import InputError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",
+    "show": "write a picture of augmented training images, as the model sees them",
+    "list": "list the data sets and the augmentation presets that have names",
     "coverage": "show which of timm's models SPT and LSA can patch",
 }
 
@@ -24,6 +26,8 @@ Vision Transformers that learn from small image sets.
 
   smallvit train --arch vit --spt --lsa               the embedded handwritten digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
+  smallvit show --data cifar100 --aug paper           what training images look like
+  smallvit list data                                  data sets by name
   smallvit coverage 'swin*'                           what SPT and LSA find in timm's models
   smallvit VERB --help                                a verb's options
   smallvit --version

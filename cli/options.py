@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+from collections.abc import Collection
 from dataclasses import fields
 from itertools import pairwise
 from types import NoneType
@@ -24,8 +25,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def parse_options(argv: list[str], prog: str, description: str) -> dict[str, Any]:
+def parse_options(argv: list[str], prog: str, description: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """The options that these arguments give, for `Config.build`.
+
+    `only` names those that serve, or groups of them; by default all do.
 
     Raises:
         InputError: an unknown flag or a value of the wrong type; the nearest valid flag is named.
@@ -34,9 +37,12 @@ def parse_options(argv: list[str], prog: str, description: str) -> dict[str, Any
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     for group, group_class in get_type_hints(Config).items():
+        chosen = [o for o in fields(group_class) if only is None or group in only or o.name in only]
+        if not chosen:
+            continue
         section = parser.add_argument_group(group, group_class.__doc__)
         sentences, kinds = field_sentences(group_class), get_type_hints(group_class)
-        for option in fields(group_class):
+        for option in chosen:
             shown = "" if option.default in (None, False) else f" [{option.default}]"
             section.add_argument(
                 _flag(option.name),

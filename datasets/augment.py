@@ -1,21 +1,21 @@
-"""Batched augmentation on the training device, every parameter drawn anew for each image.
+"""Batched augmentation on the training device, drawn anew for each image.
 
-Drawing and applying are two steps. The draws are a few numbers per image from a NumPy generator, so they are the
-same on every device; applying them is a handful of whole-tensor operations, without a loop over images.
+Parameters are drawn on the host from a generator that a seed, an epoch and a step determine, so they are the same on
+every device; applying them is a handful of whole-tensor operations, without a loop over images.
 
-    crop, flip        one gather from the padded uint8 images (black border, as torchvision's RandomCrop)
-    normalise         (x / 255 − mean) / std
-    random erasing    a rectangle set to 0, the mean colour; Zhong et al. 2017, arXiv:1708.04896
-    Mixup, CutMix     x ← w·x + (1 − w)·partner with a weight per pixel: constant for Mixup (Zhang et al. 2017,
-                      arXiv:1710.09412), 0 in a rectangle and 1 elsewhere for CutMix (Yun et al. 2019,
-                      arXiv:1905.04899); the label's weight is the mean of w. The partner is the previous image.
+    crop, flip       a padded crop (black or mirrored border), or a rectangle resized as by RandomResizedCrop; mirrored
+    policy, jitter   colours and shapes: `policies`
+    normalise        (x / 255 − mean) / std
+    random erasing   a rectangle set to 0, the mean colour, or to noise; Zhong et al. 2017, arXiv:1708.04896
+    Mixup, CutMix    `mixing`
 
 Axes: b batch, c channels, h w pixels, k classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,86 +24,103 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from smallvit.config import AugmentConfig, InputError
+from smallvit.datasets.boxes import Boxes, crop_boxes, erasing_boxes
+from smallvit.datasets.mixing import Mix, Mixing, mix_pairs
+from smallvit.datasets.noise import normal_noise
+from smallvit.datasets.operations import fetch, perform, resized_crop
+from smallvit.datasets.policies import Policy, Step, jitter, policy
+from smallvit.datasets.presets import preset
 
-PRESETS: dict[str, dict[str, float]] = {
-    "none": {"crop": 0, "flip": 0, "erasing": 0, "mix_prob": 0, "mixup": 0, "cutmix": 0},
-    "basic": {"crop": 1 / 8, "flip": 0.5, "erasing": 0, "mix_prob": 0, "mixup": 0, "cutmix": 0},
-    "mix": {"crop": 1 / 8, "flip": 0.5, "erasing": 0.25, "mix_prob": 0.5, "mixup": 1, "cutmix": 1},
-}
-ERASED_AREA = (0.02, 0.4)
-ERASED_RATIO = (0.3, 1 / 0.3)
-ERASING_ATTEMPTS = 10
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """A rectangle per image in pixels, bottom and right exclusive; empty where nothing is to happen."""
-
-    top: np.ndarray
-    left: np.ndarray
-    bottom: np.ndarray
-    right: np.ndarray
+LEAST_ERASED = 0.02
+"""Least share of an image's area that random erasing takes."""
+GREY = 128
+"""What policies fill with where an image has been moved away, as AutoAugment's own code."""
 
 
 @dataclass(frozen=True)
 class Draws:
     """What happens to each image of a batch."""
 
-    top: np.ndarray
-    """Row of the padded image at which the crop begins."""
-    left: np.ndarray
+    crop: Boxes
+    """In pixels of the image, or of the padded one."""
     flip: np.ndarray
+    steps: tuple[Step, ...]
     erase: Boxes
-    mixup: np.ndarray
-    """Weight of the image against its partner; 1 where Mixup is not applied."""
-    cutmix: Boxes
+    noise: np.ndarray
+    """Keys of the noise in erased rectangles."""
+    mix: Mix
+
+    def part(self, chosen: slice) -> Draws:
+        """The same for a part of the images."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        steps = tuple(step.part(chosen) for step in values.pop("steps"))
+        flip, noise = values.pop("flip")[chosen], values.pop("noise")[chosen]
+        return Draws(flip=flip, noise=noise, steps=steps, **{name: v.part(chosen) for name, v in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """The augmentation of one data set: draw parameters for a batch, then apply them."""
 
-    padding: int
-    flip: float
-    erasing: float
-    mix_prob: float
-    mixup: float
-    cutmix: float
+    crop: Literal["none", "pad", "reflect", "resized"] = "none"
+    padding: int = 0
+    crop_scale: float = 0.08
+    flip: float = 0.0
+    policies: tuple[Policy, ...] = ()
+    erasing: float = 0.0
+    erasing_fill: Literal["mean", "noise"] = "mean"
+    erasing_area: float = 0.4
+    mixing: Mixing = field(default_factory=Mixing)
+    repeats: int = 1
 
     @classmethod
-    def from_config(cls, config: AugmentConfig, img_size: int, may_flip: bool, auto: str = "mix") -> Augment:
+    def from_config(
+        cls, config: AugmentConfig, img_size: int, may_flip: bool, auto: str = "mix", own_policy: str = "cifar10"
+    ) -> Augment:
         """The preset (`auto` names the one that suits the data), with the options that were given in place of its own.
 
         Raises:
-            InputError: a padding wider than the image.
+            InputError: a border wider than the image, or no such policy.
         """
-        preset = dict(PRESETS[auto if config.aug == "auto" else config.aug])
-        preset["padding"] = round(preset.pop("crop") * img_size)
-        preset["flip"] *= may_flip
-        given = {
-            "padding": config.crop_padding,
-            "flip": config.flip,
-            "erasing": config.erasing,
-            "mix_prob": config.mix_prob,
-            "mixup": config.mixup,
-            "cutmix": config.cutmix,
-        }
-        chosen = preset | {name: value for name, value in given.items() if value is not None}
-        if chosen["padding"] > img_size:
-            raise InputError(f"--crop-padding {chosen['padding']}: expected at most the image size, {img_size}")
-        return cls(**chosen)
+        values = preset(auto if config.aug == "auto" else config.aug, img_size)
+        values["crop_padding"] = round(values.pop("border") * img_size)
+        values["flip"] *= may_flip
+        values |= {name: given for name in values if (given := getattr(config, name, None)) not in (None, "auto")}
+        padding = values["crop_padding"]
+        if padding > img_size - (values["crop"] == "reflect"):
+            raise InputError(f"--crop-padding {padding}: expected less than the image size, {img_size}")
+        drawn = (policy(values["policy"], own_policy), jitter(values["jitter"]))
+        return cls(
+            crop=values["crop"],
+            padding=padding if values["crop"] in ("pad", "reflect") else 0,
+            crop_scale=values["crop_scale"],
+            flip=values["flip"],
+            policies=tuple(each for each in drawn if each is not None),
+            erasing=values["erasing"],
+            erasing_fill=values["erasing_fill"],
+            erasing_area=values["erasing_area"],
+            mixing=Mixing(
+                prob=values["mix_prob"],
+                mixup=values["mixup"],
+                cutmix=values["cutmix"],
+                per=values["mix_per"],
+                major=values["mix_major"],
+            ),
+            repeats=values["repeats"],
+        )
 
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Draws:
         """Draw parameters for `b` images of `h` × `w` pixels."""
-        offsets = rng.integers(0, 2 * self.padding + 1, (2, b))
+        if self.crop == "resized":
+            crop = crop_boxes(rng, b, h, w, (self.crop_scale, 1.0))
+        else:
+            top, left = rng.integers(0, 2 * self.padding + 1, (2, b))
+            crop = Boxes(top, left, top + h, left + w)
         flip = rng.random(b) < self.flip
-        erase = erasing_boxes(rng, rng.random(b) < self.erasing, h, w)
-        mixed = rng.random(b) < self.mix_prob
-        share = 0.5 if self.mixup and self.cutmix else float(self.mixup > 0)
-        by_mixup = rng.random(b) < share
-        cut = mixed & ~by_mixup & (self.cutmix > 0)
-        mixup = np.where(mixed & by_mixup, _beta(rng, self.mixup, b), 1.0)
-        return Draws(*offsets, flip, erase, mixup, cutmix_boxes(rng, cut, _beta(rng, self.cutmix, b), h, w))
+        steps = tuple(step for each in self.policies for step in each(rng, b, min(h, w)))
+        erase = erasing_boxes(rng, rng.random(b) < self.erasing, h, w, (LEAST_ERASED, self.erasing_area))
+        noise = rng.integers(-(2**63), 2**63, b)
+        return Draws(crop, flip, steps, erase, noise, self.mixing.draw(rng, b, h, w))
 
     def apply(
         self,
@@ -115,18 +132,24 @@ class Augment:
         classes: int,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
         """Normalised images and label distributions."""
-        device, (h, w) = images.device, images.shape[-2:]
-        cropped = crop_and_flip(images, self.padding, *_to(device, draws.top, draws.left, draws.flip))
-        x = normalise(cropped, mean, std)
+        x = normalise(self.vary(images, draws), mean, std)
         if self.erasing:
-            x = x.masked_fill(inside(draws.erase, h, w, device), 0.0)
+            x = erase(x, draws.erase, draws.noise if self.erasing_fill == "noise" else None)
         targets = F.one_hot(labels, classes).to(x.dtype)
-        if self.mix_prob:
-            (kept,) = _to(device, draws.mixup.astype(np.float32))
-            weight = torch.where(inside(draws.cutmix, h, w, device), 0.0, kept[:, None, None, None])
-            x = torch.lerp(x.roll(1, 0), x, weight)
-            targets = torch.lerp(targets.roll(1, 0), targets, weight.mean(dim=(1, 2, 3))[:, None])
-        return x, targets
+        return mix_pairs(x, targets, draws.mix) if self.mixing else (x, targets)
+
+    def vary(self, images: UInt8[Tensor, "b c h w"], draws: Draws) -> UInt8[Tensor, "b c h w"]:
+        """What happens to grey levels: crop, flip, policies."""
+        flip = _to(images.device, draws.flip)
+        top, left = _to(images.device, draws.crop.top), _to(images.device, draws.crop.left)
+        if self.crop == "resized":
+            height, width = draws.crop.bottom - draws.crop.top, draws.crop.right - draws.crop.left
+            images = resized_crop(images, top, left, _to(images.device, height), _to(images.device, width))
+            top, left = torch.zeros_like(top), torch.zeros_like(left)
+        images = crop_and_flip(images, self.padding, top, left, flip, mirror=self.crop == "reflect")
+        for step in draws.steps:
+            images = perform(images, step.names, step.strengths, step.places, fill=GREY)
+        return images
 
 
 def normalise(
@@ -142,60 +165,32 @@ def crop_and_flip(
     top: Int64[Tensor, " b"],
     left: Int64[Tensor, " b"],
     flip: Tensor,
+    mirror: bool = False,
 ) -> UInt8[Tensor, "b c h w"]:
-    """Pad with black, cut h × w at (top, left), mirror where `flip`."""
-    b, c, h, w = images.shape
-    if padding:
-        images = F.pad(images, (padding,) * 4)
-    rows = top[:, None] + torch.arange(h, device=images.device)
+    """Pad with black (or the mirrored edge), cut h × w at (top, left), mirror where `flip`."""
+    h, w = images.shape[-2:]
     columns = torch.arange(w, device=images.device)
+    rows = top[:, None] + torch.arange(h, device=images.device)
     columns = left[:, None] + torch.where(flip[:, None], w - 1 - columns, columns)
-    each = torch.arange(b, device=images.device)[:, None, None, None]
-    channel = torch.arange(c, device=images.device)[:, None, None]
-    return images[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    if padding and mirror:
+        rows = h - 1 - (h - 1 - (rows - padding).abs()).abs()
+        columns = w - 1 - (w - 1 - (columns - padding).abs()).abs()
+    elif padding:
+        images = F.pad(images, (padding,) * 4)
+    return fetch(images, rows[:, :, None] * images.shape[-1] + columns[:, None, :])
 
 
-def inside(boxes: Boxes, h: int, w: int, device: torch.device) -> Tensor:
-    """Mask (b, 1, h, w) of the pixels within each image's rectangle."""
-    top, left, bottom, right = _to(device, boxes.top, boxes.left, boxes.bottom, boxes.right)
-    y, x = torch.arange(h, device=device), torch.arange(w, device=device)
-    rows = (y >= top[:, None]) & (y < bottom[:, None])
-    columns = (x >= left[:, None]) & (x < right[:, None])
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+def erase(x: Float[Tensor, "b c h w"], boxes: Boxes, keys: np.ndarray | None = None) -> Float[Tensor, "b c h w"]:
+    """Set each image's rectangle to 0, the mean colour, or to normal noise from its key. Changes `x`."""
+    chosen = np.flatnonzero(boxes.bottom > boxes.top)
+    if not len(chosen):
+        return x
+    where = _to(x.device, chosen)
+    erased = x[where]
+    fill = 0.0 if keys is None else normal_noise(_to(x.device, keys[chosen]), erased[0].numel()).view_as(erased)
+    x[where] = torch.where(boxes.part(chosen).inside(*x.shape[-2:], x.device), fill, erased)
+    return x
 
 
-def erasing_boxes(rng: np.random.Generator, chosen: np.ndarray, h: int, w: int) -> Boxes:
-    """Rectangles after torchvision's RandomErasing: area uniform, ratio log-uniform, the first of 10 that fits."""
-    shape = (len(chosen), ERASING_ATTEMPTS)
-    area = rng.uniform(*ERASED_AREA, shape) * h * w
-    ratio = np.exp(rng.uniform(*np.log(ERASED_RATIO), shape))
-    height, width = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
-    fits = (height < h) & (width < w)
-    first = (np.arange(len(chosen)), fits.argmax(axis=1))
-    happens = chosen & fits.any(axis=1)
-    height, width = height[first] * happens, width[first] * happens
-    top = np.floor(rng.random(len(chosen)) * (h - height + 1))
-    left = np.floor(rng.random(len(chosen)) * (w - width + 1))
-    return _boxes(top, left, top + height, left + width)
-
-
-def cutmix_boxes(rng: np.random.Generator, chosen: np.ndarray, kept: np.ndarray, h: int, w: int) -> Boxes:
-    """CutMix's rectangles: share 1 − kept of the area, centre uniform, cut off at the image's border."""
-    side = np.sqrt(1 - kept)
-    height, width = np.floor(h * side), np.floor(w * side)
-    y, x = rng.integers(0, h, len(chosen)), rng.integers(0, w, len(chosen))
-    top, bottom = np.clip(y - height // 2, 0, h), np.clip(y - height // 2 + height, 0, h)
-    left, right = np.clip(x - width // 2, 0, w), np.clip(x - width // 2 + width, 0, w)
-    return _boxes(top, left, np.where(chosen, bottom, top), right)
-
-
-def _boxes(*edges: np.ndarray) -> Boxes:
-    return Boxes(*(edge.astype(np.int64) for edge in edges))
-
-
-def _beta(rng: np.random.Generator, alpha: float, b: int) -> np.ndarray:
-    return rng.beta(alpha, alpha, b) if alpha else np.ones(b)
-
-
-def _to(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

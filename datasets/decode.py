@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
@@ -24,14 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smallvit.config import InputError, first_line
+from smallvit.datasets.listing import Listing
+from smallvit.datasets.memory import require_memory
 
-COPIES = 2.5
-"""Peak memory of reading and splitting, in multiples of the images (2.3 measured)."""
 DECODER = 1
 """Raised when decoding changes, so that older caches are not used."""
 
 
-def default_size(paths: tuple[str, ...], largest: int = 64, sample: int = 512) -> int:
+def default_size(files: Listing, largest: int = 64, sample: int = 512) -> int:
     """An image size for these files: the median shorter side, at most `largest`, fit for a ViT's patches.
 
     That is a multiple of 8 from 56 px upwards, else of 4, and at least 8.
@@ -39,9 +40,9 @@ def default_size(paths: tuple[str, ...], largest: int = 64, sample: int = 512) -
     Looks at the headers of at most `sample` files, evenly spread.
     """
     sides = []
-    for index in np.linspace(0, len(paths) - 1, min(sample, len(paths))).astype(int):
+    for index in np.linspace(0, len(files) - 1, min(sample, len(files))).astype(int):
         try:
-            with Image.open(paths[index]) as image:
+            with Image.open(files.open(index)) as image:
                 sides.append(min(image.size))
         except Exception:
             continue  # damaged: decoding will name it
@@ -49,11 +50,15 @@ def default_size(paths: tuple[str, ...], largest: int = 64, sample: int = 512) -
     return max(8, size - size % (8 if size >= 56 else 4))
 
 
-def decode_image(path: str, size: int) -> UInt8[np.ndarray, "3 size size"]:
+def decode_image(file: str | BinaryIO, size: int) -> UInt8[np.ndarray, "3 size size"]:
     """Decode one file; raises whatever Pillow raises for files that are damaged or no images."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image.draft("RGB", (size, size))  # large JPEGs: decode at a fraction of the size
-        image = to_rgb(ImageOps.exif_transpose(image))
+        return fit(to_rgb(ImageOps.exif_transpose(image)), size)
+
+
+def fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
+    """Resize the shorter side to `size` and cut out the centre."""
     scale = size / min(image.size)
     shape = [max(size, round(side * scale)) for side in image.size]
     if tuple(shape) != image.size:
@@ -77,45 +82,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_all(paths: tuple[str, ...], size: int) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str]]:
+def decode_all(files: Listing, size: int) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str]]:
     """Decode all files in parallel with a progress bar; returns the images and the reason for each bad file."""
-    pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     bad: dict[int, str] = {}
 
     def decode(chunk: range) -> None:
         for index in chunk:
             try:
-                pixels[index] = decode_image(paths[index], size)
+                pixels[index] = decode_image(files.open(index), size)
             except Exception as error:  # whatever a damaged file provokes: the caller names it
                 pixels[index] = 0
-                bad[index] = first_line(error).replace(repr(paths[index]), "").strip()
+                bad[index] = reason(error, files.paths[index])
 
-    chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
+    chunks = [range(start, min(start + 64, len(files))) for start in range(0, len(files), 64)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in track(pool.map(decode, chunks), f"decoding {len(paths):,} images", total=len(chunks)):
+        for _ in track(pool.map(decode, chunks), f"decoding {len(files):,} images", total=len(chunks)):
             pass
     return torch.from_numpy(pixels), bad
 
 
-def describe_bad(paths: tuple[str, ...], bad: dict[int, str]) -> str:
+def reason(error: Exception, path: str) -> str:
+    """Why an image cannot be decoded, without what Pillow calls the file."""
+    return re.sub(r"<_io\.BytesIO.*?>", "", first_line(error).replace(repr(path), "")).strip()
+
+
+def describe_bad(files: Listing, bad: dict[int, str]) -> str:
     """One line that names the first few files that cannot be decoded."""
-    named = [f"{repr(paths[index])[1:-1]} ({bad[index]})" for index in sorted(bad)[:3]]
+    named = [f"{repr(files.paths[index])[1:-1]} ({bad[index]})" for index in sorted(bad)[:3]]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return f"{len(bad)} of {len(paths)} images cannot be decoded: {', '.join(named)}{more}"
-
-
-def require_memory(count: int, channels: int, size: int) -> None:
-    """Check that so many images fit into memory while they are read and split.
-
-    Raises:
-        InputError: they do not.
-    """
-    needed, available = COPIES * count * channels * size * size, psutil.virtual_memory().available
-    if needed > available:
-        raise InputError(
-            f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"
-        )
+    return f"{len(bad)} of {len(files)} images cannot be decoded: {', '.join(named)}{more}"
 
 
 def cache_folder() -> Path:
@@ -125,7 +121,7 @@ def cache_folder() -> Path:
 
 
 def decode_cached(
-    root: Path, paths: tuple[str, ...], fingerprint: str, size: int, skip_corrupt: bool
+    files: Listing, size: int, skip_corrupt: bool
 ) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str], bool]:
     """`decode_all`, or what it returned before for the same files; the last value says which (True: cached).
 
@@ -134,14 +130,14 @@ def decode_cached(
     Raises:
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
     """
-    key = f"{DECODER}-{fingerprint}"
-    name = hashlib.sha256(f"{root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
+    key = f"{DECODER}-{files.fingerprint}"
+    name = hashlib.sha256(f"{files.root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
     file = cache_folder() / f"images-{name}.safetensors"
-    require_memory(len(paths), 3, size)
-    found = _read_cache(file, key, (len(paths), 3, size, size))
-    pixels, bad = found or decode_all(paths, size)
+    require_memory(len(files), 3, size)
+    found = _read_cache(file, key, (len(files), 3, size, size))
+    pixels, bad = found or decode_all(files, size)
     if bad and not skip_corrupt:
-        raise InputError(describe_bad(paths, bad) + "; repair or remove, or leave out with --skip-corrupt")
+        raise InputError(describe_bad(files, bad) + "; repair or remove, or leave out with --skip-corrupt")
     if not found:
         _write_cache(file, pixels, {"key": key, "bad": json.dumps(bad)})
     return pixels, bad, found is not None

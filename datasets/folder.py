@@ -1,7 +1,8 @@
-"""Folders of class folders: which files belong to which class and split.
+"""Folders and zip files of class folders: which files belong to which class and split.
 
     DIR/train/<class>/...  with DIR/val and/or DIR/test         splits as they are
     DIR/train/<class>/...  or DIR/<class>/...                   splits drawn from the images
+    DIR/train/<class>/...  with DIR/val/val_annotations.txt     Tiny-ImageNet's layout: `tiny_imagenet`
 
 Class folders are numbered in the order of their names; images may lie in folders within them.
 """
@@ -10,29 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from smallvit.config import InputError
-
-SPLITS = ("train", "val", "test")
-LIKE_SPLITS = {*SPLITS, "training", "valid", "validation", "testing"}
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The image files of a folder: path, class number and split of each, in a fixed order."""
-
-    root: Path
-    class_names: tuple[str, ...]
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    splits: tuple[str, ...]
-    """Of each file: train, val or test; 'all' where the folder has no such level."""
-    fingerprint: str
-    """A hash of every file's relative path, class, size and time of change."""
+from smallvit.datasets.listing import SPLITS, Listing, require_classes
+from smallvit.datasets.tiny_imagenet import ANNOTATIONS, read_layout
 
 
 def list_folder(root: Path) -> Listing:
@@ -45,9 +30,11 @@ def list_folder(root: Path) -> Listing:
     try:
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder")
-        return _list(root)
+        return _list_tiny_imagenet(root) if (root / ANNOTATIONS).is_file() else _list(root)
     except OSError as error:
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data {root}: its lists of classes are damaged ({error})") from None
 
 
 def _list(root: Path) -> Listing:
@@ -55,11 +42,7 @@ def _list(root: Path) -> Listing:
     folders = {split: root / split for split in SPLITS if (root / split).is_dir()} if has_splits else {"all": root}
     first = next(iter(folders))
     class_names = _subfolders(folders[first])
-    if len(class_names) < 2:
-        found = f"only {class_names[0]}/" if class_names else "none"
-        raise InputError(f"--data {folders[first]}: at least two class folders with images are needed, found {found}")
-    if all(name.lower() in LIKE_SPLITS for name in class_names):
-        raise InputError(f"--data {root}: {', '.join(class_names)} look like splits; call them train, val and test")
+    require_classes(class_names, folders[first])
     files: list[tuple[str, int, str]] = []
     digest = hashlib.sha256()
     for split, folder in folders.items():
@@ -74,6 +57,17 @@ def _list(root: Path) -> Listing:
             files += [(path, label, split) for path in images]
     paths, labels, splits = zip(*files, strict=True)
     return Listing(root, class_names, paths, labels, splits, digest.hexdigest())
+
+
+def _list_tiny_imagenet(root: Path) -> Listing:
+    digest = hashlib.sha256()
+    paths = [path for name in ("train", "val") for path in _images(root / name, digest, root)]
+    texts = [name for name in ("wnids.txt", "words.txt", ANNOTATIONS) if (root / name).is_file()]
+    names = [Path(path).relative_to(root).as_posix() for path in paths] + texts
+    class_names, entries = read_layout(names, lambda name: (root / name).read_text(), root)
+    digest.update(repr([entry[1:] for entry in entries]).encode())
+    files, labels, splits = zip(*((str(root / name), label, split) for name, label, split in entries), strict=True)
+    return Listing(root, class_names, files, labels, splits, digest.hexdigest())
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:

@@ -5,14 +5,21 @@ Axes: n images, c channels, h w pixels.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from smallvit.config import InputError
+from smallvit.datasets.memory import require_memory
+
+if TYPE_CHECKING:
+    from smallvit.datasets.streaming import Files
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,37 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return self.pixels.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """1 grey, 3 colour."""
+        return self.pixels.shape[1]
+
     def subset(self, indices: np.ndarray) -> Images:
         """The images at these positions, copied."""
         chosen = torch.from_numpy(indices)
         return Images(self.pixels[chosen], self.labels[chosen])
+
+    def content(self) -> str:
+        """A hash of the images and their labels."""
+        digest = hashlib.sha256(self.pixels.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
+    def resize(self, size: int) -> Images:
+        """The images at another size: bicubic, antialiased. Square images are expected."""
+        if size == self.pixels.shape[-1]:
+            return self
+        require_memory(len(self), self.pixels.shape[1], size)
+        pixels = torch.empty(*self.pixels.shape[:2], size, size, dtype=torch.uint8)
+        for here, there in zip(self.pixels.split(1000), pixels.split(1000), strict=True):
+            resized = F.interpolate(here.float(), (size, size), mode="bicubic", antialias=True)
+            there.copy_(resized.round_().clamp_(0, 255))
+        return Images(pixels, self.labels)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, of pixel values in [0, 1]."""
@@ -51,15 +85,18 @@ class ImageDataset:
     source: str
     """What `DataConfig.data` must say to read it again, from any working directory."""
     class_names: tuple[str, ...]
-    train: Images
-    val: Images
-    test: Images
+    train: Images | Files
+    val: Images | Files
+    """Without images, where none are to be held out."""
+    test: Images | Files
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
     """Whether a mirrored image keeps its class."""
     aug: str
     """The augmentation preset that suits it."""
+    policy: str
+    """AutoAugment's policy that suits it: cifar10, svhn or imagenet."""
     fingerprint: str
     """Changes when the files do: a run is resumed on the very images it was started with."""
     notes: tuple[str, ...] = ()
@@ -68,12 +105,12 @@ class ImageDataset:
     @property
     def img_size(self) -> int:
         """Height and width in pixels."""
-        return self.train.pixels.shape[-1]
+        return self.train.size
 
     @property
     def in_chans(self) -> int:
         """Channels: 1 grey, 3 colour."""
-        return self.train.pixels.shape[1]
+        return self.train.channels
 
     def statistics(self, device: torch.device) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
         """Mean and standard deviation per channel, as tensors that broadcast over images."""
@@ -86,9 +123,13 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tu
 
     scikit-learn's stratified splits may leave a small class out of a part; here none may.
 
+    Nothing is held out of a `fraction` of 0.
+
     Raises:
         InputError: a class has a single image.
     """
+    if not fraction:
+        return np.arange(len(labels)), np.arange(0)
     rng = np.random.default_rng(seed)
     held: list[np.ndarray] = []
     for label in np.unique(labels):
@@ -100,3 +141,13 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tu
         held.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
     out = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Positions of the same share of every class, at least one image; smaller shares are parts of larger ones."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(members[: max(1, round(len(members) * fraction))])
+    return np.sort(np.concatenate(chosen))

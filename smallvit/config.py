@@ -13,7 +13,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-DATA_NAMES = ("digits",)
+DATA_NAMES = (
+    "digits",
+    "cifar10",
+    "cifar100",
+    "cifar100-coarse",
+    "svhn",
+    "svhn-extra",
+    "tiny-imagenet",
+    "mnist",
+    "fashion-mnist",
+    "imagenet",
+)
 """Data sets known by name; `smallvit.datasets.DATASETS` describes them."""
 
 
@@ -69,14 +80,17 @@ class ModelConfig:
     """LSA: keep tokens from attending to themselves."""
     patch_size: int | None = None
     """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
+    dropout: float | None = None
+    """Dropout after position embeddings, attention's projection and the layers of MLPs; by default none."""
     drop_path: float | None = None
     """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
 
     def __post_init__(self) -> None:
         if self.patch_size is not None:
             _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1 pixel")
-        if self.drop_path is not None:
-            _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a probability below 1")
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, name, value, "a probability below 1")
         _require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
         for field_ in fields(self):
             plugin = field_.name.partition("_")[0]
@@ -93,11 +107,26 @@ class DataConfig:
     """Which images to train on, and how they are split."""
 
     data: str = "digits"
-    """Data set: digits, or a folder of class folders (with or without train, val and test above them)."""
+    """Data set by name (see smallvit list data), a folder or zip file of class folders, or a source of timm's readers
+    (hfds/..., wds/..., tfds/...)."""
+    data_dir: str | None = None
+    """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
+    data_url: str | None = None
+    """Address to download from instead: of a folder with the data set's files, or of its one file."""
     img_size: int | None = None
     """Image height and width in pixels; by default the images' own, at most 64 for folders."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Decode images anew each epoch, in worker processes, instead of keeping them in memory; auto: if they do not fit
+    there."""
+    workers: int | None = None
+    """Processes that decode while streaming; by default one per CPU core, at most 16."""
+    train_fraction: float = 1.0
+    """Share of each class's training images to train on; smaller shares are parts of larger ones."""
+    balanced: bool = False
+    """Draw every class equally often, however many images it has."""
     val_fraction: float = 0.1
-    """Share of the training images held out to choose the best epoch, where the data brings no such split."""
+    """Share of the training images held out to choose the best epoch, where the data brings no such split; with 0 the
+    last epoch is taken."""
     test_fraction: float = 0.2
     """Share of all images held out for the final test, where the data brings no such split."""
     split_seed: int = 0
@@ -109,37 +138,75 @@ class DataConfig:
         _require(bool(self.data), "data", repr(self.data), "a data set or folder")
         if self.img_size is not None:
             _require(self.img_size >= 1, "img_size", self.img_size, "at least 1 pixel")
-        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "a share between 0 and 1")
+        _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
+        _require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "a share above 0, at most 1")
+        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "a share between 0 and 1")
         _require(self.split_seed >= 0, "split_seed", self.split_seed, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How training images are varied; every option is drawn anew for each image."""
+    """How training images are varied: a preset, and options that take the place of its own values."""
 
-    aug: Literal["auto", "none", "basic", "mix"] = "auto"
-    """Preset: none, basic (crop, flip), mix (also erasing, Mixup or CutMix), or auto (mix; basic for the digits)."""
+    aug: Literal[
+        "auto",
+        "none",
+        "basic",
+        "mix",
+        "paper",
+        "deit",
+        "deit3",
+        "augreg-none",
+        "augreg-light1",
+        "augreg-light2",
+        "augreg-medium1",
+        "augreg-medium2",
+        "augreg-strong1",
+        "augreg-strong2",
+    ] = "auto"
+    """Preset: none, basic (crop, flip), mix (also erasing, Mixup or CutMix), paper (also AutoAugment), deit, deit3,
+    augreg-none to augreg-strong2, or auto (what suits the data; mix for folders)."""
+    crop: Literal["auto", "none", "pad", "reflect", "resized"] = "auto"
+    """Random crop: of the image with a black border (pad) or a mirrored one (reflect), or a rectangle, resized."""
     crop_padding: int | None = None
-    """Pixels of black border before the random crop; by default an eighth of the image size."""
+    """Pixels of border around the image for pad and reflect; by default an eighth of the image size."""
+    crop_scale: float | None = None
+    """Least share of the image's area that resized cuts out; by default 0.08."""
     flip: float | None = None
     """Probability of mirroring left to right; by default 0.5, and 0 where mirrored images change meaning."""
+    policy: str | None = None
+    """none, autoaugment, rand-m9-n2-mstd0.5-inc1 (timm's), tf-rand-m15-n2 (AugReg's), trivial or 3augment."""
+    jitter: float | None = None
+    """Brightness, contrast and saturation vary by this share."""
     erasing: float | None = None
-    """Probability of erasing a random rectangle (to the mean colour)."""
+    """Probability of erasing a random rectangle."""
+    erasing_fill: Literal["auto", "mean", "noise"] = "auto"
+    """What erased rectangles show: the mean colour, or noise."""
     mix_prob: float | None = None
     """Probability that an image is mixed with another, by Mixup or CutMix in equal shares."""
     mixup: float | None = None
     """Mixup's alpha, of Beta(alpha, alpha); 0 turns it off."""
     cutmix: float | None = None
     """CutMix's alpha, of Beta(alpha, alpha); 0 turns it off."""
+    mix_per: Literal["auto", "image", "batch"] = "auto"
+    """Whether every image is mixed in its own way, or all of a batch in the same."""
+    repeats: int | None = None
+    """Repeated augmentation: views of each image in a batch; an epoch is as long, of fewer images."""
+    test_flip: bool = False
+    """Average the final test's predictions over each image and its mirror image."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "erasing", "mix_prob"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, value, "a probability")
-        for name in ("crop_padding", "mixup", "cutmix"):
+        for name in ("crop_padding", "jitter", "mixup", "cutmix"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, name, value, "0 or more")
+        if self.crop_scale is not None:
+            _require(0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "a share above 0, at most 1")
+        if self.repeats is not None:
+            _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +221,25 @@ class OptimConfig:
     """Peak learning rate."""
     min_lr: float = 1e-6
     """Learning rate at the end."""
-    weight_decay: float = 0.05
-    """AdamW's decay, on matrices alone: norms, biases, tokens, position embeddings, temperatures have none."""
+    reg: Literal[
+        "auto",
+        "none",
+        "paper",
+        "deit",
+        "deit3",
+        "augreg-none-0.03",
+        "augreg-none-0.1",
+        "augreg-0.03",
+        "augreg-0.1",
+    ] = "auto"
+    """Preset of --dropout, --drop-path, --weight-decay and --smoothing; auto is the paper's, for transformers."""
+    weight_decay: float | None = None
+    """AdamW's decay, on matrices alone: norms, biases, tokens, position embeddings, temperatures have none; by default
+    0.05."""
     warmup: float = 0.1
     """Share of the steps during which the learning rate rises from 0 to its peak."""
-    smoothing: float = 0.1
-    """Label smoothing."""
+    smoothing: float | None = None
+    """Label smoothing; by default 0.1."""
     diagonal_until: float = 0.5
     """With --plugin-init exact: share of the steps over which tokens' attention to themselves fades to none."""
     clip_grad: float | None = None
@@ -171,9 +251,10 @@ class OptimConfig:
             _require(value >= 1, name, value, "at least 1")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
         _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        decay, smoothing = self.weight_decay, self.smoothing
+        _require(decay is None or 0 <= decay < math.inf, "weight_decay", decay, "0 or more")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share from 0 to below 1")
-        _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "a share from 0 to below 1")
+        _require(smoothing is None or 0 <= smoothing < 1, "smoothing", smoothing, "a share from 0 to below 1")
         _require(0 <= self.diagonal_until <= 1, "diagonal_until", self.diagonal_until, "a share from 0 to 1")
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
 

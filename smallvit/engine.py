@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from smallvit import checkpoint, hardware, objectives
 from smallvit.config import Config, InputError, TrainingError
-from smallvit.evaluate import evaluate
 from smallvit.optim import openness
 from smallvit.plugins import set_openness
 from smallvit.profile import count_parameters
@@ -107,32 +106,34 @@ def fit(run: Run) -> Result:
             started = time.monotonic()
             train_loss = train_epoch(setup, epoch, display)
             trained = time.monotonic()
-            val = evaluate(model, setup.evaluation_batches("val"), setup.device, setup.dtype)
+            val = setup.evaluate("val")
             state.epoch = epoch + 1
             state.step_seconds += trained - started
             state.seconds += time.monotonic() - started
-            if (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss):
-                state.best_epoch, state.best_val_top1, state.best_val_loss = epoch + 1, val["top1"], val["loss"]
+            if val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss):
+                state.best_epoch = epoch + 1
                 best = checkpoint.snapshot(model)
+            if val is not None and state.best_epoch == epoch + 1:
+                state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
             figures = {
                 "epoch": epoch + 1,
                 "train_loss": train_loss,
-                "val_loss": val["loss"],
-                "val_top1": val["top1"],
+                "val_loss": val and val["loss"],
+                "val_top1": val and val["top1"],
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": len(setup.dataset.train) / (trained - started),
+                "images_per_second": batches.sampling.views / (trained - started),
                 "seconds": state.seconds,
             }
             state.history.append(figures)
             display.epoch(figures, (epoch + 1) * steps)
             if epoch + 1 == epochs or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                _save(run, setup, state, best, val["top1"])
+                _save(run, setup, state, best)
                 best, saved_at = None, time.monotonic()
 
-    # The test split, once, with the weights chosen on the validation split
+    # The test split, once, with the weights chosen on the validation split (the last, where there is none)
     weights, chosen = checkpoint.load_weights(run / Run.BEST)
     model.load_state_dict(weights)
-    test = evaluate(model, setup.evaluation_batches("test"), setup.device, setup.dtype)
+    test = setup.evaluate("test", flip=config.augment.test_flip)
     plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
     summary = summarise(setup, state, chosen, test)
     run.write_json(Run.SUMMARY, summary)
@@ -175,7 +176,7 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
 
 def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The contents of summary.json; accuracies in per cent."""
-    seen = state.epoch * len(setup.dataset.train)
+    seen = state.epoch * setup.batches.sampling.views
     return {
         "test_top1": test["top1"],
         "test_loss": test["loss"],
@@ -196,12 +197,12 @@ def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     }
 
 
-def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | None, val_top1: float) -> None:
+def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | None) -> None:
     """Write a checkpoint. The state comes last: what precedes it is repeated exactly if it is not reached."""
     if best is not None:
-        metadata = setup.metadata(state.best_epoch, state.best_val_top1)
+        metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])
         checkpoint.save_weights(run / Run.BEST, best, metadata)
-    last = setup.metadata(state.epoch, val_top1)
+    last = setup.metadata(state.epoch, state.history[-1]["val_top1"])
     checkpoint.save_weights(run / Run.LAST, checkpoint.snapshot(setup.model), last)
     run.write_lines(Run.METRICS, state.history)
     checkpoint.save_state(run, setup.model, setup.optimizer, asdict(state))
@@ -225,9 +226,12 @@ def _finite_mean(losses: Tensor, rates: list[float], epoch: int) -> float:
 
 def _show(result: Result, console: Console) -> Result:
     summary, folder = result.summary, result.folder
+    top1, epochs = summary["val_top1"], summary["epochs"]
+    chosen = f"last of {epochs} epochs"
+    if top1 is not None:
+        chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
     console.print(
-        f"\ntest top-1 {summary['test_top1']:.2f} %  (validation {summary['val_top1']:.2f} %, "
-        f"best epoch {summary['best_epoch']} of {summary['epochs']}, "
+        f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen}, "
         f"trained in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s)"
     )
     for what, name in (("weights", Run.BEST), ("curves", Run.CURVES), ("summary", Run.SUMMARY)):

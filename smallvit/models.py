@@ -45,6 +45,7 @@ def create_model(
     num_classes: int,
     in_chans: int = 3,
     patch_size: int | None = None,
+    dropout: float | None = None,
     drop_path: float | None = None,
     spt: bool = False,
     lsa: bool = False,
@@ -58,8 +59,8 @@ def create_model(
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
     `patch_size` in pixels follows `img_size` unless given (PiT, Swin: the first stage's; T2T: what its unfolds make).
-    `drop_path` is 0.1 for transformers unless given. The other arguments are those of `ModelConfig`, all plain values,
-    so that a checkpoint can hold them.
+    `dropout` is none and `drop_path` 0.1 for transformers unless given. The other arguments are those of `ModelConfig`,
+    all plain values, so that a checkpoint can hold them.
 
     Raises:
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
@@ -80,6 +81,8 @@ def create_model(
             patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
         except UnsupportedModelError as error:
             raise InputError(f"--arch {arch}: {error}") from None
+    if dropout:
+        _set_dropout(model, arch, dropout)
     return model
 
 
@@ -156,6 +159,19 @@ def _timm_model(
         return timm.create_model(arch, pretrained=False, **arguments)
     except Exception as error:  # whatever one of a thousand constructors raises at sizes not foreseen
         raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {first_line(error)}") from error
+
+
+def _set_dropout(model: nn.Module, arch: str, rate: float) -> None:
+    """Give their rate to the layers of dropout that timm's transformers have, those on attention maps excepted."""
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Dropout) and name.split(".")[-1] in ("pos_drop", "proj_drop", "drop1", "drop2")
+    ]
+    if not layers:
+        raise InputError(f"--dropout {rate}: {arch} has no layers for it")
+    for layer in layers:
+        layer.p = rate
 
 
 def _family(arch: str) -> str | None:

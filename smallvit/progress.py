@@ -50,12 +50,13 @@ class TrainingProgress:
 
     def epoch(self, figures: dict[str, Any], done: int) -> None:
         """An epoch's line of metrics is complete."""
-        self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  "
+        validated = figures["val_top1"] is not None
+        self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  " if validated else ""
         self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(
             f"epoch {figures['epoch']}/{self.epochs}  loss {figures['train_loss']:.3f}  "
-            f"val loss {figures['val_loss']:.3f}  {self.accuracy}"
-            f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
+            + (f"val loss {figures['val_loss']:.3f}  {self.accuracy}" if validated else "")
+            + f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
         )
 
     def _show(self, number: int, done: int, loss: float, images_per_second: float) -> tuple[str, str]:

@@ -17,12 +17,15 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
     epochs = [line["epoch"] for line in history]
     style = {"marker": "o", "markersize": 3} if len(epochs) < 30 else {}
     loss.plot(epochs, [line["train_loss"] for line in history], label="training (augmented)", **style)
-    loss.plot(epochs, [line["val_loss"] for line in history], label="validation", **style)
+    validated = [line for line in history if line["val_top1"] is not None]
+    tested = [line["epoch"] for line in validated]
+    loss.plot(tested, [line["val_loss"] for line in validated], label="validation", **style)
     loss.set(ylabel="cross-entropy")
     loss.legend()
-    accuracy.plot(epochs, [line["val_top1"] for line in history], color="C1", label="validation", **style)
-    best = max(history, key=lambda line: line["val_top1"])
-    accuracy.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
+    accuracy.plot(tested, [line["val_top1"] for line in validated], color="C1", label="validation", **style)
+    if validated:
+        best = max(validated, key=lambda line: line["val_top1"])
+        accuracy.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
     accuracy.set(ylabel="top-1 accuracy (%)")
     accuracy.legend(loc="lower right")
     rate.plot(epochs, [line["lr"] for line in history], color="C2", **style)

@@ -24,7 +24,9 @@ from typing import Any
 from smallvit.config import DATA_NAMES, Config, InputError
 from smallvit.files import write_text
 
-MAY_DIFFER = ("device", "out", "overwrite", "resume")
+PLACE = ("device", "data_dir", "data_url", "workers")
+"""Options that say where a run finds things: a resumed run may find them elsewhere."""
+MAY_DIFFER = (*PLACE, "out", "overwrite", "resume")
 """Options that a resumed run need not share with the one it continues."""
 
 
@@ -231,8 +233,7 @@ def _resume(folder: Path, config: Config, given: Collection[str] | None) -> Run:
         if name not in MAY_DIFFER and new[name] != old[name]:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {new[name]}: the run in {folder} has {old[name]}, and goes on as it began")
-    if "device" in on_purpose:
-        stored = stored.replace(device=config.run.device)
+    stored = stored.replace(**{name: new[name] for name in PLACE if name in on_purpose})
     run = Run(folder, stored, new=False)
     run.lock()
     return run

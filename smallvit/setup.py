@@ -16,8 +16,11 @@ from smallvit import datasets, hardware, models, optim
 from smallvit.config import Config, InputError
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
+from smallvit.datasets.streaming import Files, StreamedBatches
+from smallvit.evaluate import evaluate
 from smallvit.plugins import describe, set_fused_attention
 from smallvit.profile import count_macs
+from smallvit.regularise import regularised
 
 EVALUATION_BATCH = {"cpu": 128, "gpu": 1024}
 """Images at once; on CPUs the cache decides."""
@@ -32,7 +35,7 @@ class Setup:
     dtype: torch.dtype
     """Of the matrix products: bfloat16 under mixed precision."""
     dataset: datasets.ImageDataset
-    batches: TrainingBatches
+    batches: TrainingBatches | StreamedBatches
     spec: dict[str, Any]
     """The arguments of `create_model` that made the model."""
     model: nn.Module
@@ -50,7 +53,13 @@ class Setup:
         size = EVALUATION_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
         return evaluation_batches(self.dataset, split, self.device, size)
 
-    def metadata(self, epoch: int, val_top1: float) -> dict[str, Any]:
+    def evaluate(self, split: str, *, flip: bool = False) -> dict[str, float] | None:
+        """How well the model does on val or test; nothing where the split has no images."""
+        if not len(getattr(self.dataset, split)):
+            return None
+        return evaluate(self.model, self.evaluation_batches(split), self.device, self.dtype, flip=flip)
+
+    def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """What a weights file says about itself."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
         return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
@@ -74,12 +83,14 @@ def prepare(config: Config) -> Setup:
         InputError: something that the configuration names is not there or does not fit.
     """
     models.require_known(config.model.arch)  # before images are decoded
+    config = regularised(config)
     device = hardware.pick_device(config.run.device)
     dtype = hardware.pick_dtype(device, config.run.amp)
 
     dataset = datasets.load(config.data)
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug)
-    batches = TrainingBatches(dataset, config.optim.batch_size, augment, config.run.seed, device)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    form = StreamedBatches if isinstance(dataset.train, Files) else TrainingBatches
+    batches = form(dataset, config.optim.batch_size, augment, config.run.seed, device, balanced=config.data.balanced)
 
     torch.manual_seed(config.run.seed)  # the initial weights
     spec = asdict(config.model) | {
@@ -90,7 +101,7 @@ def prepare(config: Config) -> Setup:
     }
     model = models.create_model(**spec)
     macs = count_macs(model, dataset.in_chans, dataset.img_size)
-    if len(dataset.train) // len(batches) < 2 and any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if len(batches.sampling.batches(0)[-1]) < 2 and any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise InputError(f"--batch-size {config.optim.batch_size}: {spec['arch']} has batch norm, which needs 2 images")
     model.to(device)
     set_fused_attention(model, device.type, dtype)

@@ -17,6 +17,7 @@ import torch
 import smallvit
 from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware
 from smallvit.datasets.loaders import evaluation_batches
+from smallvit.evaluate import evaluate
 from smallvit.optim import create_optimizer, create_schedule, openness
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run, open_run
@@ -232,18 +233,18 @@ def test_damaged_weights_are_noticed_before_training_goes_on(
     assert file.exists()
 
 
-def interrupted_after(epochs: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted_after(saved: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
     """A run that was stopped once this many epochs had been saved."""
 
     def stop(_: TrainingProgress, figures: dict, done: int) -> None:
-        if figures["epoch"] > epochs:
+        if figures["epoch"] > saved:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
         patch.setattr(TrainingProgress, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(folder)
+            train(folder, **options)
 
 
 def test_a_run_is_locked_while_it_is_open(tmp_path: Path) -> None:
@@ -308,6 +309,35 @@ def test_the_model_is_chosen_on_validation_images_and_tested_once(tmp_path: Path
     assert splits == ["val", "val", "test"]
 
 
+def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", epochs=2, val_fraction=0)
+    assert (result.summary["val_top1"], result.summary["best_epoch"]) == (None, 2)
+    last, best = weights(result.folder)
+    assert last == best
+    assert len(datasets.load(Config.build(val_fraction=0).data).train) == 1438
+    assert result.summary["images_seen"] == 2 * 1438
+
+
+def test_a_run_on_images_from_disk_resumes_to_the_last_bit(image_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"data": str(image_folder), "streaming": "on", "workers": 1, "aug": "deit", "repeats": 2, "epochs": 3}
+    whole = train(tmp_path / "whole", **options)
+    interrupted_after(2, tmp_path / "cut", monkeypatch, **options)
+    resumed = engine.train(Config.build(resume=str(tmp_path / "cut"), workers=0))
+    assert weights(resumed.folder) == weights(whole.folder)
+
+
+def test_the_mean_over_mirror_images_is_that_of_probabilities(finished: engine.Result) -> None:
+    model, data = smallvit.load(finished.folder), datasets.load(Config().data)
+    cpu = torch.device("cpu")
+    batches = list(evaluation_batches(data, "test", cpu, 100))
+    figures = evaluate(model, batches, cpu, torch.float32, flip=True)
+    images, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    with torch.no_grad():
+        mean = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
+    assert figures["loss"] == pytest.approx(torch.nn.functional.nll_loss(mean.log(), labels).item(), rel=1e-5)
+    assert figures["top1"] == pytest.approx(100 * (mean.argmax(1) == labels).float().mean().item())
+
+
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
     config = Config.build(lr=1e-2, min_lr=1e-4, warmup=0.1).optim
     model = smallvit.create_model("vit", img_size=8, num_classes=2, in_chans=1)
@@ -324,7 +354,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
 
 def test_weight_decay_spares_vectors_tokens_and_positions() -> None:
     model = smallvit.create_model("vit", img_size=8, num_classes=2, in_chans=1, spt=True, lsa=True)
-    optimizer = create_optimizer(model, Config().optim)
+    optimizer = create_optimizer(model, Config.build(weight_decay=0.05).optim)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert names == {

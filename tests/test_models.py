@@ -135,3 +135,21 @@ def test_what_does_not_fit_is_refused(arch: str, options: dict, message: str) ->
 def test_counting_macs_refuses_images_that_the_model_cannot_take() -> None:
     with pytest.raises(InputError, match="8-pixel images"):
         count_macs(create_model("convnext_atto", img_size=8, num_classes=10), 3, 8)
+
+
+@pytest.mark.parametrize(
+    "arch", ["vit", "cait", "pit", "swin", "t2t", "deit_tiny_patch16_224", "swinv2_tiny_window8_256"]
+)
+def test_dropout_acts_on_projections_and_mlps_but_not_on_attention_maps(arch: str) -> None:
+    model = create_model(arch, img_size=32, num_classes=3, dropout=0.25)
+    rates: dict[str, set[float]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Dropout):
+            rates.setdefault(name.rpartition(".")[2], set()).add(layer.p)
+    assert rates["proj_drop"] == rates["drop1"] == rates["drop2"] == {0.25}
+    assert rates.get("attn_drop", {0.0}) == {0.0}
+
+
+def test_dropout_for_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--dropout 0\.1: resnet18 has no layers for it"):
+        create_model("resnet18", img_size=32, num_classes=3, dropout=0.1)

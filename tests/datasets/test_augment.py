@@ -1,168 +1,446 @@
-"""Batched augmentation against torchvision's functions and against its own definitions."""
+"""The augmentation pipeline: its presets and options, and what it makes of a batch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as TF
+import torchvision.transforms.v2.functional as V
+from scipy import stats
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import RandomErasing
 
 from smallvit.config import AugmentConfig, InputError
-from smallvit.datasets.augment import (
-    ERASED_AREA,
-    ERASED_RATIO,
-    Augment,
-    Draws,
-    crop_and_flip,
-    cutmix_boxes,
-    erasing_boxes,
-    inside,
-    normalise,
-)
+from smallvit.datasets.augment import Augment, Draws, normalise
+from smallvit.datasets.mixing import Mixing
+from smallvit.datasets.noise import normal_noise
+from smallvit.datasets.policies import Step, policy
+from smallvit.datasets.presets import PRESETS, preset
 
-OFF = {"padding": 0, "flip": 0.0, "erasing": 0.0, "mix_prob": 0.0, "mixup": 0.0, "cutmix": 0.0}
-ZERO, ONE = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+CLASSES = 5
+OPTIONS = get_type_hints(AugmentConfig)
 
 
-def batch(b: int = 64, h: int = 12, w: int = 16) -> tuple[Tensor, Tensor]:
+def batch(b: int = 64, h: int = 12, w: int = 16, c: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (b, 3, h, w), dtype=torch.uint8, generator=generator)
-    return pixels, torch.randint(0, 5, (b,), generator=generator)
+    pixels = torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8, generator=generator)
+    return pixels, torch.randint(0, CLASSES, (b,), generator=generator)
 
 
-def run(augment: Augment, seed: int = 0, b: int = 64) -> tuple[Tensor, Tensor, Draws, Tensor, Tensor]:
-    pixels, labels = batch(b)
-    draws = augment.draw(np.random.default_rng(seed), b, *pixels.shape[-2:])
-    return *augment.apply(pixels, labels, draws, ZERO, ONE, classes=5), draws, pixels, labels
+def statistics(c: int = 3) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor([0.5, 0.4, 0.3])[:c], torch.tensor([0.2, 0.3, 0.4])[:c]
+    return mean[:, None, None], std[:, None, None]
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_crop_and_flip_equal_torchvisions_for_the_same_parameters(padding: int) -> None:
-    pixels, _ = batch()
-    draws = Augment(**OFF | {"padding": padding, "flip": 0.5}).draw(np.random.default_rng(0), 64, 12, 16)
-    ours = crop_and_flip(pixels, padding, *(torch.from_numpy(value) for value in (draws.top, draws.left, draws.flip)))
-    for image, top, left, flip, mine in zip(pixels, draws.top, draws.left, draws.flip, ours, strict=True):
-        expected = TF.crop(TF.pad(image, [padding]), int(top), int(left), 12, 16)
-        assert torch.equal(mine, TF.horizontal_flip(expected) if flip else expected)
-    assert 0 < draws.flip.sum() < 64
-    assert padding == 0 or {0, 2 * padding} <= set(draws.top.tolist())
+def apply(augment: Augment, pixels: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    return augment.apply(pixels, labels, draws, *statistics(pixels.shape[1]), CLASSES)
+
+
+def run(augment: Augment, seed: int = 0, **shape: int) -> tuple[Tensor, Tensor, Draws, Tensor, Tensor]:
+    pixels, labels = batch(**shape)
+    draws = augment.draw(np.random.default_rng(seed), len(pixels), *pixels.shape[-2:])
+    return *apply(augment, pixels, labels, draws), draws, pixels, labels
+
+
+def made(img_size: int = 32, may_flip: bool = True, auto: str = "mix", own: str = "cifar10", **options: Any) -> Augment:
+    return Augment.from_config(AugmentConfig(**options), img_size, may_flip, auto, own)
+
+
+def always(name: str, strength: float) -> Callable[[np.random.Generator, int, int], list[Step]]:
+    return lambda rng, b, size: [Step(np.full(b, name), np.full(b, strength))]
+
+
+# every preset
+
+
+@pytest.mark.parametrize("c", [3, 1])
+@pytest.mark.parametrize("img_size", [32, 64])
+@pytest.mark.parametrize("aug", PRESETS)
+def test_presets_give_finite_images_and_label_distributions(aug: str, img_size: int, c: int) -> None:
+    augment = made(img_size, aug=aug)
+    mixed = False
+    for seed in range(3):
+        x, targets, _, pixels, _ = run(augment, seed, b=15, h=img_size, w=img_size, c=c)
+        assert x.shape == pixels.shape
+        assert targets.shape == (15, CLASSES)
+        assert x.dtype == targets.dtype == torch.float32
+        assert x.isfinite().all()
+        assert (targets >= 0).all()
+        torch.testing.assert_close(targets.sum(1), torch.ones(15))
+        assert not x.requires_grad
+        mixed |= not (targets.max(1).values == 1).all()
+        assert torch.equal(pixels, batch(15, img_size, img_size, c)[0]), "the given images must stay"
+    assert mixed == (preset(aug, img_size)["mix_prob"] > 0)
+
+
+@pytest.mark.parametrize("aug", PRESETS)
+def test_the_same_seed_gives_the_same_batch_and_another_another(aug: str) -> None:
+    augment = made(aug=aug)
+    (x, targets, *_), (again, same, *_), (other, *_) = (run(augment, seed, h=32, w=32) for seed in (3, 3, 4))
+    assert torch.equal(x, again)
+    assert torch.equal(targets, same)
+    assert torch.equal(x, other) == (aug == "none")
+
+
+@pytest.mark.parametrize("c", [3, 1])
+@pytest.mark.parametrize("img_size", [32, 64])
+@pytest.mark.parametrize("aug", PRESETS)
+def test_a_part_of_the_batch_comes_out_as_in_the_whole(aug: str, img_size: int, c: int) -> None:
+    augment = made(img_size, aug=aug, jitter=0.3)
+    for seed in (0, 1):
+        x, targets, draws, pixels, labels = run(augment, seed, b=23, h=img_size, w=img_size, c=c)
+        for chosen in (slice(0, 8), slice(8, 10), slice(10, 23)):
+            part, labels_of_part = apply(augment, pixels[chosen], labels[chosen], draws.part(chosen))
+            assert torch.equal(part, x[chosen])
+            assert torch.equal(labels_of_part, targets[chosen])
+
+
+@pytest.mark.parametrize("img_size", [32, 64])
+def test_none_leaves_images_as_they_are(img_size: int) -> None:
+    x, targets, _, pixels, labels = run(made(img_size, aug="none"), h=img_size, w=img_size)
+    mean, std = statistics()
+    assert torch.equal(x, normalise(pixels, mean, std))
+    assert torch.equal(targets, torch.eye(CLASSES)[labels])
+
+
+def test_every_preset_can_be_asked_for() -> None:
+    assert set(get_args(OPTIONS["aug"])) == {"auto", *PRESETS}
+
+
+# what a batch goes through
 
 
 def test_normalise_equals_torchvisions() -> None:
     pixels, _ = batch()
-    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    expected = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), mean, std)
-    ours = normalise(pixels, torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None])
-    torch.testing.assert_close(ours, expected)
+    mean, std = statistics()
+    expected = V.normalize(
+        V.to_dtype(pixels, torch.float32, scale=True), mean.flatten().tolist(), std.flatten().tolist()
+    )
+    torch.testing.assert_close(normalise(pixels, mean, std), expected)
 
 
-def test_erased_rectangles_keep_to_the_area_and_ratio_they_were_drawn_with() -> None:
-    n, h, w = 20_000, 64, 64
-    boxes = erasing_boxes(np.random.default_rng(0), np.ones(n, bool), h, w)
-    height, width = boxes.bottom - boxes.top, boxes.right - boxes.left
-    assert boxes.top.min() >= 0
-    assert boxes.bottom.max() <= h
-    assert boxes.right.max() <= w
-    area, ratio = height * width / (h * w), height / width
-    assert ERASED_AREA[0] * 0.8 < area.min() < area.max() < ERASED_AREA[1] * 1.05
-    assert ERASED_RATIO[0] * 0.8 < ratio.min() < ratio.max() < ERASED_RATIO[1] * 1.25
+@pytest.mark.parametrize(("crop", "mode"), [("pad", "constant"), ("reflect", "reflect"), ("resized", None)])
+def test_crop_flip_and_normalisation_equal_torchvisions_one_by_one(crop: str, mode: str | None) -> None:
+    padding = 0 if mode is None else 3
+    x, _, draws, pixels, _ = run(Augment(crop=crop, padding=padding, crop_scale=0.2, flip=0.5))
+    mean, std = (values.flatten().tolist() for values in statistics())
+    box = draws.crop
+    for i, image in enumerate(pixels):
+        top, left = int(box.top[i]), int(box.left[i])
+        if mode is None:
+            image = V.resized_crop(image, top, left, int(box.bottom[i]) - top, int(box.right[i]) - left, [12, 16])
+        else:
+            image = V.crop(V.pad(image, [padding], padding_mode=mode), top, left, 12, 16)
+        image = V.horizontal_flip(image) if draws.flip[i] else image
+        expected = V.normalize(V.to_dtype(image, torch.float32, scale=True), mean, std)
+        one_level = 1 / 255 / 0.2 if mode is None else 0
+        torch.testing.assert_close(x[i], expected, atol=one_level + 1e-5, rtol=0)
 
 
-def test_erased_rectangles_are_distributed_as_torchvisions() -> None:
-    n, h, w = 4000, 32, 24
-    boxes = erasing_boxes(np.random.default_rng(0), np.ones(n, bool), h, w)
-    torch.manual_seed(0)
-    image = torch.zeros(1, h, w)
-    theirs = np.array([RandomErasing.get_params(image, ERASED_AREA, ERASED_RATIO, [0.0])[:4] for _ in range(n)])
-    ours = np.stack([boxes.top, boxes.left, boxes.bottom - boxes.top, boxes.right - boxes.left], axis=1)
-    for column in range(4):
-        quantiles = np.linspace(0.05, 0.95, 19)
-        ours_q, theirs_q = (np.quantile(values[:, column], quantiles) for values in (ours, theirs))
-        assert np.abs(ours_q - theirs_q).max() <= 1.0, column
+def test_crops_lie_anywhere_in_the_padded_image_and_half_the_images_are_mirrored() -> None:
+    n = 9000
+    draws = Augment(crop="pad", padding=4, flip=0.5).draw(np.random.default_rng(0), n, 32, 32)
+    for start, end in ((draws.crop.top, draws.crop.bottom), (draws.crop.left, draws.crop.right)):
+        assert stats.chisquare(np.bincount(start, minlength=9)).pvalue > 1e-3
+        assert len(np.bincount(start)) == 9
+        assert (end - start == 32).all()
+    assert abs(np.corrcoef(draws.crop.top, draws.crop.left)[0, 1]) < 0.05
+    assert draws.flip.mean() == pytest.approx(0.5, abs=0.03)
 
 
-def test_erasing_sets_its_rectangle_to_the_mean_colour_and_nothing_else() -> None:
-    x, _, draws, pixels, _ = run(Augment(**OFF | {"erasing": 0.5}))
-    mask = inside(draws.erase, 12, 16, x.device).expand_as(x)
-    assert x[mask].eq(0).all()
-    assert torch.equal(x[~mask], normalise(pixels, ZERO, ONE)[~mask])
-    erased = mask.flatten(1).any(1).float().mean().item()
-    assert 0.3 < erased < 0.7
+@pytest.mark.parametrize(("flip", "mirrored"), [(0.0, False), (1.0, True)])
+def test_flip_is_a_probability(flip: float, mirrored: bool) -> None:
+    x, _, _, pixels, _ = run(Augment(flip=flip))
+    plain = normalise(pixels, *statistics())
+    assert torch.equal(x, plain.flip(-1) if mirrored else plain)
 
 
-def test_mixup_is_a_convex_combination_with_the_previous_image() -> None:
-    x, targets, draws, pixels, labels = run(Augment(**OFF | {"mix_prob": 1.0, "mixup": 0.8}))
-    plain = normalise(pixels, ZERO, ONE)
-    for i in range(64):
-        weight = draws.mixup[i]
-        torch.testing.assert_close(x[i], (weight * plain[i] + (1 - weight) * plain[i - 1]).float())
-        expected = torch.zeros(5, dtype=torch.float64)
-        expected[labels[i]] += weight
-        expected[labels[i - 1]] += 1 - weight
-        torch.testing.assert_close(targets[i], expected.float())
-    assert draws.mixup.std() > 0.1
+def test_resized_crops_keep_at_least_the_share_of_the_area_that_was_asked_for() -> None:
+    boxes = Augment(crop="resized", crop_scale=0.3).draw(np.random.default_rng(0), 5000, 64, 64).crop
+    share = (boxes.bottom - boxes.top) * (boxes.right - boxes.left) / 64**2
+    assert 0.28 < share.min() < 0.32
+    assert share.max() > 0.97
 
 
-def test_cutmix_labels_weigh_what_the_pixels_show() -> None:
-    x, targets, _, pixels, labels = run(Augment(**OFF | {"mix_prob": 1.0, "cutmix": 1.0}))
-    plain = normalise(pixels, ZERO, ONE)
-    for i in range(64):
-        own = x[i].eq(plain[i]).all(0)
-        assert x[i][:, ~own].eq(plain[i - 1][:, ~own]).all()
-        if labels[i] != labels[i - 1]:
-            assert targets[i, labels[i]].item() == pytest.approx(own.float().mean().item(), abs=0.02)
+def test_policies_come_after_the_crop_one_after_the_other() -> None:
+    dim = Augment(crop="pad", padding=3, policies=(always("Invert", 0), always("Brightness", 0.5)))
+    pixels, _ = batch()
+    draws = dim.draw(np.random.default_rng(0), 64, 12, 16)
+    for i, mine in enumerate(dim.vary(pixels, draws)):
+        cropped = V.crop(V.pad(pixels[i], [3]), int(draws.crop.top[i]), int(draws.crop.left[i]), 12, 16)
+        assert torch.equal(mine, V.adjust_brightness(V.invert(cropped), 0.5))
 
 
-def test_cutmix_rectangles_cover_the_drawn_share_before_the_border_cuts_them() -> None:
-    kept = np.random.default_rng(1).beta(1, 1, 5000)
-    boxes = cutmix_boxes(np.random.default_rng(0), np.ones(5000, bool), kept, 64, 64)
-    height, width = boxes.bottom - boxes.top, boxes.right - boxes.left
-    whole = (boxes.top > 0) & (boxes.left > 0) & (boxes.bottom < 64) & (boxes.right < 64)
-    share = (height * width / 64**2)[whole]
-    assert whole.sum() > 500
-    assert np.abs(share - (1 - kept[whole])).max() < 0.05
+def test_what_policies_move_in_is_middle_grey() -> None:
+    pixels, _ = batch()
+    moved = Augment(policies=(always("TranslateX", 5),))
+    ours = moved.vary(pixels, moved.draw(np.random.default_rng(0), 64, 12, 16))
+    assert (ours[..., :5] == 128).all()
+    assert torch.equal(ours[..., 5:], pixels[..., :-5])
 
 
-def test_mixing_happens_per_image_with_the_given_probability() -> None:
-    augment = Augment(**OFF | {"mix_prob": 0.5, "mixup": 1.0, "cutmix": 1.0})
-    draws = augment.draw(np.random.default_rng(0), 4000, 32, 32)
-    by_mixup = (draws.mixup < 1).mean()
-    by_cutmix = (draws.cutmix.bottom > draws.cutmix.top).mean()
-    assert by_mixup == pytest.approx(0.25, abs=0.03)
-    assert by_cutmix == pytest.approx(0.25, abs=0.03)
-    assert not ((draws.mixup < 1) & (draws.cutmix.bottom > draws.cutmix.top)).any()
+def test_policies_are_told_the_number_of_images_and_the_shorter_side() -> None:
+    asked = []
+    Augment(policies=(lambda rng, b, size: asked.append((b, size)) or [],)).draw(np.random.default_rng(0), 7, 40, 24)
+    assert asked == [(7, 24)]
 
 
-@pytest.mark.parametrize("aug", ["none", "basic", "mix"])
-def test_presets_give_label_distributions_and_finite_images(aug: str) -> None:
-    augment = Augment.from_config(AugmentConfig(aug=aug), img_size=16, may_flip=True)
-    x, targets, *_ = run(augment)
-    assert x.isfinite().all()
-    torch.testing.assert_close(targets.sum(1), torch.ones(64))
-    assert (targets.max(1).values == 1).all() == (aug != "mix")
+def test_images_that_are_not_square_go_through_everything() -> None:
+    for spec in ("trivial", "tf-rand-m9-n2", "3augment", "autoaugment", "rand-m9-n2"):
+        augment = made(24, aug="deit", policy=spec, crop="resized")
+        x, *_ = run(augment, b=32, h=24, w=40)
+        assert x.shape == (32, 3, 24, 40)
+        assert x.isfinite().all()
 
 
-def test_none_leaves_images_as_they_are() -> None:
-    x, targets, _, pixels, labels = run(Augment.from_config(AugmentConfig(aug="none"), 16, True))
-    assert torch.equal(x, normalise(pixels, ZERO, ONE))
-    assert torch.equal(targets.argmax(1), labels)
+def test_erased_rectangles_are_the_mean_colour_and_nothing_else_changes() -> None:
+    x, _, draws, pixels, _ = run(Augment(erasing=0.5))
+    inside = draws.erase.inside(12, 16, x.device).expand_as(x)
+    assert x[inside].eq(0).all()
+    assert torch.equal(x[~inside], normalise(pixels, *statistics())[~inside])
+    assert inside.flatten(1).any(1).float().mean().item() == pytest.approx(0.5, abs=0.2)
 
 
-def test_a_border_wider_than_the_image_is_refused() -> None:
-    with pytest.raises(InputError, match="at most the image size, 8"):
-        Augment.from_config(AugmentConfig(crop_padding=9), 8, may_flip=True)
+def test_erased_rectangles_are_normal_noise_of_the_images_own_key_where_asked_for() -> None:
+    x, _, draws, pixels, _ = run(Augment(erasing=0.7, erasing_fill="noise"), b=200, h=32, w=32)
+    inside = draws.erase.inside(32, 32, x.device).expand_as(x)
+    assert torch.equal(x[~inside], normalise(pixels, *statistics())[~inside])
+    noise = normal_noise(torch.from_numpy(draws.noise), 3 * 32 * 32).view_as(x)
+    assert torch.equal(x[inside], noise[inside])
+    assert stats.kstest(x[inside].double().numpy(), "norm").pvalue > 1e-3
+    assert len(set(draws.noise.tolist())) == 200
+    for i in np.flatnonzero(draws.erase.bottom > draws.erase.top)[:20]:
+        red, green, blue = x[i][:, inside[i, 0]]
+        assert not red.equal(green)
+        assert not green.equal(blue)
 
 
-def test_given_options_take_the_place_of_the_presets() -> None:
-    augment = Augment.from_config(AugmentConfig(aug="mix", cutmix=0, crop_padding=1, flip=1), 32, may_flip=False)
-    assert (augment.cutmix, augment.padding, augment.flip, augment.mixup) == (0, 1, 1, 1)
-    assert Augment.from_config(AugmentConfig(aug="basic"), 32, may_flip=False).flip == 0
-    assert Augment.from_config(AugmentConfig(aug="basic"), 32, may_flip=True).padding == 4
+@pytest.mark.parametrize("area", [0.4, 1 / 3])
+def test_erasing_takes_from_2_percent_of_the_area_to_its_largest_share(area: float) -> None:
+    boxes = Augment(erasing=0.25, erasing_area=area).draw(np.random.default_rng(0), 20_000, 64, 64).erase
+    share = (boxes.bottom - boxes.top) * (boxes.right - boxes.left) / 64**2
+    assert (share > 0).mean() == pytest.approx(0.25, abs=0.02)
+    assert share[share > 0].min() == pytest.approx(0.02, rel=0.1)
+    assert share.max() == pytest.approx(area, rel=0.05)
+    ratio = ((boxes.bottom - boxes.top) / np.maximum(1, boxes.right - boxes.left))[share > 0.05]
+    assert (ratio.min(), ratio.max()) == pytest.approx((0.3, 1 / 0.3), rel=0.1)
+
+
+def test_mixing_comes_last_and_mixes_what_was_erased() -> None:
+    augment = Augment(erasing=1.0, mixing=Mixing(prob=1.0, mixup=1.0))
+    x, targets, draws, pixels, labels = run(augment)
+    plain, _ = apply(replace(augment, mixing=Mixing()), pixels, labels, draws)
+    kept = torch.from_numpy(draws.mix.kept).float()
+    partner = torch.arange(64).view(32, 2).flip(1).flatten()
+    weight = kept[:, None, None, None]
+    torch.testing.assert_close(x, weight * plain + (1 - weight) * plain[partner], atol=1e-5, rtol=0)
+    one_hot = torch.eye(CLASSES)[labels]
+    torch.testing.assert_close(targets, kept[:, None] * one_hot + (1 - kept[:, None]) * one_hot[partner])
+
+
+def test_labels_without_mixing_are_one_hot() -> None:
+    _, targets, _, _, labels = run(made(12, aug="basic", erasing=0.5))
+    assert torch.equal(targets, torch.eye(CLASSES)[labels])
+
+
+# published numbers
+
+
+def test_the_papers_preset_has_the_numbers_of_its_code() -> None:
+    values = preset("paper", 32)
+    assert values["policy"] == "autoaugment"
+    assert (values["erasing"], values["erasing_area"]) == (0.25, 0.4)
+    assert (values["mix_prob"], values["mixup"], values["cutmix"], values["mix_per"]) == (0.5, 1.0, 1.0, "batch")
+    assert (values["flip"], values["jitter"], values["repeats"]) == (0.5, 0.0, 1)
+    augment = made(32, aug="paper")
+    assert (augment.crop, augment.padding) == ("pad", 4)
+    assert augment.mixing == Mixing(prob=0.5, mixup=1.0, cutmix=1.0, per="batch", major=False)
+
+
+def test_deits_preset_has_the_numbers_of_its_table_9() -> None:
+    values = preset("deit", 224)
+    assert values["policy"] == "rand-m9-n2-mstd0.5-inc1"
+    timms = RandomErasing(probability=0.25, mode="pixel", device="cpu")
+    assert (values["erasing"], values["erasing_area"], values["erasing_fill"]) == (0.25, timms.max_area, "noise")
+    assert (values["crop"], values["crop_scale"], values["flip"], values["repeats"]) == ("resized", 0.08, 0.5, 3)
+    assert values["jitter"] == 0  # timm leaves it out where there is a policy
+    assert made(224, aug="deit").mixing == Mixing(prob=1.0, mixup=0.8, cutmix=1.0, per="batch", major=False)
+
+
+def test_deit_3s_preset_has_the_numbers_of_its_paper() -> None:
+    values = preset("deit3", 224)
+    assert (values["policy"], values["jitter"], values["erasing"]) == ("3augment", 0.3, 0.0)
+    assert (values["crop"], values["crop_scale"], values["flip"], values["repeats"]) == ("resized", 0.08, 0.5, 3)
+    assert made(224, aug="deit3").mixing == Mixing(prob=1.0, mixup=0.8, cutmix=1.0, per="batch", major=False)
+    small = made(32, aug="deit3")
+    assert (small.crop, small.padding) == ("reflect", 4)
+
+
+AUGREG = {  # RandAugment's layers and magnitude, Mixup's alpha: section 3.3 and table 4 of arXiv:2106.10270
+    "none": (0, 0, 0.0),
+    "light1": (2, 0, 0.0),
+    "light2": (2, 10, 0.2),
+    "medium1": (2, 15, 0.2),
+    "medium2": (2, 15, 0.5),
+    "strong1": (2, 20, 0.5),
+    "strong2": (2, 20, 0.8),
+}
+
+
+@pytest.mark.parametrize("level", AUGREG)
+def test_augregs_presets_have_the_numbers_of_its_seven_levels(level: str) -> None:
+    layers, magnitude, alpha = AUGREG[level]
+    values = preset(f"augreg-{level}", 224)
+    assert values["policy"] == (f"tf-rand-m{magnitude}-n{layers}" if layers else "none")
+    assert (values["crop"], values["crop_scale"], values["flip"]) == ("resized", 0.05, 0.5)
+    assert (values["jitter"], values["erasing"], values["repeats"]) == (0, 0, 1)
+    augment = made(224, aug=f"augreg-{level}")
+    assert sum(len(each(np.random.default_rng(0), 2, 224)) for each in augment.policies) == layers
+    assert bool(augment.mixing) == (alpha > 0)
+    if alpha:
+        assert augment.mixing == Mixing(prob=1.0, mixup=alpha, cutmix=0.0, per="batch", major=True)
+
+
+def test_the_seven_levels_of_augreg_are_all_there_are() -> None:
+    assert {name.removeprefix("augreg-") for name in PRESETS if name.startswith("augreg-")} == set(AUGREG)
+
+
+@pytest.mark.parametrize("aug", ["deit", "deit3", *(f"augreg-{level}" for level in AUGREG)])
+def test_presets_of_large_images_pad_small_ones(aug: str) -> None:
+    assert made(33, aug=aug).crop == "resized"
+    assert made(33, aug=aug).padding == 0
+    assert made(32, aug=aug).crop == ("reflect" if aug == "deit3" else "pad")
+    assert made(32, aug=aug).padding == 4
+
+
+@pytest.mark.parametrize("aug", ["paper", "deit", "deit3", "augreg-medium1"])
+def test_a_presets_policy_is_the_one_that_it_names(aug: str) -> None:
+    augment = made(64, aug=aug, own="svhn")
+    values = preset(aug, 64)
+    assert len(augment.policies) == 1 + (values["jitter"] > 0)
+    named = policy(values["policy"], "svhn")
+    assert named is not None
+    for mine, expected in zip(
+        augment.policies[0](np.random.default_rng(0), 50, 64), named(np.random.default_rng(0), 50, 64), strict=True
+    ):
+        assert mine.names.tolist() == expected.names.tolist()
+        assert mine.strengths.tolist() == expected.strengths.tolist()
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"crop": "none"}, {"crop": "none", "padding": 0}),
+        ({"crop": "reflect"}, {"crop": "reflect", "padding": 4}),
+        ({"crop": "resized"}, {"crop": "resized", "padding": 0}),
+        ({"crop_padding": 1}, {"padding": 1}),
+        ({"crop_padding": 0}, {"padding": 0}),
+        ({"crop_scale": 0.5}, {"crop_scale": 0.5}),
+        ({"flip": 0}, {"flip": 0}),
+        ({"flip": 0.9}, {"flip": 0.9}),
+        ({"policy": "none"}, {"policies": ()}),
+        ({"erasing": 0}, {"erasing": 0}),
+        ({"erasing": 0.7}, {"erasing": 0.7}),
+        ({"erasing_fill": "noise"}, {"erasing_fill": "noise"}),
+        ({"repeats": 2}, {"repeats": 2}),
+    ],
+    ids=str,
+)
+def test_given_options_take_the_place_of_the_presets_own(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    plain, augment = made(aug="paper"), made(aug="paper", **options)
+    for name in Augment.__dataclass_fields__:
+        if name in expected:
+            assert getattr(augment, name) == expected[name]
+        elif name == "policies":
+            assert len(augment.policies) == len(plain.policies) == 1
+        else:
+            assert getattr(augment, name) == getattr(plain, name), name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mix_prob": 0.1}, {"prob": 0.1}),
+        ({"mix_prob": 0}, {"prob": 0}),
+        ({"mixup": 0}, {"mixup": 0}),
+        ({"cutmix": 0.3}, {"cutmix": 0.3}),
+        ({"mix_per": "image"}, {"per": "image"}),
+    ],
+    ids=str,
+)
+def test_given_options_of_mixing_take_the_place_of_the_presets_own(options: dict, expected: dict) -> None:
+    assert made(aug="paper", **options).mixing == replace(made(aug="paper").mixing, **expected)
+
+
+def test_options_add_to_a_preset_what_it_has_not() -> None:
+    augment = made(aug="none", policy="trivial", jitter=0.4, mixup=0.2, mix_prob=1.0, erasing=0.1, flip=0.5)
+    assert len(augment.policies) == 2
+    (first,), (*jittered,) = (each(np.random.default_rng(0), 400, 32) for each in augment.policies)
+    assert len(set(first.names.tolist())) == 14
+    factors = np.stack([step.strengths for step in jittered])
+    assert (factors.min(), factors.max()) == pytest.approx((0.6, 1.4), abs=0.01)
+    assert (augment.mixing.mixup, augment.mixing.prob, augment.erasing, augment.flip) == (0.2, 1.0, 0.1, 0.5)
+    assert made(aug="deit3", jitter=0).policies == made(aug="deit3").policies[:1]
+    assert len(made(aug="basic", jitter=0.2).policies) == 1
+
+
+@pytest.mark.parametrize("aug", PRESETS)
+def test_nothing_is_mirrored_where_that_changes_meaning_unless_it_is_asked_for(aug: str) -> None:
+    assert made(aug=aug).flip == (0 if aug == "none" else 0.5)
+    assert made(aug=aug, may_flip=False).flip == 0
+    assert made(aug=aug, may_flip=False, flip=0.5).flip == 0.5
+
+
+@pytest.mark.parametrize("img_size", [8, 28, 32, 64])
+def test_the_border_is_an_eighth_of_the_image_by_default(img_size: int) -> None:
+    assert made(img_size, aug="basic").padding == round(img_size / 8)
+
+
+def test_a_border_wider_than_the_image_is_refused_in_one_line() -> None:
+    for crop, most in (("pad", 8), ("reflect", 7)):
+        augment = made(8, aug="basic", crop=crop, crop_padding=most)
+        assert run(augment, h=8, w=8)[0].isfinite().all()
+        with pytest.raises(InputError, match=rf"^--crop-padding {most + 1}: .*8") as caught:
+            made(8, aug="basic", crop=crop, crop_padding=most + 1)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(InputError, match="--policy randaugment"):
+        made(policy="randaugment")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flip", 1.5),
+        ("flip", -0.1),
+        ("erasing", 2.0),
+        ("mix_prob", float("nan")),
+        ("crop_padding", -1),
+        ("jitter", -0.5),
+        ("jitter", float("inf")),
+        ("mixup", -1.0),
+        ("cutmix", float("nan")),
+        ("crop_scale", 0.0),
+        ("crop_scale", 1.1),
+        ("repeats", 0),
+    ],
+)
+def test_options_out_of_their_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
+        AugmentConfig(**{name: value})
 
 
 def test_auto_takes_the_preset_that_suits_the_data() -> None:
-    mix, basic = (Augment.from_config(AugmentConfig(aug=aug), 32, may_flip=True) for aug in ("mix", "basic"))
-    assert Augment.from_config(AugmentConfig(), 32, may_flip=True) == mix
-    assert Augment.from_config(AugmentConfig(), 32, may_flip=True, auto="basic") == basic
+    for suits in ("mix", "basic", "none"):
+        assert made(auto=suits) == made(aug=suits)
+    assert made(aug="basic", auto="mix") == made(aug="basic")
+    assert Augment.from_config(AugmentConfig(), 32, may_flip=True) == made(aug="mix")

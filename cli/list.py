@@ -1,0 +1,67 @@
+"""`smallvit list`: what has a name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smallvit.cli.options import Parser
+from smallvit.config import InputError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+DESCRIPTION = "List what has a name: data (data sets), or aug (augmentation presets and their values)."
+
+
+def main(argv: list[str]) -> int:
+    """Print one table."""
+    from rich.console import Console
+
+    parser = Parser(prog="smallvit list", description=DESCRIPTION)
+    parser.add_argument("what", metavar="WHAT", help=", ".join(TABLES))
+    what = parser.parse_args(argv).what
+    if what not in TABLES:
+        raise InputError(f"smallvit list {what}: expected {' or '.join(TABLES)}{nearest(what, TABLES)}")
+    Console().print(TABLES[what]())
+    return 0
+
+
+def data() -> Group:
+    """The data sets: their names and sizes, then where they come from."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from smallvit.datasets.table import DATASETS
+
+    table, sources = Table("--data", "classes", "pixels", "train", "test", "download", "--aug"), []
+    for name, entry in DATASETS.items():
+        sizes = [archive.size for archive in entry.archives]
+        download = f"{sum(filter(None, sizes)) / 1e6:,.0f} MB" if sizes else "none"
+        counts = (entry.classes, entry.img_size, entry.train, entry.test)
+        table.add_row(name, *(f"{count:,}" for count in counts), download, entry.aug)
+        sources.append(Text(f"{name}: {entry.citation}; {entry.terms}"))
+    return Group(table, *sources)
+
+
+def aug() -> Table:
+    """The augmentation presets: what each does at 32 px, and at 224 px where that is another thing."""
+    from rich.table import Table
+
+    from smallvit.datasets.presets import OFF, PRESETS, preset
+
+    table = Table("--aug", "32 px", "224 px")
+    for name in PRESETS:
+        small, large = (preset(name, size) for size in (32, 224))
+        changed = {key: value for key, value in small.items() if value != OFF[key]}
+        other = {key: value for key, value in large.items() if value != small[key]}
+        table.add_row(name, *(", ".join(f"{key} {_figure(v)}" for key, v in part.items()) for part in (changed, other)))
+    return table
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+TABLES = {"data": data, "aug": aug}

@@ -1,0 +1,29 @@
+"""Whether decoded images fit into the machine's free memory."""
+
+from __future__ import annotations
+
+import psutil
+
+from smallvit.config import InputError
+
+COPIES = 2.5
+"""Peak memory of reading and splitting, in multiples of the images (2.3 measured)."""
+
+
+def fits_memory(count: int, channels: int, size: int, share: float = 1.0) -> bool:
+    """Whether so many square images of a size in pixels fit into this share of the free memory."""
+    return COPIES * count * channels * size * size <= share * psutil.virtual_memory().available
+
+
+def require_memory(count: int, channels: int, size: int) -> None:
+    """Check that so many images fit into memory while they are read and split.
+
+    Raises:
+        InputError: they do not.
+    """
+    if not fits_memory(count, channels, size):
+        needed, available = COPIES * count * channels * size * size, psutil.virtual_memory().available
+        raise InputError(
+            f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"
+        )

@@ -1,0 +1,101 @@
+"""Augmentation presets: the published pipelines as literal tables, each with its source.
+
+Values are those of `Augment` and `Mixing`, but for `border` (of the padded crop, as a share of the image) and
+`crop_small`, the crop for images of up to 32 px: the sources cut random rectangles out of 224 px images and resize
+them, and pad small ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMALL = 32
+"""Side in pixels up to which DeiT's code pads and crops instead of cutting and resizing."""
+
+OFF: dict[str, Any] = {
+    "crop": "none",
+    "border": 1 / 8,
+    "crop_scale": 0.08,
+    "flip": 0.0,
+    "policy": "none",
+    "jitter": 0.0,
+    "erasing": 0.0,
+    "erasing_fill": "mean",
+    "erasing_area": 0.4,
+    "mix_prob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "mix_per": "image",
+    "mix_major": False,
+    "repeats": 1,
+}
+RESIZED = {"crop": "resized", "crop_small": "pad", "flip": 0.5}
+
+
+def augreg(layers: int, magnitude: int, mixup: float) -> dict[str, Any]:
+    """A level of Steiner et al. 2021, "How to train your ViT?", arXiv:2106.10270: crops of 5 % of the area or more,
+    flip, RandAugment, Mixup with one weight of at least a half per batch."""
+    policy = f"tf-rand-m{magnitude}-n{layers}" if layers else "none"
+    mix = {"mix_prob": 1.0, "mixup": mixup, "mix_per": "batch", "mix_major": True} if mixup else {}
+    return RESIZED | {"crop_scale": 0.05, "policy": policy} | mix
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Krizhevsky 2009 and most after
+    "basic": {"crop": "pad", "flip": 0.5},
+    # Lee, Lee, Song 2021, arXiv:2112.13492, without AutoAugment, and drawn per image
+    "mix": {"crop": "pad", "flip": 0.5, "erasing": 0.25, "mix_prob": 0.5, "mixup": 1.0, "cutmix": 1.0},
+    # Lee, Lee, Song 2021, arXiv:2112.13492, its code; erasing to the mean colour (the code: mean/std above it)
+    "paper": {
+        "crop": "pad",
+        "flip": 0.5,
+        "policy": "autoaugment",
+        "erasing": 0.25,
+        "mix_prob": 0.5,
+        "mixup": 1.0,
+        "cutmix": 1.0,
+        "mix_per": "batch",
+    },
+    # Touvron et al. 2021, arXiv:2012.12877, table 9; timm's erasing goes up to a third of the area
+    "deit": RESIZED
+    | {
+        "policy": "rand-m9-n2-mstd0.5-inc1",
+        "erasing": 0.25,
+        "erasing_fill": "noise",
+        "erasing_area": 1 / 3,
+        "mix_prob": 1.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_per": "batch",
+        "repeats": 3,
+    },
+    # Touvron et al. 2022, DeiT III, arXiv:2204.07118; small images by its "simple random crop", edges mirrored
+    "deit3": RESIZED
+    | {
+        "crop_small": "reflect",
+        "policy": "3augment",
+        "jitter": 0.3,
+        "mix_prob": 1.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_per": "batch",
+        "repeats": 3,
+    },
+    "augreg-none": augreg(0, 0, 0.0),
+    "augreg-light1": augreg(2, 0, 0.0),
+    "augreg-light2": augreg(2, 10, 0.2),
+    "augreg-medium1": augreg(2, 15, 0.2),
+    "augreg-medium2": augreg(2, 15, 0.5),
+    "augreg-strong1": augreg(2, 20, 0.5),
+    "augreg-strong2": augreg(2, 20, 0.8),
+}
+
+
+def preset(name: str, img_size: int) -> dict[str, Any]:
+    """All values of a preset for images of this size."""
+    values = OFF | PRESETS[name]
+    small = values.pop("crop_small", None)
+    if small and img_size <= SMALL:
+        values["crop"] = small
+    return values

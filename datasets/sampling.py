@@ -1,0 +1,87 @@
+"""Which images make up each batch of an epoch, on however many devices.
+
+Axes: n images, b batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from smallvit.config import InputError
+
+ORDER, DRAWS, DECODING = 0, 1, 2
+"""Streams of random numbers that one seed is split into; `engine` has more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an epoch is drawn from n images with their labels.
+
+    An epoch holds every image once, in batches whose sizes differ by at most one, so that no step is noisier than the
+    others for having a handful of images. With `repeats` r it is as long but holds a share 1/r of the images, each r
+    times within a batch (Hoffer et al. 2020, arXiv:1901.09335; DeiT). `balanced` draws every class equally often:
+    images of large classes are left out in turns, those of small ones repeated.
+
+    Raises:
+        InputError: more repeats than the batch holds.
+    """
+
+    labels: np.ndarray
+    batch_size: int
+    seed: int
+    repeats: int = 1
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repeats > self.batch_size:
+            raise InputError(f"--repeats {self.repeats}: expected at most --batch-size {self.batch_size}")
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.images // (self.batch_size // self.repeats))
+
+    @property
+    def images(self) -> int:
+        """Distinct draws in an epoch."""
+        return -(-len(self.labels) // self.repeats)
+
+    @property
+    def views(self) -> int:
+        """Images in all batches of an epoch, repeated ones counted each time."""
+        return self.images * self.repeats
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The positions of the images in each batch of an epoch."""
+        rng = np.random.default_rng((self.seed, ORDER, epoch))
+        n, draw = self.images, balanced_order if self.balanced else _any_order
+        parts = np.array_split(draw(self.labels, n, rng), len(self))
+        return [np.tile(part, self.repeats) for part in parts]  # copies lie apart: neighbours are mixed
+
+    def generator(self, stream: int, epoch: int, position: int) -> np.random.Generator:
+        """The random numbers of one step (or image) of one epoch."""
+        return np.random.default_rng((self.seed, stream, epoch, position))
+
+
+def _any_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(len(labels))[:n]
+
+
+def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """n positions in random order, every class equally often, to one."""
+    classes = np.unique(labels)
+    each = -(-n // len(classes))
+    drawn = []
+    for label in classes:
+        members = np.flatnonzero(labels == label)
+        rounds = -(-each // len(members))
+        drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
+    rows = np.stack([rng.permutation(column) for column in np.stack(drawn, axis=1)])  # what is cut off: any class
+    return rng.permutation(rows.flatten()[:n])
+
+
+def share(b: int, rank: int, world: int) -> slice:
+    """The part of a batch that one of `world` devices takes: whole pairs, so that each part mixes as in the whole."""
+    pairs = (b + 1) // 2
+    return slice(2 * (pairs * rank // world), min(b, 2 * (pairs * (rank + 1) // world)))

@@ -1,0 +1,448 @@
+"""Reading data sets by name, from miniatures in the official formats."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, imagenet
+
+from smallvit.config import InputError
+from smallvit.datasets import archives, readers
+from smallvit.datasets import imagenet as our_imagenet
+from smallvit.datasets.imagenet import unpack_imagenet
+from smallvit.datasets.readers import READERS, Arrays, read
+from smallvit.datasets.table import DATASETS
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+@pytest.fixture(autouse=True)
+def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALLVIT_OFFLINE", "1")
+    monkeypatch.delenv("SMALLVIT_MIRROR", raising=False)
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def images(seed: int, count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@dataclass
+class Miniature:
+    """A data set in its official format: the files of its folder, and what reading them must give."""
+
+    files: dict[str, bytes]
+    train: tuple[np.ndarray, list[int]]
+    test: tuple[np.ndarray, list[int]]
+    extra: tuple[np.ndarray, list[int]] | None = None
+
+    def put(self, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for file, content in self.files.items():
+            (folder / file).write_bytes(content)
+        return folder
+
+
+def set_checksums(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], files: dict[str, bytes]) -> None:
+    """Make the table's checksums those of these files."""
+    for name in names:
+        known = [replace(item, md5=md5(files[item.file])) for item in DATASETS[name].archives if item.file in files]
+        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], archives=tuple(known)))
+
+
+def cifar_batch(pixels: np.ndarray, **labels: list[int]) -> bytes:
+    return pickle.dumps({"data": pixels.reshape(len(pixels), -1), "filenames": ["x.png"] * len(pixels), **labels})
+
+
+def make_cifar(monkeypatch: pytest.MonkeyPatch, reader: type[CIFAR10], names: tuple[str, ...], parts: dict) -> bytes:
+    """CIFAR's archive of these pickles; checksums set here and at torchvision."""
+    content = tar_of({f"{reader.base_folder}/{file}": data for file, data in parts.items()})
+    set_checksums(monkeypatch, names, {reader.filename: content})
+    for listing in ("train_list", "test_list"):
+        monkeypatch.setattr(reader, listing, [[file, md5(parts[file])] for file, _ in getattr(reader, listing)])
+    monkeypatch.setattr(reader, "meta", reader.meta | {"md5": md5(parts[reader.meta["filename"]])})
+    return content
+
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> Miniature:
+    train, test = images(0, 10, 3, 32, 32), images(1, 3, 3, 32, 32)
+    parts = {f"data_batch_{i + 1}": cifar_batch(train[2 * i : 2 * i + 2], labels=[i, 9 - i]) for i in range(5)}
+    parts["test_batch"] = cifar_batch(test, labels=[7, 8, 9])
+    parts["batches.meta"] = pickle.dumps({"label_names": [f"kind {i}" for i in range(10)]})
+    content = make_cifar(monkeypatch, CIFAR10, ("cifar10",), parts)
+    labels = [label for i in range(5) for label in (i, 9 - i)]
+    return Miniature({CIFAR10.filename: content}, (train, labels), (test, [7, 8, 9]))
+
+
+@pytest.fixture
+def cifar100(monkeypatch: pytest.MonkeyPatch) -> Miniature:
+    train, test = images(2, 4, 3, 32, 32), images(3, 2, 3, 32, 32)
+    parts = {
+        "train": cifar_batch(train, fine_labels=[99, 0, 1, 50], coarse_labels=[19, 0, 0, 7]),
+        "test": cifar_batch(test, fine_labels=[3, 98], coarse_labels=[2, 18]),
+        "meta": pickle.dumps(
+            {
+                "fine_label_names": [f"kind {i}" for i in range(100)],
+                "coarse_label_names": [f"family {i}" for i in range(20)],
+            }
+        ),
+    }
+    content = make_cifar(monkeypatch, CIFAR100, ("cifar100", "cifar100-coarse"), parts)
+    return Miniature({CIFAR100.filename: content}, (train, [99, 0, 1, 50]), (test, [3, 98]))
+
+
+@pytest.fixture
+def svhn(monkeypatch: pytest.MonkeyPatch) -> Miniature:
+    parts = {split: images(seed, 12 - seed, 3, 32, 32) for seed, split in enumerate(("train", "test", "extra"))}
+    labels = {split: [1 + (seed + i) % 10 for i in range(12 - seed)] for seed, split in enumerate(parts)}  # 1 to 10
+    files = {}
+    for split, pixels in parts.items():
+        buffer = io.BytesIO()
+        y = np.array(labels[split], dtype=np.uint8)[:, None]
+        scipy.io.savemat(buffer, {"X": pixels.transpose(2, 3, 1, 0), "y": y})
+        files[f"{split}_32x32.mat"] = buffer.getvalue()
+    set_checksums(monkeypatch, ("svhn", "svhn-extra"), files)
+    patched = {s: [url, file, md5(files[file])] for s, (url, file, _) in SVHN.split_list.items()}
+    monkeypatch.setattr(SVHN, "split_list", patched)
+    digits = {split: [label % 10 for label in of_split] for split, of_split in labels.items()}
+    return Miniature(files, *((parts[split], digits[split]) for split in parts))
+
+
+def idx(content: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{content.ndim}I", 0, 8, content.ndim, *content.shape) + content.tobytes()
+
+
+def make_mnist(monkeypatch: pytest.MonkeyPatch, name: str) -> Miniature:
+    train, test = images(len(name), 5, 28, 28), images(len(name) + 1, 2, 28, 28)
+    parts = {
+        "train-images-idx3-ubyte.gz": train,
+        "train-labels-idx1-ubyte.gz": np.array([9, 0, 1, 2, 3], dtype=np.uint8),
+        "t10k-images-idx3-ubyte.gz": test,
+        "t10k-labels-idx1-ubyte.gz": np.array([5, 6], dtype=np.uint8),
+    }
+    files = {file: gzip.compress(idx(content)) for file, content in parts.items()}
+    set_checksums(monkeypatch, (name,), files)
+    return Miniature(files, (train[:, None], [9, 0, 1, 2, 3]), (test[:, None], [5, 6]))
+
+
+def same(arrays: Arrays, expected: Miniature) -> bool:
+    assert (arrays.train_pixels.dtype, arrays.train_labels.dtype) == (torch.uint8, torch.int64)
+    assert arrays.train_pixels.is_contiguous()
+    return (
+        np.array_equal(arrays.train_pixels.numpy(), expected.train[0])
+        and arrays.train_labels.tolist() == expected.train[1]
+        and np.array_equal(arrays.test_pixels.numpy(), expected.test[0])
+        and arrays.test_labels.tolist() == expected.test[1]
+    )
+
+
+def test_cifar10_is_read_from_its_archive_and_then_without(tmp_path: Path, cifar10: Miniature) -> None:
+    home = cifar10.put(tmp_path / "cifar10")
+    arrays = read("cifar10", tmp_path)
+    assert same(arrays, cifar10)
+    assert arrays.class_names == tuple(f"kind {i}" for i in range(10))
+    (home / CIFAR10.filename).unlink()
+    assert same(read("cifar10", tmp_path), cifar10)
+    assert {path.name for path in home.iterdir()} == {"cifar-10-batches-py", f"{CIFAR10.filename}.verified"}
+
+
+def test_cifar100_has_fine_and_coarse_classes_in_one_folder(tmp_path: Path, cifar100: Miniature) -> None:
+    cifar100.put(tmp_path / "cifar100")
+    fine, coarse = read("cifar100", tmp_path), read("cifar100-coarse", tmp_path)
+    assert same(fine, cifar100)
+    assert fine.class_names[99] == "kind 99"
+    assert torch.equal(coarse.train_pixels, fine.train_pixels)
+    assert (coarse.train_labels.tolist(), coarse.test_labels.tolist()) == ([19, 0, 0, 7], [2, 18])
+    assert coarse.class_names == tuple(f"family {i}" for i in range(20))
+
+
+def test_svhn_calls_the_class_ten_zero(tmp_path: Path, svhn: Miniature) -> None:
+    svhn.put(tmp_path / "svhn")
+    arrays = read("svhn", tmp_path)
+    assert same(arrays, svhn)
+    assert set(arrays.train_labels.tolist()) == set(range(10))
+    assert arrays.class_names == tuple("0123456789")
+
+
+def test_svhn_needs_the_extra_images_only_when_they_are_asked_for(tmp_path: Path, svhn: Miniature) -> None:
+    extra = svhn.files.pop("extra_32x32.mat")
+    home = svhn.put(tmp_path / "svhn")
+    assert same(read("svhn", tmp_path), svhn)
+    with pytest.raises(InputError, match=r"put extra_32x32\.mat "):
+        read("svhn-extra", tmp_path)
+    (home / "extra_32x32.mat").write_bytes(extra)
+    svhn.train = (np.concatenate([svhn.train[0], svhn.extra[0]]), svhn.train[1] + svhn.extra[1])
+    assert same(read("svhn-extra", tmp_path), svhn)
+
+
+def test_mnist_and_fashion_mnist_keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {name: make_mnist(monkeypatch, name) for name in ("mnist", "fashion-mnist")}
+    for name, miniature in both.items():
+        miniature.put(tmp_path / name)
+        assert same(read(name, tmp_path), miniature)
+    for name, miniature in both.items():
+        for file in miniature.files:
+            (tmp_path / name / file).unlink()
+        assert same(read(name, tmp_path), miniature)  # from the unpacked files alone
+    assert read("mnist", tmp_path).class_names == tuple("0123456789")
+    assert read("fashion-mnist", tmp_path).class_names == FASHION
+
+
+def test_archives_come_from_a_mirror(tmp_path: Path, cifar100: Miniature) -> None:
+    mirror = cifar100.put(tmp_path / "mirror")
+    assert same(read("cifar100", tmp_path / "data", mirror.as_uri()), cifar100)
+    assert same(read("cifar100", tmp_path / "more", (mirror / CIFAR100.filename).as_uri()), cifar100)
+
+
+def test_the_environments_mirror_has_one_folder_for_either_kind_of_class(
+    tmp_path: Path, cifar100: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar100.put(tmp_path / "mirror" / "cifar100")
+    monkeypatch.setenv("SMALLVIT_MIRROR", (tmp_path / "mirror").as_uri())
+    assert len(read("cifar100-coarse", tmp_path / "data").class_names) == 20
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_missing_files_are_told_with_their_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(name, tmp_path)
+    assert str(tmp_path / READERS[name][1]) in str(caught.value)
+    assert all(archive.file in str(caught.value) for archive in DATASETS[name].archives)
+
+
+@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut"), Path.touch])
+def test_damaged_cifar_files_are_unpacked_again(
+    tmp_path: Path, cifar10: Miniature, file: str, spoil: Callable[[Path], object]
+) -> None:
+    home = cifar10.put(tmp_path / "cifar10")
+    read("cifar10", tmp_path)
+    spoil(home / "cifar-10-batches-py" / file)
+    assert same(read("cifar10", tmp_path), cifar10)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("left", [0, 3, 6, 9])
+def test_damaged_mnist_files_are_unpacked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left: int
+) -> None:
+    miniature = make_mnist(monkeypatch, "mnist")
+    home = miniature.put(tmp_path / "mnist")
+    read("mnist", tmp_path)
+    path = home / "MNIST" / "raw" / name
+    path.write_bytes(path.read_bytes()[:left])
+    assert same(read("mnist", tmp_path), miniature)
+
+
+def test_an_extraction_that_was_interrupted_is_done_anew(
+    tmp_path: Path, cifar10: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar10.put(tmp_path / "cifar10")
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "_settle", lambda partial, into: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            read("cifar10", tmp_path)
+    assert not (tmp_path / "cifar10" / "cifar-10-batches-py").exists()
+    assert same(read("cifar10", tmp_path), cifar10)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class Trap:
+    """A pickle that makes a folder when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar100-coarse"])
+@pytest.mark.parametrize("file", ["train", "test", "meta"])
+def test_a_pickle_of_another_checksum_is_never_opened(
+    tmp_path: Path, cifar100: Miniature, name: str, file: str
+) -> None:
+    home = cifar100.put(tmp_path / "cifar100")
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    read(name, tmp_path)
+    (home / "cifar-100-python" / file).write_bytes(trap)
+    read(name, tmp_path)  # unpacked again
+    (home / "cifar-100-python" / file).write_bytes(trap)
+    (home / CIFAR100.filename).unlink()
+    with pytest.raises(InputError, match=r"put cifar-100-python\.tar\.gz"):
+        read(name, tmp_path)
+    (home / CIFAR100.filename).write_bytes(tar_of({f"cifar-100-python/{file}": trap}))
+    with pytest.raises(InputError, match=r"cifar-100-python.tar.gz has md5 .* expected"):
+        read(name, tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "sprung").exists()  # it would have been
+
+
+def test_an_archive_whose_files_have_other_checksums_than_torchvisions_is_refused(
+    tmp_path: Path, cifar100: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar100.put(tmp_path / "cifar100")
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", "0" * 32]])
+    with pytest.raises(InputError, match=r"--data cifar100: .*cannot be read"):
+        read("cifar100", tmp_path)
+
+
+def test_what_is_whole_is_neither_fetched_nor_unpacked(
+    tmp_path: Path, cifar10: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar10.put(tmp_path / "cifar10")
+    mnist = make_mnist(monkeypatch, "mnist")
+    mnist.put(tmp_path / "mnist")
+    for name in ("cifar10", "mnist"):
+        read(name, tmp_path)
+    for function in ("fetch", "unpack_tar", "unpack_gzip"):
+        monkeypatch.setattr(readers, function, None)  # cannot be called
+    assert same(read("cifar10", tmp_path), cifar10)
+    assert same(read("mnist", tmp_path), mnist)
+
+
+WNIDS = ("n01440764", "n01443537", "n02123045")
+VAL_NUMBERS = (3, 1, 2, 3)
+
+
+def devkit() -> bytes:
+    """The devkit's labels: three classes below one more, and of each validation image its class number."""
+    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train")
+    synsets = np.zeros((len(WNIDS) + 1, 1), dtype=[(field, object) for field in fields])
+    for index, wnid in enumerate((*WNIDS, "n00001740")):
+        children = [] if wnid in WNIDS else [1, 2, 3]
+        row = (index + 1, wnid, f"{wnid}, a name", "gloss", len(children), np.array(children), len(children) // 3, 2)
+        synsets[index, 0] = row
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"synsets": synsets})
+    base = "ILSVRC2012_devkit_t12/data"
+    truth = "".join(f"{number}\n" for number in VAL_NUMBERS).encode()
+    return tar_of({f"{base}/meta.mat": buffer.getvalue(), f"{base}/ILSVRC2012_validation_ground_truth.txt": truth})
+
+
+def put_imagenet(folder: Path, monkeypatch: pytest.MonkeyPatch, **other: bytes) -> Path:
+    """Miniature archives with their checksums set; `train` and `val` may be others."""
+    train = {
+        f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": f"{wnid} {i}".encode() for i in range(2)}, "w") for wnid in WNIDS
+    }
+    val = {f"ILSVRC2012_val_{i:08}.JPEG": f"val {i}".encode() for i in (2, 1, 4, 3)}  # in any order
+    files = {
+        "ILSVRC2012_img_train.tar": other.get("train", tar_of(train, "w")),
+        "ILSVRC2012_img_val.tar": other.get("val", tar_of(val, "w")),
+        "ILSVRC2012_devkit_t12.tar.gz": devkit(),
+    }
+    set_checksums(monkeypatch, ("imagenet",), files)
+    meta = {part: (file, md5(files[file])) for part, (file, _) in imagenet.ARCHIVE_META.items()}
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", meta)
+    return Miniature(files, (), ()).put(folder)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.JPEG")}
+
+
+TRAIN = {f"train/{wnid}/{wnid}_{i}.JPEG": f"{wnid} {i}" for wnid in WNIDS for i in range(2)}
+VAL = {
+    f"val/{WNIDS[number - 1]}/ILSVRC2012_val_{i + 1:08}.JPEG": f"val {i + 1}" for i, number in enumerate(VAL_NUMBERS)
+}
+
+
+def test_imagenets_archives_become_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put_imagenet(tmp_path / "imagenet", monkeypatch)
+    unpack_imagenet(folder)
+    assert tree(folder) == TRAIN | VAL
+    assert not list(folder.glob("*.partial"))
+    for archive in folder.glob("*.tar*"):
+        archive.unlink()
+    unpack_imagenet(folder)  # nothing is missing
+
+
+def test_imagenets_training_images_are_unpacked_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = put_imagenet(tmp_path / "imagenet", monkeypatch)
+    (folder / "train.partial" / "n00000000").mkdir(parents=True)
+    (folder / "train.partial" / "n00000000" / "stale.JPEG").write_text("from an earlier start")
+    done = []
+
+    def write_three(content: io.IOBase, path: Path) -> None:
+        done.append(path)
+        if len(done) > 3:
+            raise KeyboardInterrupt
+        archives.write(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(our_imagenet, "write", write_three)
+        with pytest.raises(KeyboardInterrupt):
+            unpack_imagenet(folder)
+    assert not (folder / "train").exists()
+    unpack_imagenet(folder)
+    assert tree(folder) == TRAIN | VAL
+
+
+def test_imagenets_part_that_is_there_needs_no_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put_imagenet(tmp_path / "imagenet", monkeypatch)
+    (folder / "ILSVRC2012_img_train.tar").unlink()
+    with pytest.raises(InputError, match=r"put ILSVRC2012_img_train.tar \(md5 \w+\) into"):
+        unpack_imagenet(folder)
+    (folder / "train").mkdir()
+    unpack_imagenet(folder)
+    assert tree(folder) == VAL
+
+
+@pytest.mark.parametrize(
+    ("part", "files", "reason"),
+    [
+        ("train", {"notes.txt": b""}, "'notes.txt' does not belong there"),
+        ("train", {"n01440764.tar": tar_of({"../x.JPEG": b""}, "w")}, "outside its folder"),
+        ("train", {"n01440764.tar": b"no archive"}, "damaged"),
+        ("val", {"ILSVRC2012_val_00000005.JPEG": b""}, "no class among the 4"),
+        ("val", {"ILSVRC2012_val_00000000.JPEG": b""}, "no class among the 4"),
+        ("val", {"ILSVRC2012_val_00000001.JPEG": b""}, "holds 1 images, the devkit has the classes of 4"),
+        ("val", {"x/ILSVRC2012_val_00000001.JPEG": b""}, "does not belong there"),
+    ],
+)
+def test_imagenets_archives_hold_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, files: dict[str, bytes], reason: str
+) -> None:
+    folder = put_imagenet(tmp_path / "imagenet", monkeypatch, **{part: tar_of(files, "w")})
+    with pytest.raises(InputError, match=reason) as caught:
+        unpack_imagenet(folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / part).exists()
+    assert not (folder / f"{part}.partial").exists()
+
+
+def test_every_reader_is_of_a_data_set_in_the_table() -> None:
+    assert set(READERS) == set(DATASETS) - {"digits", "tiny-imagenet", "imagenet"}

@@ -1,67 +1,33 @@
-"""Batches from images held in the training device's memory: no worker processes, no copies an epoch.
-
-Everything random follows from (seed, epoch, step), so an epoch can be entered anywhere and resumed exactly, and it is
-the same however many devices share its batches.
-"""
+"""Batches from images held in the training device's memory: no worker processes, no copies an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smallvit.datasets.augment import Augment, normalise
+from smallvit.datasets.augment import normalise
+from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.images import ImageDataset, Images
-from smallvit.datasets.sampling import DRAWS, Sampling, share
 from smallvit.datasets.streaming import Files, streamed_evaluation
 
-Batch = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]
-"""Images and label distributions."""
 
+class TrainingBatches(Batches):
+    """Batches of a training split that lies on the device."""
 
-class TrainingBatches:
-    """A training split on the device, cut into augmented, normalised batches; `rank` of `world` takes its part of each.
+    def __init__(self, dataset: ImageDataset, *arguments: Any, **options: Any) -> None:
+        super().__init__(dataset, *arguments, **options)
+        self.pixels, self.labels = dataset.train.pixels.to(self.device), dataset.train.labels.to(self.device)
 
-    Raises:
-        InputError: `repeats` is larger than the batch.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        augment: Augment,
-        seed: int,
-        device: torch.device,
-        *,
-        balanced: bool = False,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.augment, self.classes, self.rank, self.world = augment, len(dataset.class_names), rank, world
-        self.pixels, self.labels = dataset.train.pixels.to(device), dataset.train.labels.to(device)
-        self.mean, self.std = dataset.statistics(device)
-        self.sampling = Sampling(
-            labels=dataset.train.labels.numpy(),
-            batch_size=batch_size,
-            seed=seed,
-            repeats=augment.repeats,
-            balanced=balanced,
-        )
-
-    def __len__(self) -> int:
-        return len(self.sampling)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches, from the step `start` on."""
-        for step, whole in enumerate(self.sampling.batches(epoch)[start:], start):
-            draws = self.augment.draw(self.sampling.generator(DRAWS, epoch, step), len(whole), *self.pixels.shape[-2:])
-            part = share(len(whole), self.rank, self.world)
-            chosen = torch.from_numpy(whole[part]).to(self.labels.device, non_blocking=True)
-            images, labels = self.pixels[chosen], self.labels[chosen]
-            yield self.augment.apply(images, labels, draws.part(part), self.mean, self.std, self.classes)
+    def read(self, epoch: int, batches: list[np.ndarray], parts: list[slice], start: int) -> Iterator[Pixels]:
+        """Gathered from memory."""
+        for batch, part in zip(batches[start:], parts[start:], strict=True):
+            chosen = torch.from_numpy(batch[part]).to(self.device, non_blocking=True)
+            yield self.pixels[chosen], self.labels[chosen]
 
 
 def evaluation_batches(

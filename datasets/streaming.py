@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from smallvit.config import InputError
 from smallvit.datasets.augment import Augment, normalise
+from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.boxes import crop_boxes
 from smallvit.datasets.decode import decode_image, reason, to_rgb
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
-from smallvit.datasets.sampling import DECODING, DRAWS, Sampling, share
+from smallvit.datasets.sampling import DECODING, Sampling
 
 SUBSTITUTES = 32
 """Images tried, one after the other, where one that cannot be decoded is to be passed over."""
@@ -135,55 +136,29 @@ def decode_crop(
     return np.asarray(image).transpose(2, 0, 1)
 
 
-class StreamedBatches:
-    """A training split on disk, cut into augmented, normalised batches; `rank` of `world` takes its part of each."""
+class StreamedBatches(Batches):
+    """Batches of a training split on disk."""
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        augment: Augment,
-        seed: int,
-        device: torch.device,
-        *,
-        balanced: bool = False,
-        rank: int = 0,
-        world: int = 1,
+        self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device, **options: Any
     ) -> None:
-        self.files: Files = dataset.train
-        self.least_area = augment.crop_scale if augment.crop == "resized" else None
-        self.augment = replace(augment, crop="none") if augment.crop == "resized" else augment
-        self.device, self.classes, self.rank, self.world = device, len(dataset.class_names), rank, world
-        self.mean, self.std = dataset.statistics(device)
-        self.sampling = Sampling(
-            labels=self.files.labels.numpy(),
-            batch_size=batch_size,
-            seed=seed,
-            repeats=augment.repeats,
-            balanced=balanced,
-        )
+        resized = augment.crop == "resized"  # by the workers, of the whole image
+        on_device = replace(augment, crop="none") if resized else augment
+        super().__init__(dataset, batch_size, on_device, seed, device, **options)
+        self.decoder = Decoder(dataset.train, self.sampling, augment.crop_scale if resized else None)
 
-    def __len__(self) -> int:
-        return len(self.sampling)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Float[Tensor, "b c s s"], Float[Tensor, "b k"]]]:
-        """The epoch's batches, from the step `start` on.
+    def read(self, epoch: int, batches: list[np.ndarray], parts: list[slice], start: int) -> Iterator[Pixels]:
+        """Decoded by worker processes.
 
         Raises:
             InputError: an image cannot be decoded, and such images are not to be skipped.
         """
-        batches = self.sampling.batches(epoch)
         first = np.cumsum([0, *map(len, batches)])
-        parts = [share(len(batch), self.rank, self.world) for batch in batches]
         requests = [
             [(int(index), epoch, int(first[step] + position)) for position, index in enumerate(batch)][parts[step]]
             for step, batch in enumerate(batches)
         ]
-        decoder = Decoder(self.files, self.sampling, self.least_area)
-        for step, (images, labels) in enumerate(load_batches(decoder, requests[start:], self.device), start):
-            size = len(batches[step])
-            draws = self.augment.draw(self.sampling.generator(DRAWS, epoch, step), size, *images.shape[-2:])
-            yield self.augment.apply(images, labels, draws.part(parts[step]), self.mean, self.std, self.classes)
+        return load_batches(self.decoder, requests[start:], self.device)
 
 
 def streamed_evaluation(
@@ -196,9 +171,7 @@ def streamed_evaluation(
         yield normalise(images, mean, std), labels
 
 
-def load_batches(
-    decoder: Decoder, batches: list[list[Request]], device: torch.device
-) -> Iterator[tuple[UInt8[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
+def load_batches(decoder: Decoder, batches: list[list[Request]], device: torch.device) -> Iterator[Pixels]:
     """Decode batches ahead in worker processes and move them to the device.
 
     Raises:

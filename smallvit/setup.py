@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smallvit import datasets, hardware, models, optim
 from smallvit.config import Config, InputError
 from smallvit.datasets.augment import Augment
+from smallvit.datasets.batches import Batches
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.datasets.streaming import Files, StreamedBatches
 from smallvit.evaluate import evaluate
@@ -35,7 +36,7 @@ class Setup:
     dtype: torch.dtype
     """Of the matrix products: bfloat16 under mixed precision."""
     dataset: datasets.ImageDataset
-    batches: TrainingBatches | StreamedBatches
+    batches: Batches
     spec: dict[str, Any]
     """The arguments of `create_model` that made the model."""
     model: nn.Module

@@ -17,7 +17,17 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from smallvit.datasets.augment import crop_and_flip
-from smallvit.datasets.operations import BLENDS, GEOMETRY, TABLES, grey, matrices, perform, resized_crop, warp
+from smallvit.datasets.operations import (
+    BLENDS,
+    GEOMETRY,
+    TABLES,
+    grey,
+    matrices,
+    perform,
+    resize_weights,
+    resized_crop,
+    warp,
+)
 
 SHAPES = [(3, 32, 32), (3, 24, 40), (1, 32, 32), (1, 24, 40), (3, 64, 64)]
 NAMES = ("Identity", "Cutout", *TABLES, *BLENDS, *GEOMETRY)
@@ -333,3 +343,22 @@ def test_resized_crops_equal_torchvisions_to_one_grey_level(shape: tuple[int, in
     for image, box, mine in zip(images, np.stack([top, left, height, width], axis=1).tolist(), ours, strict=True):
         expected = V.resized_crop(image, *box, [h, w], interpolation=InterpolationMode.BILINEAR, antialias=True)
         assert difference(mine, expected) <= 1
+
+
+@pytest.mark.parametrize(("into", "of"), [(8, 32), (13, 40), (40, 13), (32, 32), (1, 9)])
+def test_resizing_weights_equal_torchs_antialiased_bilinear_ones(into: int, of: int) -> None:
+    ours = resize_weights(torch.zeros(1), torch.tensor([float(of)]), into, of)[0]
+    pixels = torch.eye(of)[:, None, None, :]  # an image per pixel, of that pixel alone
+    expected = F.interpolate(pixels, (1, into), mode="bilinear", antialias=True)[:, 0, 0].T
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_resizing_weights_of_a_part_are_those_of_the_part_alone_and_0_elsewhere() -> None:
+    start, length = torch.tensor([3.0, 0.0, 20.0]), torch.tensor([10.0, 1.0, 12.0])
+    ours = resize_weights(start, length, 16, 32)
+    for weights, first, count in zip(ours, start.int().tolist(), length.int().tolist(), strict=True):
+        alone = resize_weights(torch.zeros(1), torch.tensor([float(count)]), 16, count)[0]
+        torch.testing.assert_close(weights[:, first : first + count], alone)
+        assert weights.sum(1).sub(1).abs().max() < 1e-6
+        assert weights[:, :first].eq(0).all()
+        assert weights[:, first + count :].eq(0).all()

@@ -165,7 +165,7 @@ def test_trivial_augment_draws_torchvisions_space() -> None:
 
 
 @pytest.mark.parametrize("size", [224, 32])
-@pytest.mark.parametrize("magnitude", [0, 2, 9, 10, 15, 20])
+@pytest.mark.parametrize("magnitude", [0, 2, 9, 10, 15, 20, 25])
 def test_tensorflows_randaugment_has_the_published_strengths(magnitude: int, size: int) -> None:
     level, scale = magnitude / 10, size / 224
     factor = 1.8 * level + 0.1

@@ -67,7 +67,7 @@ class PerImage:
         values, size = preset(aug, pixels.shape[-1]), pixels.shape[-1]
         steps: list[Any] = [T.RandomHorizontalFlip(values["flip"])]
         if values["crop"] == "pad":
-            steps.append(T.RandomCrop(size, padding=round(values["border"] * size)))
+            steps.append(T.RandomCrop(size, padding=values["crop_padding"] or size // 8))
         if values["policy"] == "autoaugment":
             steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=(128, 128, 128)))
         steps += [T.ToTensor(), T.Normalize(MEAN, STD)]

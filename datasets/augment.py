@@ -15,7 +15,7 @@ Axes: b batch, c channels, h w pixels, k classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,19 +80,16 @@ class Augment:
         """The preset (`auto` names the one that suits the data), with the options that were given in place of its own.
 
         Raises:
-            InputError: a border wider than the image, or no such policy.
+            InputError: a border wider than the image, an option that has no effect, or no such policy.
         """
         values = preset(auto if config.aug == "auto" else config.aug, img_size)
-        values["crop_padding"] = round(values.pop("border") * img_size)
         values["flip"] *= may_flip
         values |= {name: given for name in values if (given := getattr(config, name, None)) not in (None, "auto")}
-        padding = values["crop_padding"]
-        if padding > img_size - (values["crop"] == "reflect"):
-            raise InputError(f"--crop-padding {padding}: expected less than the image size, {img_size}")
+        padding = _padding(config, values, img_size)
         drawn = (policy(values["policy"], own_policy), jitter(values["jitter"]))
         return cls(
             crop=values["crop"],
-            padding=padding if values["crop"] in ("pad", "reflect") else 0,
+            padding=padding,
             crop_scale=values["crop_scale"],
             flip=values["flip"],
             policies=tuple(each for each in drawn if each is not None),
@@ -150,6 +147,21 @@ class Augment:
         for step in draws.steps:
             images = perform(images, step.names, step.strengths, step.places, fill=GREY)
         return images
+
+
+def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> int:
+    """Pixels of border for the crop that was chosen."""
+    crop, padding = values["crop"], values["crop_padding"]
+    if config.crop_scale is not None and crop != "resized":
+        raise InputError(f"--crop-scale is of no use with the crop {crop}; give --crop resized")
+    if crop not in ("pad", "reflect"):
+        if config.crop_padding is not None:
+            raise InputError(f"--crop-padding is of no use with the crop {crop}; give --crop pad or reflect")
+        return 0
+    padding, most = round(img_size / 8) if padding is None else padding, img_size - (crop == "reflect")
+    if padding > most:
+        raise InputError(f"--crop-padding {padding}: expected at most {most} for images of {img_size} px")
+    return padding
 
 
 def normalise(

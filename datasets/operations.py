@@ -65,15 +65,16 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     """Each channel stretched to the whole range; a constant one stays."""
     pixels = images.flatten(2)
     least, most = (extreme.float()[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
-    stretched = (_levels(images) - least) * (255 / (most - least).clamp(min=1))
+    stretched = (_levels(images) - least) * 255 / (most - least).clamp(min=1)
     return torch.where(most > least, stretched, _levels(images))
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Each channel's histogram made flat, in whole numbers as Pillow does."""
     b, c, h, w = images.shape
-    rows = torch.arange(b * c, device=images.device)[:, None] * 256
-    counts = torch.bincount((images.view(b * c, h * w) + rows).flatten(), minlength=b * c * 256).view(b, c, 256)
+    levels = images.flatten(2).long()
+    counts = torch.zeros(b, c, 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, levels, torch.ones_like(levels))  # bincount would wait for the device
     brightest = torch.where(counts > 0, torch.arange(256, device=images.device), -1).amax(-1, keepdim=True)
     step = (h * w - counts.gather(-1, brightest)) // 255
     before = counts.cumsum(-1) - counts

@@ -17,7 +17,7 @@ Axes: b images, s steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -207,11 +207,10 @@ def policy(spec: str, own: str) -> Policy | None:
         spec = f"autoaugment-{own}"
     if found := re.fullmatch("autoaugment-(cifar10|svhn|imagenet)", spec):
         return autoaugment(found[1])
-    if found := re.fullmatch(r"rand((?:-(?:m|n|mstd|inc)[\d.]+)*)", spec):
+    if found := re.fullmatch(r"rand((?:-(?:n\d+|(?:m|mstd)\d+(?:\.\d+)?))*)-inc1", spec):
         given = _numbers(found[1])
-        if given.get("inc", 1) == 1:
-            return randaugment(given.get("m", 9), int(given.get("n", 2)), given.get("mstd", 0))
-    if found := re.fullmatch(r"tf-rand((?:-(?:m|n)[\d.]+)*)", spec):
+        return randaugment(given.get("m", 10), int(given.get("n", 2)), given.get("mstd", 0))
+    if found := re.fullmatch(r"tf-rand((?:-(?:n\d+|m\d+(?:\.\d+)?))*)", spec):
         given = _numbers(found[1])
         return tensorflow_randaugment(given.get("m", 10), int(given.get("n", 2)))
     if spec in ("trivial", "3augment"):
@@ -228,11 +227,4 @@ def jitter(strength: float) -> Policy | None:
 
 
 def _numbers(options: str) -> dict[str, float]:
-    def pairs() -> Iterator[tuple[str, float]]:
-        for name, value in re.findall(r"-([a-z]+)([\d.]+)", options):
-            try:
-                yield name, float(value)
-            except ValueError:
-                raise InputError(f"--policy: {value} in {options[1:]} is no number") from None
-
-    return dict(pairs())
+    return {name: float(value) for name, value in re.findall(r"-([a-z]+)([\d.]+)", options)}

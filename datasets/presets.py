@@ -1,8 +1,8 @@
 """Augmentation presets: the published pipelines as literal tables, each with its source.
 
-Values are those of `Augment` and `Mixing`, but for `border` (of the padded crop, as a share of the image) and
-`crop_small`, the crop for images of up to 32 px: the sources cut random rectangles out of 224 px images and resize
-them, and pad small ones.
+Values are those of `Augment` and `Mixing`, but for `crop_small`, the crop for images of up to 32 px: the sources cut
+random rectangles out of 224 px images and resize them, and pad small ones. Without a `crop_padding` the border is an
+eighth of the image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SMALL = 32
 
 OFF: dict[str, Any] = {
     "crop": "none",
-    "border": 1 / 8,
+    "crop_padding": None,
     "crop_scale": 0.08,
     "flip": 0.0,
     "policy": "none",
@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Lee, Lee, Song 2021, arXiv:2112.13492, its code; erasing to the mean colour (the code: mean/std above it)
     "paper": {
         "crop": "pad",
+        "crop_padding": 4,
         "flip": 0.5,
         "policy": "autoaugment",
         "erasing": 0.25,

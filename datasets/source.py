@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.markup import escape
 from sklearn.datasets import load_digits
 
 from smallvit.config import DataConfig, InputError, nearest
@@ -55,7 +58,7 @@ def load(config: DataConfig) -> ImageDataset:
     if not os.path.exists(root) and root.name == config.data:
         hint = nearest(config.data, DATASETS)
         raise InputError(f"--data {config.data}: no such data set{hint} or folder; named: {', '.join(DATASETS)}")
-    return _load_files(config, list_zip(root) if root.is_file() else list_folder(root))
+    return _load_files(config, _list(list_zip if root.is_file() else list_folder, root))
 
 
 def _load_named(config: DataConfig, entry: Entry) -> ImageDataset:
@@ -84,10 +87,15 @@ def _named_files(name: str, folder: Path, url: str | None) -> Listing:
     home = folder / name
     if name == "imagenet":
         unpack_imagenet(home, url)
-        return list_folder(home)
+        return _list(list_folder, home)
     if (unpacked := home / "tiny-imagenet-200").is_dir():
         return list_folder(unpacked)
     return list_zip(*fetch(name, DATASETS[name].archives, home, url))
+
+
+def _list(lister: Callable[[Path], Listing], root: Path) -> Listing:
+    with Console(stderr=True).status(f"listing {escape(str(root))}"):  # a minute, for a million files on a network
+        return lister(root)
 
 
 def _load_files(config: DataConfig, files: Listing, entry: Entry | None = None) -> ImageDataset:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
@@ -154,24 +154,24 @@ class StreamedBatches(Batches):
             InputError: an image cannot be decoded, and such images are not to be skipped.
         """
         first = np.cumsum([0, *map(len, batches)])
-        requests = [
-            [(int(index), epoch, int(first[step] + position)) for position, index in enumerate(batch)][parts[step]]
-            for step, batch in enumerate(batches)
-        ]
-        return load_batches(self.decoder, requests[start:], self.device)
+        requests = (
+            [(index, epoch, place) for place, index in enumerate(batch.tolist(), int(first[step]))][parts[step]]
+            for step, batch in enumerate(batches[start:], start)
+        )
+        return load_batches(self.decoder, requests, self.device)
 
 
 def streamed_evaluation(
     files: Files, batch_size: int, device: torch.device, mean: Tensor, std: Tensor
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
     """Every image once, in order, normalised and otherwise as it is, with its label."""
-    order = [(index, 0, index) for index in range(len(files))]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = range(len(files))
+    batches = ([(i, 0, i) for i in order[at : at + batch_size]] for at in range(0, len(files), batch_size))
     for images, labels in load_batches(Decoder(files), batches, device):
         yield normalise(images, mean, std), labels
 
 
-def load_batches(decoder: Decoder, batches: list[list[Request]], device: torch.device) -> Iterator[Pixels]:
+def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: torch.device) -> Iterator[Pixels]:
     """Decode batches ahead in worker processes and move them to the device.
 
     Raises:

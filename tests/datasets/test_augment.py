@@ -18,6 +18,7 @@ from smallvit.config import AugmentConfig, InputError
 from smallvit.datasets.augment import Augment, Draws, normalise
 from smallvit.datasets.mixing import Mixing
 from smallvit.datasets.noise import normal_noise
+from smallvit.datasets.operations import perform
 from smallvit.datasets.policies import Step, policy
 from smallvit.datasets.presets import PRESETS, preset
 
@@ -190,7 +191,7 @@ def test_policies_are_told_the_number_of_images_and_the_shorter_side() -> None:
 
 
 def test_images_that_are_not_square_go_through_everything() -> None:
-    for spec in ("trivial", "tf-rand-m9-n2", "3augment", "autoaugment", "rand-m9-n2"):
+    for spec in ("trivial", "tf-rand-m9-n2", "3augment", "autoaugment", "rand-m9-n2-inc1"):
         augment = made(24, aug="deit", policy=spec, crop="resized")
         x, *_ = run(augment, b=32, h=24, w=40)
         assert x.shape == (32, 3, 24, 40)
@@ -342,7 +343,7 @@ def test_a_presets_policy_is_the_one_that_it_names(aug: str) -> None:
         ({"crop": "resized"}, {"crop": "resized", "padding": 0}),
         ({"crop_padding": 1}, {"padding": 1}),
         ({"crop_padding": 0}, {"padding": 0}),
-        ({"crop_scale": 0.5}, {"crop_scale": 0.5}),
+        ({"crop": "resized", "crop_scale": 0.5}, {"crop_scale": 0.5}),
         ({"flip": 0}, {"flip": 0}),
         ({"flip": 0.9}, {"flip": 0.9}),
         ({"policy": "none"}, {"policies": ()}),
@@ -444,3 +445,29 @@ def test_auto_takes_the_preset_that_suits_the_data() -> None:
         assert made(auto=suits) == made(aug=suits)
     assert made(aug="basic", auto="mix") == made(aug="basic")
     assert Augment.from_config(AugmentConfig(), 32, may_flip=True) == made(aug="mix")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aug": "basic", "crop_scale": 0.3}, r"--crop-scale is of no use with the crop pad; give --crop resized"),
+        ({"aug": "none", "crop_padding": 2}, r"--crop-padding is of no use with the crop none; give --crop pad"),
+        ({"aug": "deit", "crop_padding": 2}, r"--crop-padding is of no use with the crop resized"),
+        ({"aug": "basic", "crop_padding": 65}, r"--crop-padding 65: expected at most 64 for images of 64 px"),
+        ({"aug": "basic", "crop": "reflect", "crop_padding": 64}, r"--crop-padding 64: expected at most 63"),
+    ],
+)
+def test_options_of_another_crop_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Augment.from_config(AugmentConfig(**options), 64, may_flip=True)
+
+
+def test_the_papers_border_has_four_pixels_at_any_size() -> None:
+    for size in (32, 64):
+        assert Augment.from_config(AugmentConfig(aug="paper"), size, may_flip=True).padding == 4
+
+
+@pytest.mark.parametrize("spread", range(1, 256))
+def test_autocontrast_reaches_white_from_any_range(spread: int) -> None:
+    levels = torch.tensor([0, spread], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert perform(levels, ["AutoContrast"], np.zeros(1)).flatten().tolist() == [0, 255]

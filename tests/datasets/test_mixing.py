@@ -253,6 +253,12 @@ def test_crops_that_fit_nowhere_are_the_whole_image() -> None:
     assert (boxes.right - boxes.left == 40).all()
 
 
+def test_crops_of_tiny_images_keep_a_pixel() -> None:
+    boxes = crop_boxes(rng(), 2000, 2, 2, (0.05, 1.0))
+    assert (boxes.bottom - boxes.top).min() == 1
+    assert (boxes.right - boxes.left).min() == 1
+
+
 def test_erasing_happens_only_where_chosen() -> None:
     chosen = rng().random(2000) < 0.25
     boxes = erasing_boxes(rng(), chosen, 32, 32, (0.02, 0.4))

@@ -128,7 +128,7 @@ def test_randaugment_draws_timms_operations_equally_often_and_does_half_of_them(
         assert_frequencies(Counter(step.names.tolist()), expected, n)
     both = np.mean((steps[0].names == "Identity") & (steps[1].names == "Identity"))
     assert both == pytest.approx(0.25, abs=0.01)
-    assert len(draw("rand-m9-n3", 10)) == 3
+    assert len(draw("rand-m9-n3-inc1", 10)) == 3
 
 
 def test_randaugments_magnitude_is_normal_around_its_mean_and_cut_off_at_0_and_10() -> None:
@@ -138,7 +138,7 @@ def test_randaugments_magnitude_is_normal_around_its_mean_and_cut_off_at_0_and_1
     assert np.mean(level == 10) == pytest.approx(1 - 0.97725, abs=0.01)  # two standard deviations above
     assert np.quantile(level, [0.16, 0.5, 0.84]) == pytest.approx([8.503, 9, 9.497], abs=0.05)
     assert level.min() > 6
-    for edge, spec in ((0, "rand-m0-n1-mstd2"), (10, "rand-m10-n1-mstd2")):
+    for edge, spec in ((0, "rand-m0-n1-mstd2-inc1"), (10, "rand-m10-n1-mstd2-inc1")):
         (step,) = draw(spec, 40_000)
         assert np.mean(np.abs(step.strengths[step.names == "Rotate"]) == 3 * edge) == pytest.approx(0.5, abs=0.06)
 

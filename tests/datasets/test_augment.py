@@ -343,7 +343,7 @@ def test_a_presets_policy_is_the_one_that_it_names(aug: str) -> None:
         ({"crop": "resized"}, {"crop": "resized", "padding": 0}),
         ({"crop_padding": 1}, {"padding": 1}),
         ({"crop_padding": 0}, {"padding": 0}),
-        ({"crop": "resized", "crop_scale": 0.5}, {"crop_scale": 0.5}),
+        ({"crop": "resized", "crop_scale": 0.5}, {"crop": "resized", "crop_scale": 0.5, "padding": 0}),
         ({"flip": 0}, {"flip": 0}),
         ({"flip": 0.9}, {"flip": 0.9}),
         ({"policy": "none"}, {"policies": ()}),

@@ -86,6 +86,7 @@ class Augment:
         values["flip"] *= may_flip
         values |= {name: given for name in values if (given := getattr(config, name, None)) not in (None, "auto")}
         padding = _padding(config, values, img_size)
+        _require_effect(config, values)
         drawn = (policy(values["policy"], own_policy), jitter(values["jitter"]))
         return cls(
             crop=values["crop"],
@@ -149,6 +150,20 @@ class Augment:
         return images
 
 
+def _require_effect(config: AugmentConfig, values: dict[str, Any]) -> None:
+    """Check that what was asked for on purpose happens.
+
+    Raises:
+        InputError: an option is of no use with the others.
+    """
+    if not values["mix_prob"] and (config.mixup or config.cutmix or config.mix_per != "auto"):
+        raise InputError("--mixup, --cutmix and --mix-per are of no use here without --mix-prob: give it too, say 0.5")
+    if config.mix_prob and not (values["mixup"] or values["cutmix"]):
+        raise InputError("--mix-prob is of no use here without --mixup or --cutmix: give one too, say --cutmix 1")
+    if config.erasing_fill != "auto" and not values["erasing"]:
+        raise InputError("--erasing-fill is of no use here without --erasing: give it too, say 0.25")
+
+
 def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> int:
     """Pixels of border for the crop that was chosen."""
     crop, padding = values["crop"], values["crop_padding"]
@@ -158,7 +173,9 @@ def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> in
         if config.crop_padding is not None:
             raise InputError(f"--crop-padding is of no use with the crop {crop}; give --crop pad or reflect")
         return 0
-    padding, most = round(img_size / 8) if padding is None else padding, img_size - (crop == "reflect")
+    most = img_size - (crop == "reflect")
+    if config.crop_padding is None:
+        return min(most, round(img_size / 8) if padding is None else padding)
     if padding > most:
         raise InputError(f"--crop-padding {padding}: expected at most {most} for images of {img_size} px")
     return padding

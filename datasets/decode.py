@@ -28,7 +28,7 @@ from smallvit.config import InputError, first_line
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
 
-DECODER = 1
+DECODER = 2
 """Raised when decoding changes, so that older caches are not used."""
 
 
@@ -59,13 +59,10 @@ def decode_image(file: str | BinaryIO, size: int) -> UInt8[np.ndarray, "3 size s
 
 def fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
     """Resize the shorter side to `size` and cut out the centre."""
-    scale = size / min(image.size)
-    shape = [max(size, round(side * scale)) for side in image.size]
-    if tuple(shape) != image.size:
-        image = image.resize(shape, Image.Resampling.BILINEAR)
-    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-    if shape != [size, size]:
-        image = image.crop((left, top, left + size, top + size))
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -96,7 +93,7 @@ def decode_all(files: Listing, size: int) -> tuple[UInt8[Tensor, "n 3 size size"
                 bad[index] = reason(error, files.paths[index])
 
     chunks = [range(start, min(start + 64, len(files))) for start in range(0, len(files), 64)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in track(pool.map(decode, chunks), f"decoding {len(files):,} images", total=len(chunks)):
             pass
     return torch.from_numpy(pixels), bad
@@ -116,8 +113,14 @@ def describe_bad(files: Listing, bad: dict[int, str]) -> str:
 
 def cache_folder() -> Path:
     """Where decoded images are kept: $SMALLVIT_CACHE, else smallvit/ in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SMALLVIT_CACHE") or Path(base) / "smallvit")
+    if given := os.environ.get("SMALLVIT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "smallvit"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode_cached(

@@ -43,7 +43,9 @@ class Images:
         return self.pixels.shape[1]
 
     def subset(self, indices: np.ndarray) -> Images:
-        """The images at these positions, copied."""
+        """The images at these positions, copied; in their order, where all are meant."""
+        if np.array_equal(indices, np.arange(len(self))):
+            return self
         chosen = torch.from_numpy(indices)
         return Images(self.pixels[chosen], self.labels[chosen])
 
@@ -118,7 +120,9 @@ class ImageDataset:
         return mean, std
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int, purpose: str, class_names: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions that stay and positions held out: of every class the same share, at least one in either part.
 
     scikit-learn's stratified splits may leave a small class out of a part; here none may.
@@ -136,7 +140,8 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int, purpose: str) -> tu
         members = rng.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
             raise InputError(
-                f"a class has too few images to hold out {purpose}: add images, or bring train/, val/ and test/"
+                f"class {class_names[label]!r} has too few images to hold out {purpose}: add images, or bring train/, "
+                "val/ and test/"
             )
         held.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
     out = np.sort(np.concatenate(held))

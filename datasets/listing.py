@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZipFile
 
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
 from smallvit.config import InputError
 
 SPLITS = ("train", "val", "test")
@@ -30,6 +32,8 @@ class Listing:
     """Of each file: train, val or test; 'all' where the data has no such level."""
     fingerprint: str
     """A hash of every file's relative path, class, size and time of change (or checksum)."""
+    content: str
+    """The same without the times, so that a copy elsewhere has the same."""
     zipped: bool = False
 
     def __len__(self) -> int:
@@ -39,6 +43,16 @@ class Listing:
         """What Pillow opens to read an image."""
         path = self.paths[index]
         return io.BytesIO(_members(self.root, self.fingerprint, os.getpid()).read(path)) if self.zipped else path
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends like an image's."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or what macOS packs into archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def require_classes(class_names: tuple[str, ...], source: object) -> None:
@@ -52,6 +66,17 @@ def require_classes(class_names: tuple[str, ...], source: object) -> None:
         raise InputError(f"--data {source}: at least two class folders with images are needed, found {found}")
     if all(name.lower() in LIKE_SPLITS for name in class_names):
         raise InputError(f"--data {source}: {', '.join(class_names)} look like splits; call them train, val and test")
+
+
+def require_known_splits(folders: set[str], source: object) -> None:
+    """Check that no split beside train/ has another name than val or test: its images would be passed over.
+
+    Raises:
+        InputError: one has.
+    """
+    others = sorted(name for name in folders - set(SPLITS) if name.lower() in LIKE_SPLITS)
+    if others:
+        raise InputError(f"--data {source}: {', '.join(others)} beside train/ would not be read; call it val or test")
 
 
 @lru_cache(maxsize=4)

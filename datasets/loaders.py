@@ -1,7 +1,11 @@
-"""Batches from images held in the training device's memory: no worker processes, no copies an epoch."""
+"""Batches from images held in the training device's memory: no worker processes, no copies an epoch.
+
+Images that would fill a GPU's memory stay in the machine's, and are copied batch by batch.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,19 +19,29 @@ from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.streaming import Files, streamed_evaluation
 
+ON_DEVICE = 0.5
+"""Share of a GPU's free memory that images may take."""
+
 
 class TrainingBatches(Batches):
-    """Batches of a training split that lies on the device."""
+    """Batches of a training split that lies in memory, the device's where it fits there."""
 
     def __init__(self, dataset: ImageDataset, *arguments: Any, **options: Any) -> None:
         super().__init__(dataset, *arguments, **options)
-        self.pixels, self.labels = dataset.train.pixels.to(self.device), dataset.train.labels.to(self.device)
+        pixels = dataset.train.pixels
+        place = self.device if pixels.nbytes <= ON_DEVICE * device_memory(self.device) else torch.device("cpu")
+        self.pixels, self.labels = pixels.to(place), dataset.train.labels.to(place)
 
     def read(self, epoch: int, batches: list[np.ndarray], parts: list[slice], start: int) -> Iterator[Pixels]:
         """Gathered from memory."""
         for batch, part in zip(batches[start:], parts[start:], strict=True):
-            chosen = torch.from_numpy(batch[part]).to(self.device, non_blocking=True)
-            yield self.pixels[chosen], self.labels[chosen]
+            chosen = torch.from_numpy(batch[part]).to(self.pixels.device, non_blocking=True)
+            yield self.pixels[chosen].to(self.device), self.labels[chosen].to(self.device)
+
+
+def device_memory(device: torch.device) -> float:
+    """Free bytes of a GPU; without bound elsewhere, where images are in memory already."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def evaluation_batches(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
 
 from smallvit.config import InputError
@@ -12,7 +15,16 @@ COPIES = 2.5
 
 def fits_memory(count: int, channels: int, size: int, share: float = 1.0) -> bool:
     """Whether so many square images of a size in pixels fit into this share of the free memory."""
-    return COPIES * count * channels * size * size <= share * psutil.virtual_memory().available
+    return COPIES * count * channels * size * size <= share * free_memory()
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its container."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free
 
 
 def require_memory(count: int, channels: int, size: int) -> None:
@@ -22,7 +34,7 @@ def require_memory(count: int, channels: int, size: int) -> None:
         InputError: they do not.
     """
     if not fits_memory(count, channels, size):
-        needed, available = COPIES * count * channels * size * size, psutil.virtual_memory().available
+        needed, available = COPIES * count * channels * size * size, free_memory()
         raise InputError(
             f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"

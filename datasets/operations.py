@@ -264,16 +264,18 @@ def resized_crop(
     h, w = images.shape[-2:]
     rows = resize_weights(top.float(), height.float(), h, h)
     columns = resize_weights(left.float(), width.float(), w, w)
-    x = images.float() @ columns.transpose(1, 2)[:, None]
-    return (rows[:, None] @ x).round_().clamp_(0, 255).byte()
+    x = (images.float().flatten(1, 2) @ columns.mT).unflatten(1, images.shape[1:3])
+    x = rows @ x.transpose(1, 2).flatten(2)  # one product for all channels: weights are not copied for each
+    return x.unflatten(2, (images.shape[1], w)).transpose(1, 2).round_().clamp_(0, 255).byte()
 
 
 def grey(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Whole grey levels, rounded down as torchvision does; of one channel, itself."""
     if images.shape[1] == 1:
         return images.float()
-    weights = torch.tensor(GREY_WEIGHTS, device=images.device)
-    return (images.float() * weights[:, None, None]).sum(1, keepdim=True).floor_()
+    red, green, blue = images.float().unbind(1)
+    r, g, b = GREY_WEIGHTS  # numbers, not a tensor: that would wait for the device
+    return (r * red + g * green + b * blue).floor_()[:, None]
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

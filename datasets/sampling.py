@@ -77,7 +77,7 @@ def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.n
         members = np.flatnonzero(labels == label)
         rounds = -(-each // len(members))
         drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
-    rows = np.stack([rng.permutation(column) for column in np.stack(drawn, axis=1)])  # what is cut off: any class
+    rows = rng.permuted(np.stack(drawn, axis=1), axis=1)  # what is cut off: any class
     return rng.permutation(rows.flatten()[:n])
 
 

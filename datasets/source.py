@@ -136,6 +136,9 @@ def assemble(
     if "val" in parts and "test" not in parts:
         parts = {split: part for split, part in parts.items() if split != "val"} | {"test": parts["val"]}
         notes.append("val/ stands alone: it is the test split, and the best epoch is chosen on training images")
+    for split in parts.keys() - {"train", "all"}:
+        if not len(parts[split]):
+            raise InputError(f"--data {config.data}: no image of {split}/ can be used; repair them, or remove {split}/")
     if "train" not in parts:
         raise InputError(f"--data {config.data}: it holds no training images")
     missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
@@ -144,7 +147,7 @@ def assemble(
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split not in parts:
             train = parts["train"]
-            stay, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split")
+            stay, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split", class_names)
             parts |= {"train": train.subset(stay), split: train.subset(held)}
             if fraction:
                 notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")

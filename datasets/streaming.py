@@ -10,7 +10,6 @@ Axes: b batch, c channels, s image size, k classes.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,16 +22,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smallvit.config import InputError
+from smallvit.config import InputError, first_line
 from smallvit.datasets.augment import Augment, normalise
 from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.boxes import crop_boxes
-from smallvit.datasets.decode import decode_image, reason, to_rgb
+from smallvit.datasets.decode import decode_image, reason, to_rgb, usable_cores
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
 from smallvit.datasets.sampling import DECODING, Sampling
 
+AHEAD = 2**30
+"""Bytes of decoded images that may wait for the device, about."""
+BATCH_GUESS = 512
+"""Images in a batch, to reckon with."""
 SUBSTITUTES = 32
 """Images tried, one after the other, where one that cannot be decoded is to be passed over."""
 Request = tuple[int, int, int]
@@ -61,8 +64,8 @@ class Files:
         return 3
 
     def content(self) -> str:
-        """A hash of the files' names, sizes and times of change, and which of them are meant."""
-        return f"{self.listing.fingerprint} {hashlib.sha256(self.positions).hexdigest()}"
+        """A hash of the files' names and sizes, and which of them are meant."""
+        return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}"
 
     def subset(self, indices: np.ndarray) -> Files:
         """The images at these positions."""
@@ -178,17 +181,18 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         InputError: an image cannot be decoded, and such images are not to be skipped.
     """
     workers = decoder.files.workers
-    workers = min(16, os.cpu_count() or 1) if workers is None else workers
+    workers = min(16, usable_cores()) if workers is None else workers
+    bytes_ahead = 3 * decoder.files.size**2 * BATCH_GUESS * max(1, workers)
     loader = DataLoader(
         decoder,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(_collate, size=decoder.files.size),
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=max(1, min(4, AHEAD // bytes_ahead)) if workers else None,
         generator=torch.Generator(),  # of its own: nothing is drawn from the global one
     )
-    for images, labels, bad in loader:
+    for images, labels, bad in _received(loader):
         if bad and not decoder.files.skip_corrupt:
             raise InputError(f"cannot be decoded: {bad[0]}; repair or remove, or pass over with --skip-corrupt")
         if bad and decoder.sampling is not None:
@@ -196,6 +200,18 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         if bad and not len(images):
             continue
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _received(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that decodes images died ({first_line(error)}): give fewer --workers, or the container more "
+            "shared memory (--shm-size)"
+        ) from None
 
 
 def _collate(items: list[tuple[np.ndarray | None, int, str]], size: int) -> tuple[Tensor, Tensor, list[str]]:

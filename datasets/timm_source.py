@@ -36,7 +36,8 @@ DEFAULT_SIZE = 64
 
 def is_source(data: str) -> bool:
     """Whether `data` is of this kind, hfds/NAME and so on."""
-    return data.partition("/")[0] in PACKAGES and "/" in data
+    kind, _, place = data.partition("/")
+    return kind in PACKAGES and bool(place)
 
 
 def absolute(data: str) -> str:

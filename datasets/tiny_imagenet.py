@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from smallvit.config import InputError
+from smallvit.datasets.listing import is_image
 
 ANNOTATIONS = "val/val_annotations.txt"
 
@@ -32,7 +31,7 @@ def read_layout(
     Raises:
         InputError: validation images without a label, labels without an image, or fewer than two classes.
     """
-    images = sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    images = sorted(name for name in names if is_image(name))
     training = [name for name in images if name.startswith("train/")]
     wnids = read_text("wnids.txt").split() if "wnids.txt" in names else sorted({_part(name, 1) for name in training})
     number = {wnid: index for index, wnid in enumerate(wnids)}

@@ -7,10 +7,8 @@ import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from smallvit.config import InputError
-from smallvit.datasets.listing import SPLITS, Listing, require_classes
+from smallvit.datasets.listing import SPLITS, Listing, is_hidden, is_image, require_classes, require_known_splits
 from smallvit.datasets.tiny_imagenet import ANNOTATIONS, Entry, read_layout
 
 
@@ -23,8 +21,9 @@ def list_zip(file: Path) -> Listing:
     try:
         with ZipFile(file) as archive:
             members = {_plain(info.filename): info for info in archive.infolist() if not info.is_dir()}
-            top = _common_folders([name for name in members if not _hidden(name)])
-            names = {name.removeprefix(top): info for name, info in members.items() if not _hidden(name)}
+            members = {name: info for name, info in members.items() if not any(map(is_hidden, name.split("/")))}
+            top = _common_folders([name for name in members if is_image(name)])
+            names = {name.removeprefix(top): info for name, info in members.items() if name.startswith(top)}
             if ANNOTATIONS in names:
                 class_names, entries = read_layout(list(names), lambda name: archive.read(names[name]).decode(), file)
             else:
@@ -41,20 +40,24 @@ def list_zip(file: Path) -> Listing:
         digest.update(f"{name}\0{label} {split}\0{stamp}\n".encode("utf-8", "replace"))
     files = ((names[name].filename, label, split) for name, label, split in entries)
     paths, labels, splits = zip(*files, strict=True)
-    return Listing(file, class_names, paths, labels, splits, digest.hexdigest(), zipped=True)
+    content = digest.hexdigest()
+    return Listing(file, class_names, paths, labels, splits, content, content, zipped=True)
 
 
 def _class_folders(names: list[str], file: Path) -> tuple[tuple[str, ...], list[Entry]]:
-    images = [name.split("/") for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+    images = [name.split("/") for name in sorted(names) if is_image(name)]
     with_splits = any(parts[0] == "train" and len(parts) > 2 for parts in images)
+    if with_splits:
+        require_known_splits({parts[0] for parts in images}, file)
     kept = [parts for parts in images if len(parts) > 1 + with_splits and (not with_splits or parts[0] in SPLITS)]
     class_names = tuple(sorted({parts[with_splits] for parts in kept if not with_splits or parts[0] == "train"}))
     require_classes(class_names, file)
+    number = {name: index for index, name in enumerate(class_names)}
     entries = []
     for parts in kept:
-        if parts[with_splits] not in class_names:
+        if parts[with_splits] not in number:
             raise InputError(f"--data {file}: class folder {parts[0]}/{parts[1]} has no counterpart in train/")
-        entries.append(("/".join(parts), class_names.index(parts[with_splits]), parts[0] if with_splits else "all"))
+        entries.append(("/".join(parts), number[parts[with_splits]], parts[0] if with_splits else "all"))
     return class_names, entries
 
 
@@ -72,7 +75,3 @@ def _common_folders(names: list[str]) -> str:
 def _plain(name: str) -> str:
     """A member's name without ./ in front."""
     return name.removeprefix("./")
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))

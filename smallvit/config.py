@@ -277,7 +277,7 @@ class RunConfig:
     """Folder of a run to continue, with the configuration it was started with."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         _require(self.out != "", "out", repr(self.out), "a folder")
         if self.overwrite and self.out is None:
             raise InputError("--overwrite needs --out DIR: which run to replace")

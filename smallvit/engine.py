@@ -27,8 +27,8 @@ CHECKPOINT_SECONDS = 5.0
 """Least time between two checkpoints: what an interruption costs at most, beside the epoch it falls in."""
 LOOK_SECONDS = 0.5
 """How often the loss is fetched from the device, to show it and to see that it is finite."""
-REGULARISATION = 2
-"""Stream of random numbers for dropout and stochastic depth; 0 and 1 belong to the batches."""
+REGULARISATION = 3
+"""Stream of random numbers for dropout and stochastic depth; 0 to 2 belong to the batches."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def fit(run: Run) -> Result:
     model.load_state_dict(weights)
     test = setup.evaluate("test", flip=config.augment.test_flip)
     plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
+    if (left_out := len(setup.dataset.test) - test["images"]) > 0:
+        console.print(f"left out of the test: {left_out} images that cannot be decoded")
     summary = summarise(setup, state, chosen, test)
     run.write_json(Run.SUMMARY, summary)
     return _show(Result(run.folder, summary), console)
@@ -180,6 +182,7 @@ def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     return {
         "test_top1": test["top1"],
         "test_loss": test["loss"],
+        "test_images": test["images"],
         "val_top1": chosen["val_top1"],
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,

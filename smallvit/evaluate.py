@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smallvit.config import InputError
 from smallvit.hardware import autocast
 
 
@@ -23,7 +24,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 accuracy in per cent and mean cross-entropy over batches of images (b, c, h, w) and labels (b,).
 
-    With `flip`, of the mean probabilities for each image and its mirror image.
+    With `flip`, of the mean probabilities for each image and its mirror image. `images` is how many were judged.
+
+    Raises:
+        InputError: there are none.
     """
     training = model.training
     model.eval()
@@ -38,4 +42,6 @@ def evaluate(
         loss += F.cross_entropy(logits, labels, reduction="sum")
         count += len(labels)
     model.train(training)
-    return {"top1": 100 * correct.item() / count, "loss": loss.item() / count}
+    if not count:
+        raise InputError("none of the images to be judged can be decoded")
+    return {"top1": 100 * correct.item() / count, "loss": loss.item() / count, "images": count}

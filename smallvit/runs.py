@@ -24,8 +24,8 @@ from typing import Any
 from smallvit.config import DATA_NAMES, Config, InputError
 from smallvit.files import write_text
 
-PLACE = ("device", "data_dir", "data_url", "workers")
-"""Options that say where a run finds things: a resumed run may find them elsewhere."""
+PLACE = ("device", "data_dir", "data_url", "workers", "skip_corrupt")
+"""Options that a resumed run takes over where they are given: where things are, and what to do with damaged ones."""
 MAY_DIFFER = (*PLACE, "out", "overwrite", "resume")
 """Options that a resumed run need not share with the one it continues."""
 
@@ -168,9 +168,9 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _absolute(data: str) -> str:
-    """A folder's absolute path, so that a run can be resumed from anywhere; a name as it is."""
+    """A folder's or zip file's absolute path, so that a run can be resumed from anywhere; a name as it is."""
     path = os.path.expanduser(data)
-    return os.path.realpath(path) if data not in DATA_NAMES and os.path.isdir(path) else data
+    return os.path.realpath(path) if data not in DATA_NAMES and os.path.exists(path) else data
 
 
 def _create(folder: Path, config: Config) -> Run:

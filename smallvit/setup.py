@@ -109,7 +109,7 @@ def prepare(config: Config) -> Setup:
 
     optimizer = optim.create_optimizer(model, config.optim)
     return Setup(
-        config=config.replace(data=dataset.source),
+        config=config.replace(data=dataset.source, streaming="on" if isinstance(dataset.train, Files) else "off"),
         device=device,
         dtype=dtype,
         dataset=dataset,

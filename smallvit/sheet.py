@@ -50,10 +50,14 @@ def caption(target: Float[Tensor, " k"], class_names: tuple[str, ...]) -> str:
     """The classes of a label distribution, with their weights where there are two."""
     weights, labels = target.topk(min(2, len(target)))
     if len(weights) < 2 or weights[1] < 0.005:
-        return class_names[labels[0]]
-    return " + ".join(
-        f"{class_names[label]} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True)
+        return _one_line(class_names[labels[0]])
+    return "\n".join(
+        f"{_one_line(class_names[label])} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True)
     )
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 def grid(pictures: Float[Tensor, "n c h w"], captions: list[str], columns: int) -> Image.Image:
@@ -69,7 +73,7 @@ def grid(pictures: Float[Tensor, "n c h w"], captions: list[str], columns: int) 
         left = MARGIN + index % columns * (width + MARGIN)
         top = MARGIN + index // columns * (height + MARGIN + 2 * LINE)
         page.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        for number, line in enumerate(text.split(" + ")):
+        for number, line in enumerate(text.split("\n")[:2]):
             while draw.textlength(line, font) > width and len(line) > 1:
                 line = line[:-2] + "…"
             draw.text((left, top + height + number * LINE), line, "black", font)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,6 +325,21 @@ def test_a_run_on_images_from_disk_resumes_to_the_last_bit(image_folder: Path, t
     interrupted_after(2, tmp_path / "cut", monkeypatch, **options)
     resumed = engine.train(Config.build(resume=str(tmp_path / "cut"), workers=0))
     assert weights(resumed.folder) == weights(whole.folder)
+
+
+def test_images_left_out_of_the_test_are_counted(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(image_folder, data / split)
+    (data / "test" / "dark" / "000.png").write_bytes(b"no image")
+    options = {"data": str(data), "streaming": "on", "workers": 0, "epochs": 1, "img_size": 8}
+    with pytest.raises(InputError, match="cannot be decoded"):
+        train(tmp_path / "run", **options)
+    result = engine.train(Config.build(resume=str(tmp_path / "run"), skip_corrupt=True))  # nothing is lost
+    assert result.summary["test_images"] == 59
+    assert "left out of the test: 1 images" in capsys.readouterr().out
 
 
 def test_the_mean_over_mirror_images_is_that_of_probabilities(finished: engine.Result) -> None:

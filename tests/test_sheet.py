@@ -30,7 +30,7 @@ def test_the_grid_shows_each_picture_enlarged_by_whole_pixels() -> None:
 def test_captions_name_the_classes_and_their_weights() -> None:
     names = ("cat", "dog", "owl")
     assert caption(torch.tensor([0.0, 1.0, 0.0]), names) == "dog"
-    assert caption(torch.tensor([0.25, 0.0, 0.75]), names) == "owl 75% + cat 25%"
+    assert caption(torch.tensor([0.25, 0.0, 0.75]), names) == "owl 75%\ncat 25%"
 
 
 def test_captions_are_cut_to_the_width_of_their_picture() -> None:

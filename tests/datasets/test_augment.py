@@ -471,3 +471,20 @@ def test_the_papers_border_has_four_pixels_at_any_size() -> None:
 def test_autocontrast_reaches_white_from_any_range(spread: int) -> None:
     levels = torch.tensor([0, spread], dtype=torch.uint8).view(1, 1, 1, 2)
     assert perform(levels, ["AutoContrast"], np.zeros(1)).flatten().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aug": "basic", "cutmix": 0.5}, "of no use here without --mix-prob"),
+        ({"aug": "basic", "mix_prob": 1.0}, "of no use here without --mixup or --cutmix"),
+        ({"aug": "basic", "erasing_fill": "noise"}, "of no use here without --erasing"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Augment.from_config(AugmentConfig(**options), 32, may_flip=True)
+
+
+def test_a_presets_border_gives_way_to_tiny_images() -> None:
+    assert Augment.from_config(AugmentConfig(aug="paper"), 3, may_flip=True).padding == 3

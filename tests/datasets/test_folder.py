@@ -253,7 +253,7 @@ def test_file_names_that_hold_line_breaks_stay_on_one_line(image_folder: Path) -
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
 def test_held_out_images_are_of_every_class_in_proportion(counts: list[int], fraction: float) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    stay, held = hold_out(labels, fraction, 0, "a test split")
+    stay, held = hold_out(labels, fraction, 0, "a test split", ("a", "b", "c", "d"))
     assert np.array_equal(np.sort(np.concatenate([stay, held])), np.arange(len(labels)))
     for label, n in enumerate(counts):
         share = (labels[held] == label).sum()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smallvit import datasets
 from smallvit.config import AugmentConfig, DataConfig
+from smallvit.datasets import loaders
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
@@ -190,3 +191,14 @@ def test_evaluation_goes_through_a_split_in_order(batch_size: int) -> None:
     expected = (dataset.test.pixels.double() / 255 - dataset.mean[0]) / dataset.std[0]
     torch.testing.assert_close(torch.cat(images), expected.float())
     assert max(map(len, images)) <= batch_size
+
+
+def test_images_that_would_fill_the_device_are_copied_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = noise(30)
+    expected = list(batches(data, "paper").epoch(0))
+    monkeypatch.setattr(loaders, "device_memory", lambda device: 1.0)
+    meta = TrainingBatches(data, 8, augment(data, "none"), 0, torch.device("meta"))
+    assert meta.pixels.device.type == "cpu"  # elsewhere than the device
+    for (x, y), (x_, y_) in zip(batches(data, "paper").epoch(0), expected, strict=True):
+        assert torch.equal(x, x_)
+        assert torch.equal(y, y_)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -402,3 +404,40 @@ def test_a_folder_of_a_data_sets_name_is_meant_with_its_path(
 def test_an_unknown_name_is_told_the_nearest(given: str, meant: str) -> None:
     with pytest.raises(InputError, match=f"'{meant}'"):
         load(given)
+
+
+def test_a_split_whose_images_are_all_broken_is_refused_before_training(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "data" / "train")
+    for name in ("dark", "light"):
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        (tmp_path / "data" / "test" / name / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"no image of test/ can be used"):
+        datasets.load(DataConfig(data=str(tmp_path / "data"), skip_corrupt=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_by_another_name_beside_train_is_refused(image_folder: Path, tmp_path: Path, packed: bool) -> None:
+    shutil.copytree(image_folder, tmp_path / "data" / "train")
+    shutil.copytree(image_folder, tmp_path / "data" / "valid")
+    data = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "data") if packed else str(tmp_path / "data")
+    with pytest.raises(InputError, match=r"valid beside train/ would not be read; call it val or test"):
+        datasets.load(DataConfig(data=data))
+
+
+def test_a_split_without_images_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "data" / "train")
+    (tmp_path / "data" / "test" / "dark").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"test/ holds no images"):
+        datasets.load(DataConfig(data=str(tmp_path / "data")))
+
+
+def test_a_copy_with_other_times_has_the_same_content(image_folder: Path, tmp_path: Path) -> None:
+    one = datasets.load(DataConfig(data=str(image_folder), streaming="on", workers=0))
+    shutil.copytree(image_folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    other = datasets.load(DataConfig(data=str(tmp_path / "copy"), streaming="on", workers=0))
+    assert one.fingerprint == other.fingerprint
+    next((tmp_path / "copy").rglob("*.png")).write_bytes(b"another size")
+    changed = datasets.load(DataConfig(data=str(tmp_path / "copy"), streaming="on", workers=0))
+    assert changed.fingerprint != other.fingerprint

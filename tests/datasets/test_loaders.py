@@ -197,7 +197,7 @@ def test_images_that_would_fill_the_device_are_copied_batch_by_batch(monkeypatch
     data = noise(30)
     expected = list(batches(data, "paper").epoch(0))
     monkeypatch.setattr(loaders, "device_memory", lambda device: 1.0)
-    meta = TrainingBatches(data, 8, augment(data, "none"), 0, torch.device("meta"))
+    meta = TrainingBatches(data, 8, Augment(), 0, torch.device("meta"))
     assert meta.pixels.device.type == "cpu"  # elsewhere than the device
     for (x, y), (x_, y_) in zip(batches(data, "paper").epoch(0), expected, strict=True):
         assert torch.equal(x, x_)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from smallvit.config import InputError
@@ -102,15 +103,38 @@ def timm_config(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write what is needed to go on: weights, optimiser state, and `progress` (JSON) in the metadata."""
+def save_state(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: ModelEmaV3 | None,
+    progress: dict[str, Any],
+) -> None:
+    """Write what is needed to go on: weights, their average, the optimiser's state, and `progress` (JSON).
+
+    Plain numbers that optimisers keep beside their tensors stand in the metadata.
+    """
     tensors = {f"model.{name}": value for name, value in snapshot(model).items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in snapshot(average.module).items()}
+    numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in values.items()}
-    save_weights(run / Run.STATE, tensors, {"progress": progress})
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
+            else:
+                numbers[f"{index}.{name}"] = value
+    groups = [
+        {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items() if _counts(value)}
+        for group in optimizer.param_groups
+    ]
+    metadata = {"progress": progress, "optimizer": {"numbers": numbers, "groups": groups}}
+    save_weights(run / Run.STATE, tensors, metadata)
 
 
-def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_state(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None
+) -> dict[str, Any] | None:
     """Take up what `save_state` wrote, in place; returns its `progress`, or None if nothing was written yet.
 
     Raises:
@@ -120,14 +144,25 @@ def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     if not path.exists():
         return None
     tensors, metadata = load_weights(path)
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     try:
-        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        model.load_state_dict(_under("model.", tensors))
+        if average is not None:
+            average.module.load_state_dict(_under("average.", tensors))
+        for name, value in (_under("optimizer.", tensors) | metadata["optimizer"]["numbers"]).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        groups = zip(optimizer.state_dict()["param_groups"], metadata["optimizer"]["groups"], strict=True)
+        optimizer.load_state_dict({"state": state, "param_groups": [group | saved for group, saved in groups]})
         return metadata["progress"]
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from None
+
+
+def _counts(value: object) -> bool:
+    """Whether a parameter group's entry is a number, such as LAMB's count of steps."""
+    return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -211,14 +211,29 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How the weights are fitted: AdamW, linear warm-up, cosine decay, set anew at every step."""
+    """How the weights are fitted; the learning rate is set anew at every step."""
 
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
     """Images in a step, at most; an epoch is cut into steps of equal size."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy, or a binary one for every class, where each label of a mixed image counts as whole."""
+    opt: str = "adamw"
+    """Optimiser, by timm's name: adamw, lamb, lion, muon, sgd, ..."""
     lr: float = 1e-3
     """Peak learning rate."""
+    lr_batch: int | None = None
+    """The batch size that --lr is meant for: it is scaled in proportion to --batch-size."""
+    sched: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up: half a cosine or a line down to --min-lr, constant, or wsd
+    (constant, then a line down over the last fifth of the steps)."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one below it; by default all have the same."""
+    ema: float | None = None
+    """Keep an average of the weights, with this decay from step to step, and judge and save it; by default none."""
     min_lr: float = 1e-6
     """Learning rate at the end."""
     reg: Literal[
@@ -246,9 +261,15 @@ class OptimConfig:
     """Largest allowed norm of the whole gradient; by default it is not clipped."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate", "lr_batch"):
             value = getattr(self, name)
-            _require(value >= 1, name, value, "at least 1")
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("layer_decay", "ema"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < 1, name, value, "a factor between 0 and 1")
+        _require(self.accumulate <= self.batch_size, "accumulate", self.accumulate, "at most --batch-size")
+        if self.loss == "bce" and self.smoothing:
+            raise InputError(f"--smoothing {self.smoothing} is of no use with --loss bce; leave it out")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
         _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
         decay, smoothing = self.weight_decay, self.smoothing

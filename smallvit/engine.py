@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from smallvit import checkpoint, hardware, objectives
 from smallvit.config import Config, InputError, TrainingError
 from smallvit.optim import openness
+from smallvit.outcome import Result, show, summarise
 from smallvit.plugins import set_openness
-from smallvit.profile import count_parameters
 from smallvit.progress import TrainingProgress
 from smallvit.report import plot_curves
 from smallvit.runs import Run, open_run
@@ -29,18 +28,6 @@ LOOK_SECONDS = 0.5
 """How often the loss is fetched from the device, to show it and to see that it is finite."""
 REGULARISATION = 3
 """Stream of random numbers for dropout and stochastic depth; 0 to 2 belong to the batches."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder, and what `summary.json` there says."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-    def load(self, weights: str = "best") -> nn.Module:
-        """The trained model, in evaluation mode."""
-        return checkpoint.load(self.folder, weights)
 
 
 @dataclass
@@ -79,7 +66,7 @@ def fit(run: Run) -> Result:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if (summary := run.read_summary()) is not None:
         console.print(f"{run.folder} is finished already")
-        return _show(Result(run.folder, summary), console)
+        return show(Result(run.folder, summary), console)
 
     # Data, model, optimiser
     setup = prepare(run.config)
@@ -90,7 +77,7 @@ def fit(run: Run) -> Result:
     # Where an interrupted run goes on
     run.begin(config)
     state = RunState(images=setup.dataset.fingerprint)
-    if (saved := checkpoint.load_state(run, model, optimizer)) is not None:
+    if (saved := checkpoint.load_state(run, model, optimizer, setup.average)) is not None:
         if saved["images"] != state.images:
             raise InputError(f"--resume {run.folder}: the images in {config.data.data} are not those it began with")
         state = RunState(**saved)
@@ -112,14 +99,16 @@ def fit(run: Run) -> Result:
             state.seconds += time.monotonic() - started
             if val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss):
                 state.best_epoch = epoch + 1
-                best = checkpoint.snapshot(model)
+                best = checkpoint.snapshot(setup.judged)
             if val is not None and state.best_epoch == epoch + 1:
                 state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
+            raw = setup.evaluate("val", model=model) if setup.average is not None else None
             figures = {
                 "epoch": epoch + 1,
                 "train_loss": train_loss,
                 "val_loss": val and val["loss"],
                 "val_top1": val and val["top1"],
+                **({"val_top1_raw": raw["top1"]} if raw else {}),
                 "lr": optimizer.param_groups[0]["lr"],
                 "images_per_second": batches.sampling.views / (trained - started),
                 "seconds": state.seconds,
@@ -132,14 +121,14 @@ def fit(run: Run) -> Result:
 
     # The test split, once, with the weights chosen on the validation split (the last, where there is none)
     weights, chosen = checkpoint.load_weights(run / Run.BEST)
-    model.load_state_dict(weights)
+    setup.judged.load_state_dict(weights)
     test = setup.evaluate("test", flip=config.augment.test_flip)
     plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
     if (left_out := len(setup.dataset.test) - test["images"]) > 0:
         console.print(f"left out of the test: {left_out} images that cannot be decoded")
     summary = summarise(setup, state, chosen, test)
     run.write_json(Run.SUMMARY, summary)
-    return _show(Result(run.folder, summary), console)
+    return show(Result(run.folder, summary), console)
 
 
 def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
@@ -160,14 +149,13 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
             set_openness(model, openness(epoch * steps + step + 1, epochs * steps, config.optim.diagonal_until))
         rates.append(optimizer.param_groups[0]["lr"])
         torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step))
-        with hardware.autocast(setup.device, setup.dtype):
-            loss = objectives.supervised(model, images, targets, smoothing=config.optim.smoothing)["loss"]
         optimizer.zero_grad()
-        loss.backward()
+        losses[step] = backward(setup, images, targets)
         if config.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
         optimizer.step()
-        losses[step] = loss.detach()
+        if setup.average is not None:
+            update_average(setup, epoch * steps + step + 1)
         seen += len(images)
         if (now := time.monotonic()) - looked > LOOK_SECONDS:
             looked = now
@@ -176,28 +164,24 @@ def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
     return _finite_mean(losses, rates, epoch)
 
 
-def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
-    """The contents of summary.json; accuracies in per cent."""
-    seen = state.epoch * setup.batches.sampling.views
-    return {
-        "test_top1": test["top1"],
-        "test_loss": test["loss"],
-        "test_images": test["images"],
-        "val_top1": chosen["val_top1"],
-        "best_epoch": chosen["epoch"],
-        "epochs": state.epoch,
-        "train_seconds": state.seconds,
-        "images_seen": seen,
-        "images_per_second": seen / state.step_seconds,
-        "parameters": count_parameters(setup.model),
-        "macs": setup.macs,
-        "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
-        "device": str(setup.device),
-        "hardware": hardware.describe_hardware(setup.device),
-        "precision": setup.precision,
-        "versions": hardware.versions(),
-        "git_revision": hardware.git_revision(),
-    }
+def backward(setup: Setup, images: Tensor, targets: Tensor) -> Tensor:
+    """Gradients of a batch's mean loss, part by part; returns that loss."""
+    optim, whole = setup.config.optim, torch.zeros((), device=setup.device)
+    for part, wanted in zip(images.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True):
+        with hardware.autocast(setup.device, setup.dtype):
+            loss = objectives.supervised(setup.model, part, wanted, smoothing=optim.smoothing, loss=optim.loss)["loss"]
+        loss = loss * (len(part) / len(images))
+        loss.backward()
+        whole += loss.detach()
+    return whole
+
+
+def update_average(setup: Setup, step: int) -> None:
+    """Let the moving average follow the weights; how open the diagonal is, is no weight."""
+    setup.average.update(setup.model, step)
+    if setup.config.model.plugin_init == "exact":
+        epochs, until = setup.config.optim.epochs, setup.config.optim.diagonal_until
+        set_openness(setup.average.module, openness(step, epochs * len(setup.batches), until))
 
 
 def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | None) -> None:
@@ -206,9 +190,9 @@ def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | Non
         metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])
         checkpoint.save_weights(run / Run.BEST, best, metadata)
     last = setup.metadata(state.epoch, state.history[-1]["val_top1"])
-    checkpoint.save_weights(run / Run.LAST, checkpoint.snapshot(setup.model), last)
+    checkpoint.save_weights(run / Run.LAST, checkpoint.snapshot(setup.judged), last)
     run.write_lines(Run.METRICS, state.history)
-    checkpoint.save_state(run, setup.model, setup.optimizer, asdict(state))
+    checkpoint.save_state(run, setup.model, setup.optimizer, setup.average, asdict(state))
 
 
 def _seed(*numbers: int) -> int:
@@ -225,18 +209,3 @@ def _finite_mean(losses: Tensor, rates: list[float], epoch: int) -> float:
             f"{rates[step]:.2g}: try a lower --lr, --clip-grad 1, a longer --warmup, or --amp off"
         )
     return losses.mean().item()
-
-
-def _show(result: Result, console: Console) -> Result:
-    summary, folder = result.summary, result.folder
-    top1, epochs = summary["val_top1"], summary["epochs"]
-    chosen = f"last of {epochs} epochs"
-    if top1 is not None:
-        chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
-    console.print(
-        f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen}, "
-        f"trained in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s)"
-    )
-    for what, name in (("weights", Run.BEST), ("curves", Run.CURVES), ("summary", Run.SUMMARY)):
-        console.print(f"{what:8} {folder / name}")
-    return result

@@ -29,5 +29,7 @@ AUTO = {"weight_decay": 0.05, "smoothing": 0.1}
 def regularised(config: Config) -> Config:
     """The configuration with what its preset says, where no other value was given."""
     values = AUTO if config.optim.reg == "auto" else PRESETS[config.optim.reg]
+    if config.optim.loss == "bce":
+        values = values | {"smoothing": 0.0}
     options = config.options()
     return config.replace(**{name: value for name, value in values.items() if options[name] is None})

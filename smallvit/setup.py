@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,7 +43,9 @@ class Setup:
     model: nn.Module
     macs: int
     optimizer: torch.optim.Optimizer
-    schedule: CosineLRScheduler
+    schedule: Scheduler
+    average: ModelEmaV3 | None
+    """The weights' moving average."""
 
     @property
     def precision(self) -> str:
@@ -54,11 +57,16 @@ class Setup:
         size = EVALUATION_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
         return evaluation_batches(self.dataset, split, self.device, size)
 
-    def evaluate(self, split: str, *, flip: bool = False) -> dict[str, float] | None:
-        """How well the model does on val or test; nothing where the split has no images."""
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is judged and saved: the moving average, where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def evaluate(self, split: str, *, model: nn.Module | None = None, flip: bool = False) -> dict[str, float] | None:
+        """How well a model (the judged one) does on val or test; nothing where the split has no images."""
         if not len(getattr(self.dataset, split)):
             return None
-        return evaluate(self.model, self.evaluation_batches(split), self.device, self.dtype, flip=flip)
+        return evaluate(model or self.judged, self.evaluation_batches(split), self.device, self.dtype, flip=flip)
 
     def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """What a weights file says about itself."""
@@ -119,4 +127,5 @@ def prepare(config: Config) -> Setup:
         macs=macs,
         optimizer=optimizer,
         schedule=optim.create_schedule(optimizer, config.optim, config.optim.epochs * len(batches)),
+        average=optim.create_average(model, config.optim),
     )

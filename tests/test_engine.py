@@ -355,7 +355,7 @@ def test_the_mean_over_mirror_images_is_that_of_probabilities(finished: engine.R
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
-    config = Config.build(lr=1e-2, min_lr=1e-4, warmup=0.1).optim
+    config = Config.build(lr=1e-2, min_lr=1e-4, warmup=0.1, weight_decay=0.05).optim
     model = smallvit.create_model("vit", img_size=8, num_classes=2, in_chans=1)
     optimizer = create_optimizer(model, config)
     schedule = create_schedule(optimizer, config, 100)

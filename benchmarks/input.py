@@ -32,11 +32,11 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 
 import smallvit
-from smallvit.config import AugmentConfig, OptimConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.presets import PRESETS, preset
 from smallvit.hardware import autocast, describe_hardware, pick_device, pick_dtype
 from smallvit.optim import create_optimizer
+from smallvit.options import AugmentConfig, OptimConfig
 from smallvit.plugins import set_fused_attention
 
 CLASSES = 100

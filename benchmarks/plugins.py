@@ -26,9 +26,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.config import OptimConfig
 from smallvit.hardware import autocast, describe_hardware, pick_device, pick_dtype
 from smallvit.optim import create_optimizer
+from smallvit.options import OptimConfig
 from smallvit.plugins import attend, set_fused_attention
 from smallvit.published import PUBLISHED
 

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from smallvit import __version__
-from smallvit.config import InputError, TrainingError, nearest
+from smallvit.errors import InputError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",

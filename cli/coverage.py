@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from smallvit.cli.options import Parser
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table

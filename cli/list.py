@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smallvit.cli.options import Parser
-from smallvit.config import InputError, nearest
+from smallvit.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Group

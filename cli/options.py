@@ -15,7 +15,8 @@ from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from smallvit.config import Config, InputError, nearest
+from smallvit.config import Config
+from smallvit.errors import InputError, nearest
 
 
 class Parser(argparse.ArgumentParser):

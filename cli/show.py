@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from smallvit.cli.options import parse_options
-from smallvit.config import Config, InputError
+from smallvit.config import Config
+from smallvit.errors import InputError
 
 DESCRIPTION = """\
 Write a picture of training images as the model sees them: in each row an image, then seven augmented views of it.

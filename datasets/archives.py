@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from smallvit.config import InputError, first_line
 from smallvit.datasets.transfer import BLOCK, FULL, progress
+from smallvit.errors import InputError, first_line
 
 Members = Iterator[tuple[str, IO[bytes]]]
 """Path within the archive and contents of each file, in order; contents are read before the next is asked for."""

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from smallvit.config import AugmentConfig, InputError
 from smallvit.datasets.boxes import Boxes, crop_boxes, erasing_boxes
 from smallvit.datasets.mixing import Mix, Mixing, mix_pairs
 from smallvit.datasets.noise import normal_noise
 from smallvit.datasets.operations import fetch, perform, resized_crop
 from smallvit.datasets.policies import Policy, Step, jitter, policy
 from smallvit.datasets.presets import preset
+from smallvit.errors import InputError
+from smallvit.options import AugmentConfig
 
 LEAST_ERASED = 0.02
 """Least share of an image's area that random erasing takes."""

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smallvit.config import InputError, first_line
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
+from smallvit.errors import InputError, first_line
 
 DECODER = 2
 """Raised when decoding changes, so that older caches are not used."""

@@ -25,9 +25,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import SplitResult, urlsplit
 
-from smallvit.config import InputError
 from smallvit.datasets.table import DATASETS, Archive
 from smallvit.datasets.transfer import BLOCK, Order, progress, transfer
+from smallvit.errors import InputError
 
 LARGE = 2**28
 """Bytes from which checking a file takes long enough for a bar."""

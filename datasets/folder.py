@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from smallvit.config import InputError
 from smallvit.datasets.listing import SPLITS, Listing, is_hidden, is_image, require_classes, require_known_splits
 from smallvit.datasets.tiny_imagenet import ANNOTATIONS, read_layout
+from smallvit.errors import InputError
 
 
 class File(NamedTuple):

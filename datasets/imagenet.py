@@ -15,10 +15,10 @@ from typing import IO
 
 from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
 
-from smallvit.config import InputError
 from smallvit.datasets.archives import members_of, opened_tar, unpacked, write
 from smallvit.datasets.download import fetch, locked
 from smallvit.datasets.table import DATASETS
+from smallvit.errors import InputError
 
 CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from smallvit.config import InputError
 from smallvit.datasets.memory import require_memory
+from smallvit.errors import InputError
 
 if TYPE_CHECKING:
     from smallvit.datasets.streaming import Files

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 SPLITS = ("train", "val", "test")
 LIKE_SPLITS = {*SPLITS, "training", "valid", "validation", "testing"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 COPIES = 2.5
 """Peak memory of reading and splitting, in multiples of the images (2.3 measured)."""

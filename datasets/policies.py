@@ -24,7 +24,7 @@ from functools import partial
 import numpy as np
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 Level = Callable[[np.ndarray, int], np.ndarray]
 """From a level (0 to 1, above 1 too where the source has such) and the image's size to the operation's strength."""

@@ -23,10 +23,10 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
-from smallvit.config import InputError, first_line
 from smallvit.datasets.archives import unpack_gzip, unpack_tar
 from smallvit.datasets.download import fetch, locked
 from smallvit.datasets.table import DATASETS
+from smallvit.errors import InputError, first_line
 
 DIGITS = tuple("0123456789")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 ORDER, DRAWS, DECODING = 0, 1, 2
 """Streams of random numbers that one seed is split into; `engine` has more."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from sklearn.datasets import load_digits
 
-from smallvit.config import DataConfig, InputError, nearest
 from smallvit.datasets import readers, timm_source
 from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_bad
 from smallvit.datasets.download import fetch
@@ -26,6 +25,8 @@ from smallvit.datasets.memory import fits_memory
 from smallvit.datasets.streaming import Files
 from smallvit.datasets.table import DATASETS, Entry
 from smallvit.datasets.zips import list_zip
+from smallvit.errors import InputError, nearest
+from smallvit.options import DataConfig
 
 Split = Images | Files
 

@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smallvit.config import InputError, first_line
 from smallvit.datasets.augment import Augment, normalise
 from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.boxes import crop_boxes
@@ -31,6 +30,7 @@ from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
 from smallvit.datasets.sampling import DECODING, Sampling
+from smallvit.errors import InputError, first_line
 
 AHEAD = 2**30
 """Bytes of decoded images that may wait for the device, about."""

@@ -22,10 +22,11 @@ from rich.progress import track
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from smallvit.config import DataConfig, InputError, first_line
 from smallvit.datasets.decode import decode_image, fit, reason, to_rgb
 from smallvit.datasets.images import Images
 from smallvit.datasets.memory import require_memory
+from smallvit.errors import InputError, first_line
+from smallvit.options import DataConfig
 
 PACKAGES = {"hfds": ("datasets",), "wds": ("webdataset",), "tfds": ("tensorflow_datasets", "tensorflow")}
 """What each reader needs to have installed."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
-from smallvit.config import InputError
 from smallvit.datasets.listing import is_image
+from smallvit.errors import InputError
 
 ANNOTATIONS = "val/val_annotations.txt"
 

@@ -15,8 +15,8 @@ from typing import IO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from smallvit.config import InputError, first_line
 from smallvit.datasets.table import Archive
+from smallvit.errors import InputError, first_line
 
 STALL_SECONDS = 30.0
 """Silence of a server that counts as an interruption."""

@@ -7,9 +7,9 @@ import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from smallvit.config import InputError
 from smallvit.datasets.listing import SPLITS, Listing, is_hidden, is_image, require_classes, require_known_splits
 from smallvit.datasets.tiny_imagenet import ANNOTATIONS, Entry, read_layout
+from smallvit.errors import InputError
 
 
 def list_zip(file: Path) -> Listing:

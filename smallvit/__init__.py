@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "smallvit.config",
-    "InputError": "smallvit.config",
+    "InputError": "smallvit.errors",
     "LSAConfig": "smallvit.plugins",
     "SPTConfig": "smallvit.plugins",
-    "TrainingError": "smallvit.config",
+    "TrainingError": "smallvit.errors",
     "create_model": "smallvit.models",
     "describe": "smallvit.plugins",
     "load": "smallvit.checkpoint",
@@ -32,9 +32,9 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from smallvit.checkpoint import load as load
     from smallvit.config import Config as Config
-    from smallvit.config import InputError as InputError
-    from smallvit.config import TrainingError as TrainingError
     from smallvit.engine import train as train
+    from smallvit.errors import InputError as InputError
+    from smallvit.errors import TrainingError as TrainingError
     from smallvit.models import create_model as create_model
     from smallvit.plugins import LSAConfig as LSAConfig
     from smallvit.plugins import SPTConfig as SPTConfig

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 from smallvit.files import replacing
 from smallvit.models import create_model
 from smallvit.runs import Run

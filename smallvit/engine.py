@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from smallvit import checkpoint, hardware, objectives
-from smallvit.config import Config, InputError, TrainingError
+from smallvit.config import Config
+from smallvit.errors import InputError, TrainingError
 from smallvit.optim import openness
 from smallvit.outcome import Result, show, summarise
 from smallvit.plugins import set_openness

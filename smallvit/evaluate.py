@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 from smallvit.hardware import autocast
 
 

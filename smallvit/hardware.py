@@ -14,7 +14,7 @@ import timm
 import torch
 
 import smallvit
-from smallvit.config import InputError
+from smallvit.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:

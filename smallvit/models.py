@@ -14,7 +14,7 @@ import timm
 from timm.models import is_model_in_modules
 from torch import nn
 
-from smallvit.config import InputError, first_line, nearest
+from smallvit.errors import InputError, first_line, nearest
 from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, patch
 from smallvit.published import PUBLISHED
 

@@ -9,7 +9,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from smallvit.config import InputError, OptimConfig, first_line, nearest
+from smallvit.errors import InputError, first_line, nearest
+from smallvit.options import OptimConfig
 
 FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
 """Optimisers that torch runs over all parameters at once."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from smallvit.config import InputError, first_line
+from smallvit.errors import InputError, first_line
 
 
 def count_parameters(model: nn.Module) -> int:

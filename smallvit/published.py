@@ -31,7 +31,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 from smallvit.plugins.attend import attend_talking
 from smallvit.plugins.locality import Locality
 from smallvit.plugins.lsa_timm import talking_heads

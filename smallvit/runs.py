@@ -21,8 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smallvit.config import DATA_NAMES, Config, InputError
+from smallvit.config import Config
+from smallvit.errors import InputError
 from smallvit.files import write_text
+from smallvit.options import DATA_NAMES
 
 PLACE = ("device", "data_dir", "data_url", "workers", "skip_corrupt")
 """Options that a resumed run takes over where they are given: where things are, and what to do with damaged ones."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit import datasets, hardware, models, optim
-from smallvit.config import Config, InputError
+from smallvit.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.batches import Batches
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.datasets.streaming import Files, StreamedBatches
+from smallvit.errors import InputError
 from smallvit.evaluate import evaluate
 from smallvit.plugins import describe, set_fused_attention
 from smallvit.profile import count_macs
@@ -93,8 +94,8 @@ def prepare(config: Config) -> Setup:
     """
     models.require_known(config.model.arch)  # before images are decoded
     config = regularised(config)
-    device = hardware.pick_device(config.run.device)
-    dtype = hardware.pick_dtype(device, config.run.amp)
+    device = hardware.pick_device(config.compute.device)
+    dtype = hardware.pick_dtype(device, config.compute.amp)
 
     dataset = datasets.load(config.data)
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from smallvit.cli.options import field_sentences, parse_options
-from smallvit.config import Config, InputError, option_homes
+from smallvit.config import Config, option_homes
+from smallvit.errors import InputError
 
 
 def parse(*arguments: str) -> Config:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from smallvit.config import InputError
+from smallvit.errors import InputError
 from smallvit.models import create_model, patch_for
 from smallvit.profile import count_macs, count_parameters
 

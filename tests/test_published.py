@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import smallvit
-from smallvit.config import InputError
+from smallvit.errors import InputError
 from smallvit.profile import count_macs, count_parameters
 from smallvit.published import PUBLISHED, ClassTalkingHeads, TalkingHeads
 from smallvit.t2t import NeighbourhoodUnfold, T2TViT, TokenAttention, sinusoid

@@ -6,7 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from smallvit.config import Config, OptimConfig
+from smallvit.config import Config
+from smallvit.options import OptimConfig
 from smallvit.regularise import PRESETS, regularised
 
 NAMES = ("dropout", "drop_path", "weight_decay", "smoothing")

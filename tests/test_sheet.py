@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from smallvit import cli
-from smallvit.config import DATA_NAMES, AugmentConfig, Config
+from smallvit.config import Config
 from smallvit.datasets import DATASETS
 from smallvit.datasets.presets import PRESETS
+from smallvit.options import DATA_NAMES, AugmentConfig
 from smallvit.sheet import augmented, caption, grid
 
 

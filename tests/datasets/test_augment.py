@@ -14,13 +14,14 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from smallvit.config import AugmentConfig, InputError
 from smallvit.datasets.augment import Augment, Draws, normalise
 from smallvit.datasets.mixing import Mixing
 from smallvit.datasets.noise import normal_noise
 from smallvit.datasets.operations import perform
 from smallvit.datasets.policies import Step, policy
 from smallvit.datasets.presets import PRESETS, preset
+from smallvit.errors import InputError
+from smallvit.options import AugmentConfig
 
 CLASSES = 5
 OPTIONS = get_type_hints(AugmentConfig)

@@ -27,11 +27,11 @@ from sklearn.datasets import load_digits
 from torchvision import datasets as published
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from smallvit.config import InputError
 from smallvit.datasets import archives, download, table, transfer
 from smallvit.datasets.archives import unpack_gzip, unpack_tar
 from smallvit.datasets.download import fetch, locked
 from smallvit.datasets.table import DATASETS, Archive
+from smallvit.errors import InputError
 
 CONTENT = bytes(range(256)) * 40
 HALF = len(CONTENT) // 2

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smallvit import datasets
-from smallvit.config import DATA_NAMES, DataConfig, InputError
 from smallvit.datasets import decode
 from smallvit.datasets.decode import decode_image, default_size
 from smallvit.datasets.folder import list_folder
 from smallvit.datasets.images import hold_out
+from smallvit.errors import InputError
 from smallvit.models import patch_for
+from smallvit.options import DATA_NAMES, DataConfig
 
 Writer = Callable[..., list[Path]]
 

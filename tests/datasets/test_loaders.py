@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from smallvit import datasets
-from smallvit.config import AugmentConfig, DataConfig
 from smallvit.datasets import loaders
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.datasets.presets import PRESETS
+from smallvit.options import AugmentConfig, DataConfig
 
 CPU = torch.device("cpu")
 ODD = 41

@@ -12,9 +12,9 @@ import pytest
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, LEVEL_TO_ARG
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, TrivialAugmentWide
 
-from smallvit.config import InputError
 from smallvit.datasets.operations import BLENDS, GEOMETRY, TABLES
 from smallvit.datasets.policies import Step, jitter, policy
+from smallvit.errors import InputError
 
 SIZE = 32
 KINDS = ("cifar10", "svhn", "imagenet")

@@ -19,12 +19,12 @@ import scipy.io
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, imagenet
 
-from smallvit.config import InputError
 from smallvit.datasets import archives, readers
 from smallvit.datasets import imagenet as our_imagenet
 from smallvit.datasets.imagenet import unpack_imagenet
 from smallvit.datasets.readers import READERS, Arrays, read
 from smallvit.datasets.table import DATASETS
+from smallvit.errors import InputError
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 

@@ -22,11 +22,12 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, SVHN
 
 from smallvit import datasets
-from smallvit.config import DataConfig, InputError
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.source import assemble, data_folder
 from smallvit.datasets.streaming import Files
 from smallvit.datasets.table import DATASETS
+from smallvit.errors import InputError
+from smallvit.options import DataConfig
 
 Writer = Callable[..., list[Path]]
 SPLITS = ("train", "val", "test")

@@ -20,7 +20,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from smallvit import datasets
-from smallvit.config import AugmentConfig, DataConfig, InputError
 from smallvit.datasets import source
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.boxes import crop_boxes
@@ -28,6 +27,8 @@ from smallvit.datasets.decode import decode_image
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.datasets.streaming import Files, StreamedBatches, decode_crop
+from smallvit.errors import InputError
+from smallvit.options import AugmentConfig, DataConfig
 
 CPU = torch.device("cpu")
 Writer = Callable[..., list[Path]]

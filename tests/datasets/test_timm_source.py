@@ -21,9 +21,10 @@ from PIL import Image
 
 import smallvit
 from smallvit import datasets
-from smallvit.config import DataConfig, InputError
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.timm_source import is_source
+from smallvit.errors import InputError
+from smallvit.options import DataConfig
 
 Item = tuple[bytes, int]
 NAMES = ("newt", "crane", "mole")

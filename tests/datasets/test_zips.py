@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from smallvit import datasets
-from smallvit.config import DataConfig, InputError
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.zips import list_zip
+from smallvit.errors import InputError
+from smallvit.options import DataConfig
 
 Files = dict[str, bytes]
 LEVELS = {"dark": 40, "grey": 128, "light": 220}

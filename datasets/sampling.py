@@ -19,10 +19,11 @@ ORDER, DRAWS, DECODING = 0, 1, 2
 class Sampling:
     """How an epoch is drawn from n images with their labels.
 
-    An epoch holds every image once, in batches whose sizes differ by at most one, so that no step is noisier than the
-    others for having a handful of images. With `repeats` r it is as long but holds a share 1/r of the images, each r
-    times within a batch (Hoffer et al. 2020, arXiv:1901.09335; DeiT). `balanced` draws every class equally often:
-    images of large classes are left out in turns, those of small ones repeated.
+    An epoch holds every image, in batches of one size: no step is noisier than the others for having a handful of
+    images, and a compiled model meets one shape. Where the images do not come out even, some, fewer than there are
+    batches, are drawn twice. With `repeats` r an epoch is as long but holds a share 1/r of the images, each r times
+    within a batch (Hoffer et al. 2020, arXiv:1901.09335; DeiT). `balanced` draws every class equally often: images of
+    large classes are left out in turns, those of small ones repeated.
 
     Raises:
         InputError: more repeats than the batch holds.
@@ -40,23 +41,28 @@ class Sampling:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-self.images // (self.batch_size // self.repeats))
+        return -(-self._share // (self.batch_size // self.repeats))
 
     @property
-    def images(self) -> int:
-        """Distinct draws in an epoch."""
+    def _share(self) -> int:
+        """Images that an epoch shows at least."""
         return -(-len(self.labels) // self.repeats)
+
+    @property
+    def size(self) -> int:
+        """Images in each batch, repeated ones counted each time."""
+        return -(-self._share // len(self)) * self.repeats
 
     @property
     def views(self) -> int:
         """Images in all batches of an epoch, repeated ones counted each time."""
-        return self.images * self.repeats
+        return len(self) * self.size
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The positions of the images in each batch of an epoch."""
         rng = np.random.default_rng((self.seed, ORDER, epoch))
-        n, draw = self.images, balanced_order if self.balanced else _any_order
-        parts = np.array_split(draw(self.labels, n, rng), len(self))
+        draw = balanced_order if self.balanced else _any_order
+        parts = np.split(draw(self.labels, self.views // self.repeats, rng), len(self))
         return [np.tile(part, self.repeats) for part in parts]  # copies lie apart: neighbours are mixed
 
     def generator(self, stream: int, epoch: int, position: int) -> np.random.Generator:
@@ -65,7 +71,7 @@ class Sampling:
 
 
 def _any_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(len(labels))[:n]
+    return np.resize(rng.permutation(len(labels)), n)  # the first ones again where there are too few
 
 
 def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -31,18 +31,29 @@ def of_classes(counts: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "batch_size"), SIZES)
-def test_an_epoch_holds_every_image_exactly_once(n: int, batch_size: int) -> None:
+def test_an_epoch_holds_every_image_and_fewer_twice_than_it_has_batches(n: int, batch_size: int) -> None:
     for epoch in range(3):
-        assert sorted(np.concatenate(sampling(n, batch_size).batches(epoch)).tolist()) == list(range(n))
+        batches = sampling(n, batch_size).batches(epoch)
+        times = np.bincount(np.concatenate(batches), minlength=n)
+        assert set(times.tolist()) <= {1, 2}
+        assert (times == 2).sum() < len(batches)
+        assert all(len(set(batch.tolist())) == len(batch) for batch in batches)
+
+
+def test_other_images_are_drawn_twice_each_epoch() -> None:
+    drawn = sampling(101, 25)
+    twice = [frozenset(np.flatnonzero(np.bincount(np.concatenate(drawn.batches(e))) == 2)) for e in range(20)]
+    assert len(set(twice)) > 15
 
 
 @pytest.mark.parametrize(("n", "batch_size"), SIZES)
-def test_batches_are_of_one_size_to_one_image_and_never_too_large(n: int, batch_size: int) -> None:
+def test_batches_are_of_one_size_and_never_too_large(n: int, batch_size: int) -> None:
     drawn = sampling(n, batch_size)
     sizes = [len(batch) for batch in drawn.batches(0)]
     assert len(sizes) == len(drawn) == -(-n // batch_size)
-    assert max(sizes) - min(sizes) <= 1
-    assert 1 <= min(sizes) <= max(sizes) <= batch_size
+    assert set(sizes) == {drawn.size}
+    assert 1 <= drawn.size <= batch_size
+    assert drawn.views == sum(sizes)
 
 
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"balanced": True}, {"repeats": 2, "balanced": True}])
@@ -67,13 +78,14 @@ def test_the_order_is_random() -> None:
 @pytest.mark.parametrize(("n", "batch_size"), [(100, 12), (101, 32), (64, 15), (997, 128), (31, 31)])
 def test_repeated_images_are_all_in_one_batch(n: int, batch_size: int, repeats: int) -> None:
     seen: set[int] = set()
-    for batch in sampling(n, batch_size, repeats=repeats).batches(0):
+    batches = sampling(n, batch_size, repeats=repeats).batches(0)
+    for batch in batches:
         images, counts = np.unique(batch, return_counts=True)
         assert (counts == repeats).all()
         assert len(batch) <= batch_size
         assert not seen & set(images.tolist())
         seen |= set(images.tolist())
-    assert len(seen) == -(-n // repeats)
+    assert 0 <= len(seen) - -(-n // repeats) < len(batches)
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 4, 5])
@@ -92,14 +104,14 @@ def test_views_of_an_image_are_never_neighbours(n: int, batch_size: int, repeats
 @pytest.mark.parametrize("n", [50, 101, 1000])
 def test_an_epoch_is_as_long_with_repeats_as_without(n: int, repeats: int) -> None:
     drawn = sum(map(len, sampling(n, 30, repeats=repeats).batches(0)))
-    assert n <= drawn < n + repeats
+    assert n <= drawn < n + repeats * (1 + len(sampling(n, 30)))
     assert len(sampling(n, 30, repeats=repeats)) == len(sampling(n, 30))  # 30 is a multiple of each
 
 
 def test_with_repeats_every_image_has_its_epochs() -> None:
     drawn = sampling(99, 12, repeats=3)
     epochs = [set(np.concatenate(drawn.batches(epoch)).tolist()) for epoch in range(30)]
-    assert all(len(epoch) == 33 for epoch in epochs)
+    assert all(len(epoch) == 36 for epoch in epochs)  # 9 batches of 4 images
     assert set.union(*epochs) == set(range(99))
     assert epochs[0] != epochs[1]
 
@@ -110,7 +122,7 @@ def test_balanced_epochs_show_every_class_equally_often(counts: list[int]) -> No
     drawn = Sampling(labels=labels, batch_size=16, seed=0, balanced=True)
     for epoch in range(3):
         order = np.concatenate(drawn.batches(epoch))
-        assert len(order) == len(labels)
+        assert len(order) == drawn.views >= len(labels)
         per_class = np.bincount(labels[order], minlength=len(counts))
         assert per_class.max() - per_class.min() <= 1
 
@@ -144,7 +156,7 @@ def test_balanced_epochs_leave_out_other_images_each_time() -> None:
 
 def test_no_class_gains_from_what_is_cut_off_a_balanced_epoch() -> None:
     labels = of_classes([5, 5, 1])  # 11 draws: 4 of two classes, 3 of one
-    drawn = Sampling(labels=labels, batch_size=4, seed=0, balanced=True)
+    drawn = Sampling(labels=labels, batch_size=11, seed=0, balanced=True)
     short = [np.bincount(labels[np.concatenate(drawn.batches(epoch))]).argmin() for epoch in range(90)]
     assert min(np.bincount(short, minlength=3)) > 10  # 30 are expected
 

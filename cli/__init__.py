@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -10,6 +11,7 @@ from smallvit.errors import InputError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",
+    "watch": "draw a run's curves in the terminal while it trains",
     "show": "write a picture of augmented training images, as the model sees them",
     "list": "list the data sets and the augmentation presets that have names",
     "coverage": "show which of timm's models SPT and LSA can patch",
@@ -26,6 +28,7 @@ Vision Transformers that learn from small image sets.
 
   smallvit train --arch vit --spt --lsa               the embedded handwritten digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
+  smallvit watch runs/vit-spt-lsa-digits              its curves, live
   smallvit show --data cifar100 --aug paper           what training images look like
   smallvit list data                                  data sets by name
   smallvit coverage 'swin*'                           what SPT and LSA find in timm's models
@@ -35,7 +38,7 @@ Vision Transformers that learn from small image sets.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -46,15 +49,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"smallvit {__version__}")
         return 0
+    rank = int(os.environ.get("RANK", "0"))
+    speaker = f"smallvit: process {rank}:" if rank else "smallvit:"
     try:
         if argv[0] not in VERBS:
             raise InputError(f"unknown verb {argv[0]!r}{nearest(argv[0], VERBS)}; see smallvit --help")
         return import_module(f"smallvit.cli.{argv[0]}").main(argv[1:])
     except InputError as error:
-        print(f"smallvit: {error}", file=sys.stderr)
+        print(f"{speaker} {error}", file=sys.stderr)
         return 2
     except (TrainingError, OSError) as error:
-        print(f"smallvit: {error}", file=sys.stderr)
+        print(f"{speaker} {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "number", 2)

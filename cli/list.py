@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smallvit.cli.options import Parser
 from smallvit.errors import InputError, nearest
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-DESCRIPTION = "List what has a name: data (data sets), or aug (augmentation presets and their values)."
+DESCRIPTION = "List what has a name: data (data sets), aug (augmentation presets), recipes; and their values."
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", metavar="WHAT", help=", ".join(TABLES))
     what = parser.parse_args(argv).what
     if what not in TABLES:
-        raise InputError(f"smallvit list {what}: expected {' or '.join(TABLES)}{nearest(what, TABLES)}")
+        raise InputError(f"smallvit list {what}: expected one of {', '.join(TABLES)}{nearest(what, TABLES)}")
     Console().print(TABLES[what]())
     return 0
 
@@ -54,14 +54,37 @@ def aug() -> Table:
     table = Table("--aug", "32 px", "224 px")
     for name in PRESETS:
         small, large = (preset(name, size) for size in (32, 224))
-        changed = {key: value for key, value in small.items() if value != OFF[key]}
-        other = {key: value for key, value in large.items() if value != small[key]}
-        table.add_row(name, *(", ".join(f"{key} {_figure(v)}" for key, v in part.items()) for part in (changed, other)))
+        table.add_row(name, _values(changes(OFF, small)), _values(changes(small, large)))
     return table
+
+
+def recipes() -> Table:
+    """The recipes: what each is, the values in which it differs from the defaults, and those it has for ImageNet."""
+    from rich.table import Table
+
+    from smallvit.config import Config
+    from smallvit.recipes import RECIPES
+
+    table = Table("--recipe", "", "values", "--data imagenet")
+    for name, recipe in RECIPES.items():
+        small, large = (
+            changes(Config.build(data=data).options(), recipe(data=data).options()) for data in ("digits", "imagenet")
+        )
+        table.add_row(name, recipe.__doc__.splitlines()[0], _values(small), _values(changes(small, large)))
+    return table
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Values that are there only after, or others than before."""
+    return {name: value for name, value in after.items() if name not in before or value != before[name]}
+
+
+def _values(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_figure(value)}" for name, value in options.items())
 
 
 def _figure(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-TABLES = {"data": data, "aug": aug}
+TABLES = {"data": data, "aug": aug, "recipes": recipes}

@@ -9,14 +9,25 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from smallvit import recipes
 from smallvit.config import Config
 from smallvit.errors import InputError, nearest
+from smallvit.regularise import PRESETS, regularised
+from smallvit.runs import Run, read_options
+
+BEGINNINGS = {
+    "recipe": ("NAME", "A recipe by name: paper, deit, ... (see smallvit list recipes)."),
+    "config": ("FILE", "A run's config.json or its folder: do again what it did."),
+}
+"""Where options begin, in place of their defaults: what the flag takes, and its help."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,16 +38,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_options(argv: list[str], prog: str, description: str, only: Collection[str] | None = None) -> dict[str, Any]:
-    """The options that these arguments give, for `Config.build`.
+    """The options that these arguments give, for `Config.build`: a recipe's or a file's values, and the flags.
 
     `only` names those that serve, or groups of them; by default all do.
 
     Raises:
-        InputError: an unknown flag or a value of the wrong type; the nearest valid flag is named.
+        InputError: an unknown flag or recipe (the nearest is named), a value of the wrong type, an unusable file.
     """
     parser = Parser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
+    beginnings = [name for name in BEGINNINGS if only is None or name in only]
+    if beginnings:
+        section = parser.add_argument_group("begin", "What to begin with; flags win over its values.")
+        either = section.add_mutually_exclusive_group()
+    for name in beginnings:
+        metavar, sentence = BEGINNINGS[name]
+        either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
     for group, group_class in get_type_hints(Config).items():
         chosen = [o for o in fields(group_class) if only is None or group in only or o.name in only]
         if not chosen:
@@ -56,7 +74,29 @@ def parse_options(argv: list[str], prog: str, description: str, only: Collection
         flags = [flag for action in parser._actions for flag in action.option_strings]
         hint = nearest(unknown[0].split("=")[0], flags)
         raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {prog} --help")
-    return vars(options)
+    return _begin(**vars(options))
+
+
+def _begin(recipe: str | None = None, config: str | None = None, **flags: Any) -> dict[str, Any]:
+    """The flags on top of what they begin with."""
+    if recipe is not None:
+        return recipes.chosen(recipe, flags)
+    return flags if config is None else _stored(config, flags) | flags
+
+
+def _stored(file: str, flags: Collection[str]) -> dict[str, Any]:
+    """The options in a configuration file; without what followed from a preset there, where a flag names another."""
+    path = Path(os.path.expanduser(file))
+    path = path / Run.CONFIG if os.path.isdir(path) else path
+    try:
+        stored = read_options(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: {error.strerror if isinstance(error, OSError) else error}") from None
+    if "reg" in flags or "loss" in flags:
+        bare = {name: value for name, value in stored.items() if name not in PRESETS["none"]}
+        followed = regularised(Config.build(**bare)).options()
+        return bare | {name: stored[name] for name in stored.keys() - bare if stored[name] != followed[name]}
+    return stored
 
 
 def field_sentences(group_class: type) -> dict[str, str]:

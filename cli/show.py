@@ -18,9 +18,8 @@ Write a picture of training images as the model sees them: in each row an image,
 
 def main(argv: list[str]) -> int:
     """Load the data, augment some of it, write the PNG (augmented.png, unless --out names another)."""
-    config = Config.build(
-        **parse_options(argv, "smallvit show", DESCRIPTION, ("data", "augment", "seed", "out", "overwrite"))
-    )
+    serve = ("recipe", "config", "data", "augment", "seed", "out", "overwrite")
+    config = Config.build(**parse_options(argv, "smallvit show", DESCRIPTION, serve))
     path = Path(os.path.expanduser(config.run.out or "augmented.png"))
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: expected the name of a PNG file, such as augmented.png")

@@ -17,6 +17,7 @@ from torch import Tensor
 from smallvit.datasets.augment import normalise
 from smallvit.datasets.batches import Batches, Pixels
 from smallvit.datasets.images import ImageDataset, Images
+from smallvit.datasets.sampling import UNJUDGED, evaluation_parts
 from smallvit.datasets.streaming import Files, streamed_evaluation
 
 ON_DEVICE = 0.5
@@ -45,13 +46,20 @@ def device_memory(device: torch.device) -> float:
 
 
 def evaluation_batches(
-    dataset: ImageDataset, split: str, device: torch.device, batch_size: int
+    dataset: ImageDataset, split: str, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
-    """Every image of a split (val or test) once, in order, normalised and otherwise as it is, with its label."""
+    """Every image of a split (val or test) once, in order, normalised and otherwise as it is, with its label.
+
+    `rank` of `world` gets its share, in as many batches as the others; one that would be empty holds an image that is
+    not to be judged, with the label `UNJUDGED`.
+    """
     images: Images | Files = getattr(dataset, split)
     mean, std = dataset.statistics(device)
+    parts = evaluation_parts(len(images), batch_size, rank, world)
     if isinstance(images, Files):
-        yield from streamed_evaluation(images, batch_size, device, mean, std)
+        yield from streamed_evaluation(images, parts, device, mean, std)
         return
-    for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
-        yield normalise(pixels.to(device), mean, std), labels.to(device)
+    for part in parts:
+        chosen = slice(part.start, part.stop) if part else slice(1)
+        labels = images.labels[chosen] if part else torch.tensor([UNJUDGED])
+        yield normalise(images.pixels[chosen].to(device), mean, std), labels.to(device)

@@ -13,6 +13,8 @@ from smallvit.errors import InputError
 
 ORDER, DRAWS, DECODING = 0, 1, 2
 """Streams of random numbers that one seed is split into; `engine` has more."""
+UNJUDGED = -100
+"""Label of an image that is there only to fill a batch; cross-entropy leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,12 @@ def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.n
         drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
     rows = rng.permuted(np.stack(drawn, axis=1), axis=1)  # what is cut off: any class
     return rng.permutation(rows.flatten()[:n])
+
+
+def evaluation_parts(n: int, batch_size: int, rank: int, world: int) -> list[range]:
+    """The images that one of `world` devices judges in each batch of its own, as many batches on each; some empty."""
+    ends = [(at, min(n, at + batch_size * world)) for at in range(0, n, batch_size * world)]
+    return [range(a + (b - a) * rank // world, a + (b - a) * (rank + 1) // world) for a, b in ends]
 
 
 def share(b: int, rank: int, world: int) -> slice:

@@ -10,6 +10,8 @@ Axes: b batch, c channels, s image size, k classes.
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +31,7 @@ from smallvit.datasets.decode import decode_image, reason, to_rgb, usable_cores
 from smallvit.datasets.images import ImageDataset, Images
 from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
-from smallvit.datasets.sampling import DECODING, Sampling
+from smallvit.datasets.sampling import DECODING, UNJUDGED, Sampling
 from smallvit.errors import InputError, first_line
 
 AHEAD = 2**30
@@ -165,12 +167,13 @@ class StreamedBatches(Batches):
 
 
 def streamed_evaluation(
-    files: Files, batch_size: int, device: torch.device, mean: Tensor, std: Tensor
+    files: Files, parts: list[range], device: torch.device, mean: Tensor, std: Tensor
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
-    """Every image once, in order, normalised and otherwise as it is, with its label."""
-    order = range(len(files))
-    batches = ([(i, 0, i) for i in order[at : at + batch_size]] for at in range(0, len(files), batch_size))
-    for images, labels in load_batches(Decoder(files), batches, device):
+    """The images of each part, normalised and otherwise as they are, with their labels; see `evaluation_batches`."""
+    requests = ([(index, 0, index) for index in part or range(1)] for part in parts)
+    for part, (images, labels) in zip(parts, load_batches(Decoder(files), requests, device), strict=True):
+        if not part or not len(labels):
+            images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_full((1,), UNJUDGED)
         yield normalise(images, mean, std), labels
 
 
@@ -181,7 +184,8 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         InputError: an image cannot be decoded, and such images are not to be skipped.
     """
     workers = decoder.files.workers
-    workers = min(16, usable_cores()) if workers is None else workers
+    if workers is None:
+        workers = min(16, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     bytes_ahead = 3 * decoder.files.size**2 * BATCH_GUESS * max(1, workers)
     loader = DataLoader(
         decoder,
@@ -191,15 +195,19 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         pin_memory=device.type == "cuda",
         prefetch_factor=max(1, min(4, AHEAD // bytes_ahead)) if workers else None,
         generator=torch.Generator(),  # of its own: nothing is drawn from the global one
+        worker_init_fn=_ignore_interrupts,
     )
     for images, labels, bad in _received(loader):
         if bad and not decoder.files.skip_corrupt:
             raise InputError(f"cannot be decoded: {bad[0]}; repair or remove, or pass over with --skip-corrupt")
         if bad and decoder.sampling is not None:
             raise InputError(f"cannot be decoded, nor the {SUBSTITUTES - 1} images after it: {bad[0]}")
-        if bad and not len(images):
-            continue
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the training process: it finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _received(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:

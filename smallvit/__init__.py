@@ -25,7 +25,19 @@ _HOMES = {
     "unpatch": "smallvit.plugins",
 }
 
-_ROOMS = ("checkpoint", "config", "datasets", "engine", "models", "plugins", "profile", "registry", "report")
+_ROOMS = (
+    "checkpoint",
+    "config",
+    "datasets",
+    "engine",
+    "keeper",
+    "models",
+    "plugins",
+    "profile",
+    "recipes",
+    "registry",
+    "report",
+)
 
 __all__ = ["__version__", *_HOMES]
 

@@ -17,18 +17,28 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from smallvit.distributed import spread_like, whole
 from smallvit.errors import InputError
 from smallvit.files import replacing
 from smallvit.models import create_model
-from smallvit.runs import Run
 
 ENTRY = "smallvit"
 FORMAT = 1
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's state on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    """A copy of a module's state on the CPU, whole where it is spread over several devices."""
+    return {name: _packed(value).clone() for name, value in module.state_dict().items()}
+
+
+def fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a snapshot into a module, spread as it is.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    present = module.state_dict()
+    module.load_state_dict({name: spread_like(value, present.get(name, value)) for name, value in weights.items()})
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -103,17 +113,10 @@ def timm_config(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_state(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: ModelEmaV3 | None,
-    progress: dict[str, Any],
-) -> None:
-    """Write what is needed to go on: weights, their average, the optimiser's state, and `progress` (JSON).
-
-    Plain numbers that optimisers keep beside their tensors stand in the metadata.
-    """
+def gather_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is needed to go on: weights, their average and the optimiser's state; its plain numbers come apart."""
     tensors = {f"model.{name}": value for name, value in snapshot(model).items()}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in snapshot(average.module).items()}
@@ -121,47 +124,59 @@ def save_state(
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
+                tensors[f"optimizer.{index}.{name}"] = _packed(value)
             else:
                 numbers[f"{index}.{name}"] = value
     groups = [
         {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items() if _counts(value)}
         for group in optimizer.param_groups
     ]
-    metadata = {"progress": progress, "optimizer": {"numbers": numbers, "groups": groups}}
-    save_weights(run / Run.STATE, tensors, metadata)
+    return tensors, {"numbers": numbers, "groups": groups}
+
+
+def save_state(path: Path, state: tuple[dict[str, Tensor], dict[str, Any]], progress: dict[str, Any]) -> None:
+    """Write what `gather_state` found, and `progress` (JSON)."""
+    tensors, numbers = state
+    save_weights(path, tensors, {"progress": progress, "optimizer": numbers})
 
 
 def load_state(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None
 ) -> dict[str, Any] | None:
     """Take up what `save_state` wrote, in place; returns its `progress`, or None if nothing was written yet.
 
     Raises:
         InputError: the file is damaged or belongs to another model.
     """
-    path = run / Run.STATE
     if not path.exists():
         return None
     tensors, metadata = load_weights(path)
     state: dict[int, dict[str, Any]] = {}
     try:
-        model.load_state_dict(_under("model.", tensors))
+        fill(model, _under("model.", tensors))
         if average is not None:
-            average.module.load_state_dict(_under("average.", tensors))
+            fill(average.module, _under("average.", tensors))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for name, value in (_under("optimizer.", tensors) | metadata["optimizer"]["numbers"]).items():
             index, key = name.split(".", 1)
+            if isinstance(value, Tensor):
+                value = spread_like(value, parameters[int(index)])
             state.setdefault(int(index), {})[key] = value
         groups = zip(optimizer.state_dict()["param_groups"], metadata["optimizer"]["groups"], strict=True)
         optimizer.load_state_dict({"state": state, "param_groups": [group | saved for group, saved in groups]})
-        return metadata["progress"]
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        return dict(metadata["progress"])
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from None
 
 
 def _counts(value: object) -> bool:
     """Whether a parameter group's entry is a number, such as LAMB's count of steps."""
     return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
+
+
+def _packed(value: Tensor) -> Tensor:
+    """A whole tensor on the CPU, laid out as files want it."""
+    return whole(value.detach()).cpu().contiguous()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

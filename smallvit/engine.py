@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from smallvit import checkpoint, hardware, objectives
+from smallvit import checkpoint, distributed, hardware, objectives
 from smallvit.config import Config
-from smallvit.errors import InputError, TrainingError
+from smallvit.interrupt import Signals
+from smallvit.keeper import Keeper
+from smallvit.loggers import open_loggers
 from smallvit.optim import openness
 from smallvit.outcome import Result, show, summarise
 from smallvit.plugins import set_openness
@@ -22,32 +23,10 @@ from smallvit.progress import TrainingProgress
 from smallvit.report import plot_curves
 from smallvit.runs import Run, open_run
 from smallvit.setup import Setup, prepare
+from smallvit.tracing import tracing
 
-CHECKPOINT_SECONDS = 5.0
-"""Least time between two checkpoints: what an interruption costs at most, beside the epoch it falls in."""
-LOOK_SECONDS = 0.5
-"""How often the loss is fetched from the device, to show it and to see that it is finite."""
 REGULARISATION = 3
 """Stream of random numbers for dropout and stochastic depth; 0 to 2 belong to the batches."""
-
-
-@dataclass
-class RunState:
-    """How far a run has come; kept in its checkpoint."""
-
-    images: str
-    """Fingerprint of the data set."""
-    epoch: int = 0
-    """Epochs completed."""
-    best_epoch: int = 0
-    best_val_top1: float = -1.0
-    best_val_loss: float = math.inf
-    seconds: float = 0.0
-    """Of training and validation."""
-    step_seconds: float = 0.0
-    """Of training alone."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Metrics of every epoch: what metrics.jsonl shows."""
 
 
 def train(config: Config) -> Result:
@@ -55,7 +34,8 @@ def train(config: Config) -> Result:
 
     Raises:
         InputError: the configuration asks for something that is not there or does not fit.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite or has grown far beyond where it began, or memory is short.
+        KeyboardInterrupt: a signal ended the run, which is saved.
         OSError: the run folder can no longer be written.
     """
     with open_run(config) as run:
@@ -64,149 +44,125 @@ def train(config: Config) -> Result:
 
 def fit(run: Run) -> Result:
     """Train in an open run folder, from the start or from where it was interrupted."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if (summary := run.read_summary()) is not None:
-        console.print(f"{run.folder} is finished already")
+    with distributed.join() as world:
+        run.follow(*world.send(run.place()))
+        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.main)
+        if (summary := world.send(run.read_summary() if world.main else None)) is not None:
+            console.print(f"{run.folder} is finished already")
+            return show(Result(run.folder, summary), console)
+
+        # Data, model, optimiser
+        setup = prepare(run.config, world)
+        setup.announce(console)
+        config, epochs = setup.config, setup.config.optim.epochs
+        if world.main:
+            run.begin(config)
+
+        # Loop, from where an interrupted run left off
+        with (
+            Signals() as signals,
+            TrainingProgress(console, epochs * len(setup.batches), epochs) as display,
+            hardware.explained_memory(config.optim.batch_size, setup.dataset.img_size),
+            tracing(run, setup, console) as traced,
+            open_loggers(config.run.loggers if world.main else (), run.folder, config.options()) as loggers,
+        ):
+            keeper = Keeper(run, setup, signals, display)
+            if keeper.restore():
+                console.print(f"resume after {keeper.place} of {epochs}")
+            for figures in keeper.state.history:
+                loggers.log(figures)
+            console.print(f"run    {run.folder}")
+            while keeper.state.epoch < epochs:
+                for images, targets in setup.batches.epoch(keeper.state.epoch, keeper.state.step):
+                    keeper.step(train_step(setup, keeper.state.epoch, keeper.state.step, images, targets))
+                    traced()
+                figures = judge(setup, keeper)
+                display.epoch(figures)
+                loggers.log(figures)
+
+            # The test split, once, with the weights chosen on the validation split (the last, where there is none)
+            state = keeper.state
+            weights, chosen = world.send(checkpoint.load_weights(run / Run.BEST) if world.main else None)
+            setup.load_judged(weights)
+            test = setup.evaluate("test", flip=config.augment.test_flip, watch=keeper.watched)
+            summary = summarise(setup, state, chosen, test)
+            if world.main:
+                plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
+                run.write_json(Run.SUMMARY, summary)
+                loggers.finish(summary)
+        if (left_out := len(setup.dataset.test) - test["images"]) > 0:
+            console.print(f"left out of the test: {left_out} images that cannot be decoded")
         return show(Result(run.folder, summary), console)
 
-    # Data, model, optimiser
-    setup = prepare(run.config)
-    setup.announce(console)
-    config, model, optimizer, batches = setup.config, setup.model, setup.optimizer, setup.batches
-    epochs, steps = config.optim.epochs, len(batches)
 
-    # Where an interrupted run goes on
-    run.begin(config)
-    state = RunState(images=setup.dataset.fingerprint)
-    if (saved := checkpoint.load_state(run, model, optimizer, setup.average)) is not None:
-        if saved["images"] != state.images:
-            raise InputError(f"--resume {run.folder}: the images in {config.data.data} are not those it began with")
-        state = RunState(**saved)
-        checkpoint.load_weights(run / Run.BEST)  # missing or damaged: better known now than after training
-        console.print(f"resume after epoch {state.epoch} of {epochs}")
-    console.print(f"run    {run.folder}")
-
-    # Loop
-    best: dict[str, Tensor] | None = None  # weights better than those in the last checkpoint
-    saved_at = time.monotonic()
-    with TrainingProgress(console, epochs * steps, state.epoch * steps, epochs) as display:
-        for epoch in range(state.epoch, epochs):
-            started = time.monotonic()
-            train_loss = train_epoch(setup, epoch, display)
-            trained = time.monotonic()
-            val = setup.evaluate("val")
-            state.epoch = epoch + 1
-            state.step_seconds += trained - started
-            state.seconds += time.monotonic() - started
-            if val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss):
-                state.best_epoch = epoch + 1
-                best = checkpoint.snapshot(setup.judged)
-            if val is not None and state.best_epoch == epoch + 1:
-                state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
-            raw = setup.evaluate("val", model=model) if setup.average is not None else None
-            figures = {
-                "epoch": epoch + 1,
-                "train_loss": train_loss,
-                "val_loss": val and val["loss"],
-                "val_top1": val and val["top1"],
-                **({"val_top1_raw": raw["top1"]} if raw else {}),
-                "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": batches.sampling.views / (trained - started),
-                "seconds": state.seconds,
-            }
-            state.history.append(figures)
-            display.epoch(figures, (epoch + 1) * steps)
-            if epoch + 1 == epochs or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                _save(run, setup, state, best)
-                best, saved_at = None, time.monotonic()
-
-    # The test split, once, with the weights chosen on the validation split (the last, where there is none)
-    weights, chosen = checkpoint.load_weights(run / Run.BEST)
-    setup.judged.load_state_dict(weights)
-    test = setup.evaluate("test", flip=config.augment.test_flip)
-    plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
-    if (left_out := len(setup.dataset.test) - test["images"]) > 0:
-        console.print(f"left out of the test: {left_out} images that cannot be decoded")
-    summary = summarise(setup, state, chosen, test)
-    run.write_json(Run.SUMMARY, summary)
-    return show(Result(run.folder, summary), console)
-
-
-def train_epoch(setup: Setup, epoch: int, display: TrainingProgress) -> float:
-    """One pass over the training images; returns its mean loss.
-
-    Raises:
-        TrainingError: a loss is not finite.
-    """
+def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Tensor) -> Tensor:
+    """Fit the weights to one batch (or this process's part of it); returns its loss's share of the whole batch's."""
     config, model, optimizer = setup.config, setup.model, setup.optimizer
-    epochs, steps = config.optim.epochs, len(setup.batches)
-    losses, rates = torch.zeros(steps, device=setup.device), []
-    started = looked = time.monotonic()
-    seen = 0
-    model.train()
-    for step, (images, targets) in enumerate(setup.batches.epoch(epoch)):
-        setup.schedule.step_update(epoch * steps + step + 1)
-        if config.model.plugin_init == "exact":
-            set_openness(model, openness(epoch * steps + step + 1, epochs * steps, config.optim.diagonal_until))
-        rates.append(optimizer.param_groups[0]["lr"])
-        torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step))
-        optimizer.zero_grad()
-        losses[step] = backward(setup, images, targets)
+    number = epoch * len(setup.batches) + step + 1
+    opened = openness(number, setup.steps, config.optim.diagonal_until)
+    if config.model.plugin_init == "exact":
+        set_openness(model, opened)
+    setup.schedule.step_update(number)
+    torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step, setup.world.rank))
+    optimizer.zero_grad()
+    loss = backward(setup, images, targets)
+    with record_function("optimiser"):
         if config.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
         optimizer.step()
-        if setup.average is not None:
-            update_average(setup, epoch * steps + step + 1)
-        seen += len(images)
-        if (now := time.monotonic()) - looked > LOOK_SECONDS:
-            looked = now
-            mean = _finite_mean(losses[: step + 1], rates, epoch)
-            display.step(epoch, epoch * steps + step + 1, mean, seen / (now - started))
-    return _finite_mean(losses, rates, epoch)
+    if setup.average is not None:
+        with record_function("moving average"):
+            setup.average.update(model, number)
+        if config.model.plugin_init == "exact":
+            set_openness(setup.average.module, opened)  # no weight, to be averaged
+    return loss
 
 
 def backward(setup: Setup, images: Tensor, targets: Tensor) -> Tensor:
-    """Gradients of a batch's mean loss, part by part; returns that loss."""
-    optim, whole = setup.config.optim, torch.zeros((), device=setup.device)
-    for part, wanted in zip(images.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True):
-        with hardware.autocast(setup.device, setup.dtype):
-            loss = objectives.supervised(setup.model, part, wanted, smoothing=optim.smoothing, loss=optim.loss)["loss"]
-        loss = loss * (len(part) / len(images))
-        loss.backward()
-        whole += loss.detach()
-    return whole
+    """Gradients of a batch's mean loss, part by part; returns this process's share of that loss."""
+    optim, world = setup.config.optim, setup.world
+    size = setup.batches.sampling.size
+    share = torch.zeros((), device=setup.device)
+    parts = list(zip(images.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
+    for number, (part, wanted) in enumerate(parts, 1):
+        with distributed.last_backward(setup.replicated, last=number == len(parts)):
+            with record_function("forward"), hardware.autocast(setup.device, setup.dtype):
+                found = objectives.supervised(setup.forward, part, wanted, smoothing=optim.smoothing, loss=optim.loss)
+            loss = found["loss"] * (len(part) / size)
+            with record_function("backward"):
+                (loss * world.size).backward()  # gradients are averaged over the processes
+        share += loss.detach()
+    return share
 
 
-def update_average(setup: Setup, step: int) -> None:
-    """Let the moving average follow the weights; how open the diagonal is, is no weight."""
-    setup.average.update(setup.model, step)
-    if setup.config.model.plugin_init == "exact":
-        epochs, until = setup.config.optim.epochs, setup.config.optim.diagonal_until
-        set_openness(setup.average.module, openness(step, epochs * len(setup.batches), until))
-
-
-def _save(run: Run, setup: Setup, state: RunState, best: dict[str, Tensor] | None) -> None:
-    """Write a checkpoint. The state comes last: what precedes it is repeated exactly if it is not reached."""
-    if best is not None:
-        metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])
-        checkpoint.save_weights(run / Run.BEST, best, metadata)
-    last = setup.metadata(state.epoch, state.history[-1]["val_top1"])
-    checkpoint.save_weights(run / Run.LAST, checkpoint.snapshot(setup.judged), last)
-    run.write_lines(Run.METRICS, state.history)
-    checkpoint.save_state(run, setup.model, setup.optimizer, setup.average, asdict(state))
+def judge(setup: Setup, keeper: Keeper) -> dict[str, Any]:
+    """An epoch's metrics, and whether it is the best so far."""
+    state, model = keeper.state, setup.model
+    train_loss = keeper.mean_loss()
+    keeper.tick()
+    if setup.world.size > 1:
+        distribute_bn(model, setup.world.size, reduce=True)  # each process has seen other images
+    val = setup.evaluate("val", watch=keeper.watched)
+    raw = setup.evaluate("val", model=model, watch=keeper.watched) if setup.average is not None else None
+    best = val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss)
+    if best:
+        state.best_epoch = state.epoch + 1
+    if best and val is not None:
+        state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
+    figures = {
+        "epoch": state.epoch + 1,
+        "train_loss": train_loss,
+        "val_loss": val and val["loss"],
+        "val_top1": val and val["top1"],
+        **({"val_top1_raw": raw["top1"]} if raw else {}),
+        "lr": setup.optimizer.param_groups[0]["lr"],
+        "images_per_second": setup.batches.sampling.views / state.epoch_seconds,
+        "seconds": keeper.seconds,
+    }
+    keeper.epoch(figures, best)
+    return figures
 
 
 def _seed(*numbers: int) -> int:
     """One seed for torch from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _finite_mean(losses: Tensor, rates: list[float], epoch: int) -> float:
-    bad = torch.nonzero(~losses.isfinite())
-    if len(bad):
-        step = int(bad[0])
-        raise TrainingError(
-            f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, at learning rate "
-            f"{rates[step]:.2g}: try a lower --lr, --clip-grad 1, a longer --warmup, or --amp off"
-        )
-    return losses.mean().item()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smallvit.datasets.sampling import UNJUDGED
 from smallvit.errors import InputError
 from smallvit.hardware import autocast
 
@@ -21,27 +22,29 @@ def evaluate(
     dtype: torch.dtype,
     *,
     flip: bool = False,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, float]:
     """Top-1 accuracy in per cent and mean cross-entropy over batches of images (b, c, h, w) and labels (b,).
 
-    With `flip`, of the mean probabilities for each image and its mirror image. `images` is how many were judged.
+    With `flip`, of the mean probabilities for each image and its mirror image. `images` is how many were judged: all
+    but those labelled `UNJUDGED`. `total` adds up sums over torchrun's processes.
 
     Raises:
         InputError: there are none.
     """
     training = model.training
     model.eval()
-    correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    sums = torch.zeros(3, device=device)
     for images, labels in batches:
         with autocast(device, dtype):
             logits = model(images).float()
             if flip:
                 both = torch.stack([logits, model(images.flip(-1)).float()])
                 logits = both.log_softmax(-1).logsumexp(0) - math.log(2)  # of the mean probabilities
-        correct += (logits.argmax(dim=1) == labels).sum()
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        count += len(labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNJUDGED)
+        sums += torch.stack([(logits.argmax(dim=1) == labels).sum(), loss, (labels != UNJUDGED).sum()])
     model.train(training)
+    correct, loss, count = total(sums).tolist()
     if not count:
         raise InputError("none of the images to be judged can be decoded")
-    return {"top1": 100 * correct.item() / count, "loss": loss.item() / count, "images": count}
+    return {"top1": 100 * correct / count, "loss": loss / count, "images": int(count)}

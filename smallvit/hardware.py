@@ -6,7 +6,8 @@ import platform
 import resource
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import timm
 import torch
 
 import smallvit
-from smallvit.errors import InputError
+from smallvit.errors import InputError, TrainingError
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,6 +52,24 @@ def pick_dtype(device: torch.device, amp: str) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Mixed precision for the forward pass; nothing to do in float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def explained_memory(batch_size: int, img_size: int) -> Iterator[None]:
+    """Say what to try where a step needs more memory than there is.
+
+    Raises:
+        TrainingError: it does.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory in steps of {batch_size} images of {img_size} pixels: try --accumulate 2 (or 4, 8: the "
+            "same result), --grad-checkpointing, a smaller --batch-size, or --amp bf16"
+        ) from None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -161,6 +161,18 @@ def _timm_model(
         raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {first_line(error)}") from error
 
 
+def checkpoint_gradients(model: nn.Module, arch: str) -> None:
+    """Have the backward pass compute a model's activations again, instead of keeping them.
+
+    Raises:
+        InputError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise InputError(f"--grad-checkpointing: {arch} cannot compute its activations again; leave it out") from None
+
+
 def _set_dropout(model: nn.Module, arch: str, rate: float) -> None:
     """Give their rate to the layers of dropout that timm's transformers have, those on attention maps excepted."""
     layers = [

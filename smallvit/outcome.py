@@ -15,7 +15,7 @@ from smallvit.runs import Run
 from smallvit.setup import Setup
 
 if TYPE_CHECKING:
-    from smallvit.engine import RunState
+    from smallvit.keeper import RunState
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "macs": setup.macs,
         "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
         "device": str(setup.device),
+        "processes": setup.world.size,
+        "compile": setup.config.compute.compile,
         "hardware": hardware.describe_hardware(setup.device),
         "precision": setup.precision,
         "versions": hardware.versions(),

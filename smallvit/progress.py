@@ -16,10 +16,10 @@ PLAIN_SECONDS = 30.0
 class TrainingProgress:
     """Shows the steps done of all, the current loss and speed; one line for every finished epoch."""
 
-    def __init__(self, console: Console, steps: int, done: int, epochs: int) -> None:
+    def __init__(self, console: Console, steps: int, epochs: int) -> None:
         self.console, self.steps, self.epochs = console, steps, epochs
         self.accuracy = ""
-        self.started, self.begun_at, self.last_line = time.monotonic(), done, time.monotonic()
+        self.started, self.begun_at, self.last_line = time.monotonic(), 0, time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -29,9 +29,9 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, figures="")
+        self.task = self.bar.add_task("training", total=steps, completed=0, figures="")
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -42,14 +42,20 @@ class TrainingProgress:
     ) -> None:
         self.bar.stop()
 
-    def step(self, epoch: int, done: int, loss: float, images_per_second: float) -> None:
+    def begin(self, done: int) -> None:
+        """A run goes on after so many steps."""
+        self.begun_at = done
+        self.bar.update(self.task, completed=done)
+
+    def step(self, done: int, loss: float, images_per_second: float) -> None:
         """`done` steps of all are finished; `loss` is the epoch's mean so far."""
-        label, figures = self._show(epoch + 1, done, loss, images_per_second)
+        label, figures = self._show((done - 1) * self.epochs // self.steps + 1, done, loss, images_per_second)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.line(f"{label}  {done}/{self.steps} steps  {figures}  {self._left(done)}")
 
-    def epoch(self, figures: dict[str, Any], done: int) -> None:
+    def epoch(self, figures: dict[str, Any]) -> None:
         """An epoch's line of metrics is complete."""
+        done = figures["epoch"] * self.steps // self.epochs
         validated = figures["val_top1"] is not None
         self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  " if validated else ""
         self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])

@@ -3,9 +3,11 @@
 config.json          every option, flat; `Config.build(**json)` repeats the run
 metrics.jsonl        one line an epoch
 last.safetensors     weights after the last epoch, with the metadata that rebuild the model
+epoch-0007.safetensors, ...   of that epoch, with --keep
 best.safetensors     weights of the epoch with the highest validation accuracy
 resume.safetensors   weights and optimiser state to go on from
 curves.png           loss, accuracy and learning rate over the epochs
+trace.json, profile.txt   where the time of a few steps goes, with --profile
 summary.json         the outcome; present when the run is finished
 """
 
@@ -26,9 +28,12 @@ from smallvit.errors import InputError
 from smallvit.files import write_text
 from smallvit.options import DATA_NAMES
 
-PLACE = ("device", "data_dir", "data_url", "workers", "skip_corrupt")
-"""Options that a resumed run takes over where they are given: where things are, and what to do with damaged ones."""
-MAY_DIFFER = (*PLACE, "out", "overwrite", "resume")
+PLACE = (
+    *("device", "data_dir", "data_url", "workers", "skip_corrupt"),
+    *("compile", "grad_checkpointing", "fsdp", "sync_bn", "checkpoint_minutes", "keep", "log", "profile"),
+)
+"""Options that a resumed run takes over where they are given: how it is computed, kept and shown, and on what."""
+MAY_DIFFER = (*PLACE, "out", "overwrite", "resume", "auto_resume")
 """Options that a resumed run need not share with the one it continues."""
 
 
@@ -44,7 +49,8 @@ class Run:
 
     CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
-    CURVES = "curves.png"
+    CURVES, TRACE, PROFILE = "curves.png", "trace.json", "profile.txt"
+    RESULTS = (STATE, SUMMARY, METRICS, LAST, BEST, CURVES, TRACE, PROFILE)
 
     def __init__(self, folder: Path, config: Config, *, new: bool, replaces: bool = False) -> None:
         self.folder, self.config = folder, config
@@ -61,9 +67,26 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, Exception) and not (self / self.BEST).exists():
-            self.forget()  # best.safetensors is the first file that training writes
+        saved = any((self / name).exists() for name in (self.BEST, self.STATE))  # the first that training writes
+        if kind is not None and issubclass(kind, Exception) and not saved:
+            self.forget()
         self.unlock()
+
+    def place(self) -> tuple[Path, Config]:
+        """What torchrun's other processes need to know."""
+        return self.folder, self.config
+
+    def follow(self, folder: Path, config: Config) -> None:
+        """Take part in the run that torchrun's first process opened."""
+        self.folder, self.config = folder, config
+
+    def epoch_file(self, epoch: int) -> Path:
+        """The weights of one epoch, where they are kept."""
+        return self / f"epoch-{epoch:04}.safetensors"
+
+    def epoch_files(self) -> list[Path]:
+        """The weights of single epochs that are kept, the latest last."""
+        return sorted(self.folder.glob("epoch-*.safetensors"))
 
     @property
     def resumable(self) -> bool:
@@ -111,11 +134,12 @@ class Run:
     def begin(self, config: Config) -> None:
         """The input has proved good: write the configuration, in place of the run that is to be overwritten."""
         if self._replaces:
-            for name in (self.STATE, self.SUMMARY, self.METRICS, self.LAST, self.BEST, self.CURVES):
-                (self / name).unlink(missing_ok=True)
+            for file in (*(self / name for name in self.RESULTS), *self.epoch_files()):
+                file.unlink(missing_ok=True)
             self._replaces = False
         self.config = config
-        self.write_json(self.CONFIG, config.replace(out=None, overwrite=False, resume=None).options())
+        alone = {"out": None, "overwrite": False, "resume": None, "auto_resume": False}
+        self.write_json(self.CONFIG, config.options() | alone)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the run."""
@@ -143,9 +167,15 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
     Raises:
         InputError: --out cannot be written or holds something; --resume names no run, or options that differ.
     """
+    if _is_follower():
+        return Run(Path(), config, new=False)
     config = config.replace(data=_absolute(config.data.data))
     if config.run.resume is not None:
         return _resume(Path(os.path.expanduser(config.run.resume)), config, given)
+    if _is_restartable() and (config.run.out is None or config.run.overwrite):
+        raise InputError(
+            "torchrun --max-restarts: give a new --out DIR, so that a restart finds the run it goes on with"
+        )
     if config.run.out is None:
         return _create_numbered(config)
     folder = Path(os.path.expanduser(config.run.out))
@@ -155,11 +185,26 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
         _read_config(folder)
     except (OSError, ValueError):
         raise InputError(f"--out {folder}: not empty, and no run; choose another folder") from None
+    if config.run.auto_resume or _is_restart():
+        return _resume(folder, config, given)
     if not config.run.overwrite:
         raise _taken(folder)
     run = Run(folder, config, new=False, replaces=True)
     run.lock()
     return run
+
+
+def _is_follower() -> bool:
+    """Whether another of torchrun's processes opens the run's folder."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def _is_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _is_restartable() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def _is_empty(folder: Path) -> bool:
@@ -211,12 +256,25 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder")
 
 
+def read_options(file: Path) -> dict[str, Any]:
+    """The options in a run's config.json, or in a file like it.
+
+    Raises:
+        ValueError: it holds something else, or an option that is unknown or out of range.
+    """
+    try:
+        options = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(options, dict) or not options:
+        raise ValueError("no options in it")
+    Config.build(**options)
+    return options
+
+
 def _read_config(folder: Path) -> Config:
     try:
-        options = json.loads((folder / Run.CONFIG).read_text())
-        if not isinstance(options, dict) or not options:
-            raise ValueError("no options")
-        return Config.build(**options)
+        return Config.build(**read_options(folder / Run.CONFIG))
     except FileNotFoundError:
         raise ValueError(f"no {Run.CONFIG} in it") from None
     except ValueError as error:

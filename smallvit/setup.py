@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from smallvit import datasets, hardware, models, optim
+from smallvit import checkpoint, compiling, datasets, distributed, hardware, models, optim
 from smallvit.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.batches import Batches
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
 from smallvit.datasets.streaming import Files, StreamedBatches
+from smallvit.distributed import World
 from smallvit.errors import InputError
 from smallvit.evaluate import evaluate
 from smallvit.plugins import describe, set_fused_attention
@@ -42,11 +43,22 @@ class Setup:
     spec: dict[str, Any]
     """The arguments of `create_model` that made the model."""
     model: nn.Module
+    replicated: nn.Module
+    """The model, its gradients averaged over torchrun's processes."""
+    forward: nn.Module
+    """The same, compiled where that pays: what training calls."""
     macs: int
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     average: ModelEmaV3 | None
     """The weights' moving average."""
+    world: World
+    """torchrun's processes."""
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return self.config.optim.epochs * len(self.batches)
 
     @property
     def precision(self) -> str:
@@ -54,20 +66,33 @@ class Setup:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of val or test, as they are."""
+        """This process's share of the images of val or test, as they are."""
         size = EVALUATION_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
-        return evaluation_batches(self.dataset, split, self.device, size)
+        return evaluation_batches(self.dataset, split, self.device, size, self.world.rank, self.world.size)
 
     @property
     def judged(self) -> nn.Module:
         """The model that is judged and saved: the moving average, where there is one."""
         return self.model if self.average is None else self.average.module
 
-    def evaluate(self, split: str, *, model: nn.Module | None = None, flip: bool = False) -> dict[str, float] | None:
+    def evaluate(
+        self,
+        split: str,
+        *,
+        model: nn.Module | None = None,
+        flip: bool = False,
+        watch: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+    ) -> dict[str, float] | None:
         """How well a model (the judged one) does on val or test; nothing where the split has no images."""
         if not len(getattr(self.dataset, split)):
             return None
-        return evaluate(model or self.judged, self.evaluation_batches(split), self.device, self.dtype, flip=flip)
+        batches = watch(self.evaluation_batches(split))
+        total = self.world.total
+        return evaluate(model or self.judged, batches, self.device, self.dtype, flip=flip, total=total)
+
+    def load_judged(self, weights: dict[str, Tensor]) -> None:
+        """Give weights to the model that is judged."""
+        checkpoint.fill(self.judged, weights)
 
     def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """What a weights file says about itself."""
@@ -83,50 +108,92 @@ class Setup:
             console.print(f"       {note}")
         console.print(f"model  {models.describe_choice(self.spec['arch'], data.img_size, self.spec['patch_size'])}")
         console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
-        console.print(f"device {self.device}: {hardware.describe_hardware(self.device)}, {self.precision}")
+        how = {"off": "", "on": ", compiled", "graphs": ", compiled to CUDA graphs"}[self.config.compute.compile]
+        many = f"{self.world.size} processes, each with " if self.world.size > 1 else ""
+        console.print(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it is frozen
     """Data, model and optimiser of a run, the model freshly initialised from the run's seed.
 
     Raises:
         InputError: something that the configuration names is not there or does not fit.
     """
-    models.require_known(config.model.arch)  # before images are decoded
     config = regularised(config)
-    device = hardware.pick_device(config.compute.device)
-    dtype = hardware.pick_dtype(device, config.compute.amp)
+    compute = config.compute
+    device = world.device(hardware.pick_device(compute.device))
+    dtype = hardware.pick_dtype(device, compute.amp)
 
-    dataset = datasets.load(config.data)
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
-    form = StreamedBatches if isinstance(dataset.train, Files) else TrainingBatches
-    batches = form(dataset, config.optim.batch_size, augment, config.run.seed, device, balanced=config.data.balanced)
+    with world.main_first():
+        models.require_known(config.model.arch)  # before images are decoded
+        dataset = datasets.load(config.data)
+        batches = _batches(config, dataset, device, world)
+        spec = _spec(config, dataset)
+        torch.manual_seed(config.run.seed)  # the initial weights
+        model = models.create_model(**spec)
+        macs = count_macs(model, dataset.in_chans, dataset.img_size)
+        _require_pairs(batches, model, spec["arch"])
 
-    torch.manual_seed(config.run.seed)  # the initial weights
-    spec = asdict(config.model) | {
-        "img_size": dataset.img_size,
-        "in_chans": dataset.in_chans,
-        "num_classes": len(dataset.class_names),
-        "patch_size": config.model.patch_size or models.patch_for(config.model.arch, dataset.img_size),
-    }
-    model = models.create_model(**spec)
-    macs = count_macs(model, dataset.in_chans, dataset.img_size)
-    if len(batches.sampling.batches(0)[-1]) < 2 and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise InputError(f"--batch-size {config.optim.batch_size}: {spec['arch']} has batch norm, which needs 2 images")
-    model.to(device)
+    if not compute.fsdp:
+        model.to(device)
+    if device.type == "cuda" and compiling.is_convolutional(model):
+        model.to(memory_format=torch.channels_last)
     set_fused_attention(model, device.type, dtype)
+    if compute.grad_checkpointing:
+        models.checkpoint_gradients(model, spec["arch"])
+    if compute.sync_bn:
+        model = distributed.synchronise_bn(model, world, device)
+    average = optim.create_average(model, config.optim)
+    if compute.fsdp:
+        for each in [model] if average is None else [model, average.module]:
+            distributed.shard(each, world, device)
+    replicated = distributed.replicate(model, world, device)
+    how = compiling.decide(compute.compile, device, macs, config.optim.epochs * batches.sampling.views)
 
     optimizer = optim.create_optimizer(model, config.optim)
+    streaming = "on" if isinstance(dataset.train, Files) else "off"
     return Setup(
-        config=config.replace(data=dataset.source, streaming="on" if isinstance(dataset.train, Files) else "off"),
+        config=config.replace(data=dataset.source, streaming=streaming, compile=how),
         device=device,
         dtype=dtype,
         dataset=dataset,
         batches=batches,
         spec=spec,
         model=model,
+        replicated=replicated,
+        forward=compiling.compiled(replicated, how),
         macs=macs,
         optimizer=optimizer,
         schedule=optim.create_schedule(optimizer, config.optim, config.optim.epochs * len(batches)),
-        average=optim.create_average(model, config.optim),
+        average=average,
+        world=world,
     )
+
+
+def _batches(config: Config, dataset: datasets.ImageDataset, device: torch.device, world: World) -> Batches:
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    form = StreamedBatches if isinstance(dataset.train, Files) else TrainingBatches
+    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
+    batches = form(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
+    least = batches.sampling.size // (2 * world.size)
+    if least < config.optim.accumulate and (world.size > 1 or config.optim.accumulate > batches.sampling.size):
+        raise InputError(
+            f"batches of {batches.sampling.size} images are too few for {world.size} processes and --accumulate "
+            f"{config.optim.accumulate}; give a larger --batch-size"
+        )
+    return batches
+
+
+def _spec(config: Config, dataset: datasets.ImageDataset) -> dict[str, Any]:
+    """The arguments of `create_model`."""
+    return asdict(config.model) | {
+        "img_size": dataset.img_size,
+        "in_chans": dataset.in_chans,
+        "num_classes": len(dataset.class_names),
+        "patch_size": config.model.patch_size or models.patch_for(config.model.arch, dataset.img_size),
+    }
+
+
+def _require_pairs(batches: Batches, model: nn.Module, arch: str) -> None:
+    if batches.sampling.size < 2 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise InputError(f"--batch-size 1: {arch} has batch norm, which needs 2 images")

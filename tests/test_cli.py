@@ -61,8 +61,8 @@ def test_the_bar_shows_epoch_loss_accuracy_speed_and_time_in_a_terminal(tmp_path
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=160)
     figures = {"epoch": 2, "train_loss": 1.5, "val_loss": 1.0, "val_top1": 42.0, "images_per_second": 1234.0}
-    with TrainingProgress(console, steps=40, done=0, epochs=4) as display:
-        display.epoch(figures, 20)
+    with TrainingProgress(console, steps=40, epochs=4) as display:
+        display.epoch(figures)
         display.bar.refresh()
     for shown in ("epoch 2/4", "loss 1.500", "val top-1 42.00 %", "1,234 images/s", "left"):
         assert shown in output.getvalue().split("\n", 1)[1]
@@ -72,9 +72,9 @@ def test_plain_output_gets_a_line_each_epoch_and_each_half_minute(monkeypatch: p
     output = io.StringIO()
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr("smallvit.progress.time.monotonic", lambda: next(clock))
-    with TrainingProgress(Console(file=output), steps=40, done=0, epochs=4) as display:
+    with TrainingProgress(Console(file=output), steps=40, epochs=4) as display:
         for step in range(1, 11):
-            display.step(0, step, 1.5, 100.0)
+            display.step(step, 1.5, 100.0)
     lines = output.getvalue().splitlines()
     assert 3 <= len(lines) <= 10
     assert all("epoch 1/4" in line and "left" in line for line in lines)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import smallvit
-from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware
+from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware, keeper
 from smallvit.datasets.loaders import evaluation_batches
 from smallvit.evaluate import evaluate
 from smallvit.optim import create_optimizer, create_schedule, openness
@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_that_is_promised(finished: engine.Result) -> No
     assert summary == finished.summary
     promised = "test_top1 val_top1 train_seconds images_per_second parameters macs peak_memory_bytes hardware versions"
     assert set(promised.split()) <= set(summary)
-    assert summary["images_seen"] == 4 * len(datasets.load(Config().data).train)
+    assert summary["images_seen"] == 4 * 6 * 216  # epochs, steps, of 1,295 images
     lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
@@ -122,8 +122,8 @@ def test_resuming_after_an_interrupt_gives_the_same_bytes(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
-        patch.setattr(engine, "LOOK_SECONDS", 0)
+        patch.setattr(keeper, "EPOCH_SECONDS", 0)
+        patch.setattr(keeper, "LOOK_SECONDS", 0)
         patch.setattr(TrainingProgress, "step", interrupt)
         patch.setattr(TrainingProgress, "epoch", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -149,7 +149,7 @@ def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(keeper, "EPOCH_SECONDS", 0)
         patch.setattr(os, "replace", crash)
         with pytest.raises(OSError, match="No space"):
             train(tmp_path / "run")
@@ -160,7 +160,7 @@ def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
 
 def test_kill_9_after_a_checkpoint_loses_nothing(finished: engine.Result, tmp_path: Path) -> None:
     out, command = tmp_path / "run", [sys.executable, "-m", "smallvit", "train"]
-    code = "from smallvit import engine; engine.CHECKPOINT_SECONDS = 0; from smallvit.cli import main; main({})"
+    code = "from smallvit import keeper; keeper.EPOCH_SECONDS = 0; from smallvit.cli import main; main({})"
     flags = [
         "train",
         "--spt",
@@ -228,7 +228,7 @@ def test_damaged_weights_are_noticed_before_training_goes_on(
     interrupted_after(2, tmp_path / "run", monkeypatch)
     file = tmp_path / "run" / name
     file.write_bytes(file.read_bytes()[:999])
-    monkeypatch.setattr(engine, "train_epoch", None)  # must not be reached
+    monkeypatch.setattr(engine, "train_step", None)  # must not be reached
     with pytest.raises(InputError, match=f"{name}: damaged"):
         engine.train(Config.build(resume=str(tmp_path / "run")))
     assert file.exists()
@@ -237,12 +237,12 @@ def test_damaged_weights_are_noticed_before_training_goes_on(
 def interrupted_after(saved: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
     """A run that was stopped once this many epochs had been saved."""
 
-    def stop(_: TrainingProgress, figures: dict, done: int) -> None:
-        if figures["epoch"] > saved:
+    def stop(_: TrainingProgress, figures: dict) -> None:
+        if figures["epoch"] == saved:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(keeper, "EPOCH_SECONDS", 0)
         patch.setattr(TrainingProgress, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(folder, **options)
@@ -316,7 +316,7 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> No
     last, best = weights(result.folder)
     assert last == best
     assert len(datasets.load(Config.build(val_fraction=0).data).train) == 1438
-    assert result.summary["images_seen"] == 2 * 1438
+    assert result.summary["images_seen"] == 2 * 6 * 240  # epochs, steps, of 1,438 images
 
 
 def test_a_run_on_images_from_disk_resumes_to_the_last_bit(image_folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 
 import smallvit
-from smallvit import Config, InputError, checkpoint, engine, objectives
+from smallvit import Config, InputError, checkpoint, engine, keeper, objectives
 from smallvit.optim import create_average, create_optimizer, create_schedule
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run, open_run
@@ -46,10 +46,10 @@ def test_every_optimiser_goes_on_to_the_last_bit(opt: str, tmp_path: Path) -> No
         step(whole, optimizer, number)
         average.update(whole, number + 1)
     with open_run(Config.build(out=str(tmp_path / "run"))) as run:
-        checkpoint.save_state(run, whole, optimizer, average, {"epoch": 1})
+        checkpoint.save_state(run / Run.STATE, checkpoint.gather_state(whole, optimizer, average), {"epoch": 1})
         other = model()
         again, mean = create_optimizer(other, config), create_average(other, config)
-        assert checkpoint.load_state(run, other, again, mean) == {"epoch": 1}
+        assert checkpoint.load_state(run / Run.STATE, other, again, mean) == {"epoch": 1}
     for number in range(3, 6):
         for net, fitted, smooth in ((whole, optimizer, average), (other, again, mean)):
             step(net, fitted, number)
@@ -157,12 +157,12 @@ def train(folder: Path, **given: object) -> engine.Result:
 def test_a_run_with_everything_on_resumes_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path / "whole")
 
-    def stop(_: TrainingProgress, figures: dict, done: int) -> None:
+    def stop(_: TrainingProgress, figures: dict) -> None:
         if figures["epoch"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(keeper, "EPOCH_SECONDS", 0)
         patch.setattr(TrainingProgress, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut")

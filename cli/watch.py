@@ -1,0 +1,36 @@
+"""`smallvit watch`: a run's curves in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from smallvit.cli.options import Parser
+
+DESCRIPTION = """\
+Draw a run's loss, accuracy and learning rate in the terminal, anew after every checkpoint, until it is finished.
+
+  smallvit watch runs/vit-spt-lsa-digits
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Watch the run, or print one frame of it where that is asked for or nothing can move."""
+    parser = Parser(
+        prog="smallvit watch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--once", action="store_true", help="print the curves as they are, and exit")
+    options = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from smallvit import watching
+
+    folder, console = Path(os.path.expanduser(options.run)), Console()
+    if options.once or not console.is_terminal or console.is_dumb_terminal:
+        console.print(watching.frame(watching.read(folder), console))
+    else:
+        watching.watch(folder, console)
+    return 0

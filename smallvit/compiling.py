@@ -1,0 +1,47 @@
+"""When and how a model is compiled by torch.compile.
+
+Batches of training have one shape throughout, so there is one graph to compile; judging, with its shorter last batch,
+runs uncompiled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from smallvit.errors import InputError
+
+PAYS_FROM = {"cpu": 2e15, "gpu": 2e16}
+"""Floating-point operations of a run from which compiling costs less time than it saves."""
+MODES = {"on": "default", "graphs": "reduce-overhead"}
+
+
+def decide(wanted: Literal["auto", "on", "graphs", "off"], device: torch.device, macs: int, views: int) -> str:
+    """on, graphs or off, for a run that sees so many images, of so many multiply-accumulates in a forward pass.
+
+    Raises:
+        InputError: CUDA graphs without CUDA.
+    """
+    if wanted == "graphs" and device.type != "cuda":
+        raise InputError(f"--compile graphs: {device} has no CUDA graphs; give --compile on")
+    if wanted != "auto":
+        return wanted
+    work = 6 * macs * views  # a multiply-accumulate is two operations, the backward pass twice the forward
+    return "on" if work >= PAYS_FROM["cpu" if device.type == "cpu" else "gpu"] else "off"
+
+
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    """The model, compiled as decided."""
+    return model if how == "off" else torch.compile(model, mode=MODES[how])
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most weights are those of two-dimensional convolutions.
+
+    On GPUs they gain from channels that lie together. On CPUs oneDNN's bf16 gradient of such 3 × 3 weights on feature
+    maps of one pixel has now and then held whatever was in memory before (PyTorch 2.15).
+    """
+    inside = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return 2 * inside > sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,53 @@
+"""Where the time of a few steps goes: torch's profiler, as a trace to open in a browser and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from smallvit.files import replacing, write_text
+from smallvit.runs import Run
+from smallvit.setup import Setup
+
+SKIPPED, STEPS = 4, 5
+"""Steps before recording begins (compiling, warming up), and recorded."""
+ROWS = 30
+STAGES = ("forward", "backward", "optimiser", "moving average")
+
+
+@contextmanager
+def tracing(run: Run, setup: Setup, console: Console) -> Iterator[Callable[[], None]]:
+    """A function to call after each step; with --profile, some steps are recorded into the run's folder."""
+    if not (setup.config.run.profile and setup.world.main):
+        yield lambda: None
+        return
+    gpu = setup.device.type == "cuda"
+    done = False
+
+    def write(profiler: profile) -> None:
+        nonlocal done
+        done = True
+        with replacing(run / Run.TRACE) as partial:
+            profiler.export_chrome_trace(str(partial))
+        write_text(run / Run.PROFILE, table(profiler, gpu))
+        console.print(f"trace  {run / Run.TRACE} (for chrome://tracing or ui.perfetto.dev), {run / Run.PROFILE}")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    plan = schedule(skip_first=SKIPPED, wait=0, warmup=1, active=STEPS, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
+        yield profiler.step
+    if not done:
+        console.print(f"no trace: --profile needs {SKIPPED + 1 + STEPS} steps, of an epoch or several")
+
+
+def table(profiler: profile, gpu: bool) -> str:
+    """The stages of a step, then the operations that took the most time."""
+    averages = profiler.key_averages()
+    field = "device_time_total" if gpu else "cpu_time_total"
+    spent = {each.key: getattr(each, field) for each in averages if each.key in STAGES}
+    lines = [f"{stage:16} {spent[stage] / STEPS / 1000:10.2f} ms a step" for stage in STAGES if stage in spent]
+    order = "self_device_time_total" if gpu else "self_cpu_time_total"
+    return "\n".join([*lines, "", averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60), ""])

@@ -1,0 +1,108 @@
+"""The benchmark of a training step: its plain model computes what ours does, and its table is complete."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import smallvit
+
+PLUGINS = [{"spt": spt, "lsa": lsa} for spt in (False, True) for lsa in (False, True)]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return _module("plain", monkeypatch)
+
+
+@pytest.fixture
+def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return _module("train_step", monkeypatch)
+
+
+def _module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("plugins", PLUGINS)
+@pytest.mark.parametrize(("size", "patch"), [(32, 4), (64, 8)])
+def test_the_plain_model_computes_what_ours_does(
+    plain: ModuleType, plugins: dict[str, bool], size: int, patch: int
+) -> None:
+    torch.manual_seed(0)
+    ours = smallvit.create_model("vit", img_size=size, num_classes=100, drop_path=0.0, **plugins).eval()
+    theirs = plain.PlainViT(img_size=size, patch_size=patch, num_classes=100, **plugins).eval()
+    theirs.load_state_dict(plain.plain_weights(ours.state_dict()))  # strict: every weight has its place
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    images = torch.randn(4, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("plugins", [PLUGINS[0], PLUGINS[-1]])
+def test_the_gradients_of_the_plain_model_are_ours(plain: ModuleType, plugins: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    ours = smallvit.create_model("vit", img_size=32, num_classes=100, drop_path=0.0, **plugins)
+    theirs = plain.PlainViT(num_classes=100, drop_path=0.0, **plugins)
+    theirs.load_state_dict(plain.plain_weights(ours.state_dict()))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for model in (ours, theirs):
+        F.cross_entropy(model(images), labels).backward()
+    expected = plain.plain_weights({name: p.grad for name, p in ours.named_parameters()})
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_plain_model_learns_a_batch(plain: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = plain.PlainViT(num_classes=10, depth=2, spt=True, lsa=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_table_has_every_form(
+    train_step: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_step, "SQUARES", {"cpu": (256,), "gpu": (256,)})
+    train_step.main(["--repeats", "1", "--batch-size", "4", "--no-compile"])
+    printed = capsys.readouterr().out
+    half = train_step.pick_dtype(train_step.pick_device("auto"), "auto") is torch.bfloat16
+    forms = ["plain fp32 eager", "ours fp32 eager", *(["ours bf16 eager"] if half else [])]
+    for part in ("model step", "with input"):
+        lines = [line for line in printed.splitlines() if f" {part} " in line]
+        for plugins in ("none", "SPT + LSA"):
+            for form in forms:
+                assert sum(f" {plugins} " in line and f" {form}  " in line for line in lines) == 1, (plugins, form)
+    assert printed.count("+ EMA") == 2 * (len(forms) - 1)
+    assert "compiled" not in printed
+    assert "GFLOP/s" in printed
+    assert f"torch {torch.__version__}" in printed
+    assert "python benchmarks/train_step.py --repeats 1 --batch-size 4 --no-compile" in printed
+
+
+def test_no_independent_plain_form_is_claimed_where_there_is_none(train_step: ModuleType) -> None:
+    form = train_step.Form(plain=True)
+    assert form.name("vit") == "plain fp32 eager"
+    assert form.name("cait") == "stand-in: ours fp32, plain AdamW"
+
+
+def test_a_fall_back_to_eager_is_an_error(train_step: ModuleType) -> None:
+    with train_step.cold_cache(), torch._dynamo.config.patch(recompile_limit=1):
+        call = torch.compile(torch.sin, backend="eager", dynamic=False)
+        call(torch.zeros(3))
+        with pytest.raises(Exception, match="limit"):
+            call(torch.zeros(4))

@@ -1,0 +1,149 @@
+"""torchrun's processes against one process, and what becomes of a run when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smallvit import Config, InputError, engine
+from smallvit.distributed import World
+from smallvit.runs import Run, open_run
+
+RICH = {
+    **{"spt": True, "lsa": True, "plugin_init": "exact", "drop_path": 0.0, "amp": "off", "train_fraction": 0.1},
+    **{"aug": "paper", "repeats": 3, "accumulate": 2, "clip_grad": 1.0, "ema": 0.9, "lr": 3e-3, "batch_size": 132},
+}
+"""Everything that processes must share out rightly; an epoch is one step."""
+PATIENCE = 120
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """Options as a command line has them."""
+    return [
+        part
+        for name, value in options.items()
+        for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))
+    ]
+
+
+def torchrun(out: Path, options: dict[str, object], *more: str) -> subprocess.Popen[str]:
+    """Two processes that train on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more]
+    return subprocess.Popen(
+        [*command, "-m", "smallvit", "train", *flags(options), "--out", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, output
+    return output
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / Run.METRICS).read_text().splitlines()]
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert file.exists()
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """Two runs had the same losses and accuracies at every step, to rounding."""
+    assert len(metrics(one)) == len(metrics(two))
+    for mine, theirs in zip(metrics(one), metrics(two), strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-5), mine["epoch"]
+        assert (mine["val_top1"], mine["val_top1_raw"]) == (theirs["val_top1"], theirs["val_top1_raw"])
+    summaries = [json.loads((folder / Run.SUMMARY).read_text()) for folder in (one, two)]
+    assert summaries[0]["test_top1"] == summaries[1]["test_top1"]
+    assert [summary["test_images"] for summary in summaries] == [359, 359]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps of one process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    return engine.train(Config.build(**RICH, epochs=20, out=str(out))).folder
+
+
+def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
+    finish(torchrun(tmp_path / "two", RICH | {"epochs": 20}))
+    assert_alike(tmp_path / "two", alone)
+    assert json.loads((tmp_path / "two" / Run.SUMMARY).read_text())["processes"] == 2
+
+
+def test_sharded_weights_follow_whole_ones_over_a_termination(alone: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "two", RICH | {"epochs": 20, "fsdp": True, "auto_resume": True, "keep": 1}
+    process = torchrun(out, options)
+    wait_for(out / Run.STATE, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode
+    assert not (out / Run.SUMMARY).exists()
+    assert "resume after epoch" in finish(torchrun(out, options))
+    assert_alike(out, alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_run_whose_process_is_killed_restarts_by_itself_and_ends_the_same(
+    undisturbed: Path, tmp_path: Path, victim: int
+) -> None:
+    out = tmp_path / "killed"
+    process = torchrun(out, LONG, "--max-restarts", "1")
+    wait_for(out / Run.STATE, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[victim]), signal.SIGKILL)
+    assert "resume after epoch" in finish(process)
+    for name in (Run.LAST, Run.BEST):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+LONG = {"lsa": True, "aug": "mix", "epochs": 8, "batch_size": 64, "ema": 0.99, "keep": 1}
+"""Dropout's like, stochastic depth, and bf16 where the machine has it are on; a checkpoint after every epoch."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes to the end."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(torchrun(out, LONG))
+    return out
+
+
+def test_restarts_ask_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--out DIR"):
+        open_run(Config())
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    output = finish(torchrun(tmp_path / "run", {"arch": "vti"}), code=1)
+    assert output.count("--arch vti: no such architecture (did you mean 'vit'?)") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_needs_several_processes_says_so(tmp_path: Path) -> None:
+    for option in ("fsdp", "sync_bn"):
+        with pytest.raises(InputError, match="torchrun"):
+            engine.train(Config.build(**{option: True}, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_is_a_world_of_its_own() -> None:
+    world = World()
+    assert (world.agree(3), world.send("x"), world.main) == (3, "x", True)

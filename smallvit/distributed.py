@@ -99,7 +99,7 @@ def join() -> Iterator[World]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo")
+        _begin()
     try:
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     except (dist.DistError, RuntimeError) as error:
@@ -108,6 +108,14 @@ def join() -> Iterator[World]:
         raise TrainingError(f"another of torchrun's processes has ended or hangs ({first_line(error)})") from None
     if ours:
         dist.destroy_process_group()  # not after an error, when the others may wait in vain
+
+
+def _begin() -> None:
+    """Meet the other processes, those of this start: the addresses of an earlier one are in torchrun's store still."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+    dist.init_process_group(backend, store=start, rank=rank, world_size=size)
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:

@@ -13,7 +13,7 @@ VERBS = {
     "train": "train a model and write its run folder",
     "watch": "draw a run's curves in the terminal while it trains",
     "show": "write a picture of augmented training images, as the model sees them",
-    "list": "list the data sets and the augmentation presets that have names",
+    "list": "list what has a name: data sets, augmentation presets, recipes",
     "coverage": "show which of timm's models SPT and LSA can patch",
 }
 

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
 
             engine.fit(run)
         except KeyboardInterrupt:
-            if run.resumable:
+            if run.resumable and run.leads:
                 print(f"interrupted; go on with: smallvit train --resume {run.folder}", file=sys.stderr)
             raise
     return 0

@@ -29,7 +29,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     @classmethod
-    def build(cls, **options: Any) -> Config:
+    def build(cls, /, **options: Any) -> Config:
         """A configuration from flat options: `Config.build(arch="vit", spt=True, data="digits")`.
 
         Raises:

@@ -72,6 +72,7 @@ def fit(run: Run) -> Result:
             for figures in keeper.state.history:
                 loggers.log(figures)
             console.print(f"run    {run.folder}")
+            display.begin(keeper.done)
             while keeper.state.epoch < epochs:
                 for images, targets in setup.batches.epoch(keeper.state.epoch, keeper.state.step):
                     keeper.step(train_step(setup, keeper.state.epoch, keeper.state.step, images, targets))
@@ -105,6 +106,8 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     setup.schedule.step_update(number)
     torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step, setup.world.rank))
     optimizer.zero_grad()
+    if config.compute.compile == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()
     loss = backward(setup, images, targets)
     with record_function("optimiser"):
         if config.optim.clip_grad is not None:

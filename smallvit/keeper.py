@@ -109,7 +109,6 @@ class Keeper:
             raise InputError(f"{self.run / Run.STATE}: does not fit this run ({error})") from None
         if self.state.best_epoch:
             checkpoint.load_weights(self.run / Run.BEST)  # missing or damaged: better known now than after training
-        self.display.begin(self.done)
         return True
 
     def step(self, loss: Tensor) -> None:

@@ -43,8 +43,8 @@ class TrainingProgress:
         self.bar.stop()
 
     def begin(self, done: int) -> None:
-        """A run goes on after so many steps."""
-        self.begun_at = done
+        """Training begins, after so many steps of an earlier start."""
+        self.begun_at, self.started = done, time.monotonic()
         self.bar.update(self.task, completed=done)
 
     def step(self, done: int, loss: float, images_per_second: float) -> None:

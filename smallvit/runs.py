@@ -2,6 +2,7 @@
 
 config.json          every option, flat; `Config.build(**json)` repeats the run
 metrics.jsonl        one line an epoch
+tensorboard/, loggers.json   what --log tensorboard writes, and what other boards have received
 last.safetensors     weights after the last epoch, with the metadata that rebuild the model
 epoch-0007.safetensors, ...   of that epoch, with --keep
 best.safetensors     weights of the epoch with the highest validation accuracy
@@ -87,6 +88,11 @@ class Run:
     def epoch_files(self) -> list[Path]:
         """The weights of single epochs that are kept, the latest last."""
         return sorted(self.folder.glob("epoch-*.safetensors"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process opened the folder; torchrun's others do not."""
+        return not _is_follower()
 
     @property
     def resumable(self) -> bool:

@@ -119,7 +119,7 @@ def _begin() -> None:
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
-    """Spread weights over all processes' devices, each block gathered when it is computed (FSDP2). It moves there by itself.
+    """Spread weights over all processes' devices, each block gathered when it is computed (FSDP2).
 
     Raises:
         InputError: there is but one process.

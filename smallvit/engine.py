@@ -144,7 +144,8 @@ def judge(setup: Setup, keeper: Keeper) -> dict[str, Any]:
     train_loss = keeper.mean_loss()
     keeper.tick()
     if setup.world.size > 1:
-        distribute_bn(model, setup.world.size, reduce=True)  # each process has seen other images
+        for each in (model, setup.judged):
+            distribute_bn(each, setup.world.size)  # the main process's, as DDP has it within the epoch
     val = setup.evaluate("val", watch=keeper.watched)
     raw = setup.evaluate("val", model=model, watch=keeper.watched) if setup.average is not None else None
     best = val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss)

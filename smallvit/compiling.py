@@ -6,6 +6,7 @@ runs uncompiled.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from smallvit.errors import InputError
 PAYS_FROM = {"cpu": 4e14, "gpu": 1e16}
 """Floating-point operations of a run from which compiling costs less time than it saves: on CPUs per thread, measured
 (results/train_step.txt); on GPUs not yet."""
+IN_WORDS = {"off": "", "on": ", compiled at the first step", "graphs": ", compiled to CUDA graphs at the first steps"}
 MODES = {"on": "default", "graphs": "reduce-overhead"}
 
 
@@ -36,6 +38,8 @@ def decide(wanted: Literal["auto", "on", "graphs", "off"], device: torch.device,
 
 def compiled(model: nn.Module, how: str) -> nn.Module:
     """The model, compiled as decided."""
+    for noisy in ("torch.utils.cpp_extension", "torch._logging._internal"):  # no CUDA, no profile: no news
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     return model if how == "off" else torch.compile(model, mode=MODES[how])
 
 

@@ -108,7 +108,7 @@ class Setup:
             console.print(f"       {note}")
         console.print(f"model  {models.describe_choice(self.spec['arch'], data.img_size, self.spec['patch_size'])}")
         console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
-        how = {"off": "", "on": ", compiled", "graphs": ", compiled to CUDA graphs"}[self.config.compute.compile]
+        how = compiling.IN_WORDS[self.config.compute.compile]
         many = f"{self.world.size} processes, each with " if self.world.size > 1 else ""
         console.print(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
 

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 from smallvit import __version__
-from smallvit.errors import InputError, TrainingError, nearest
+from smallvit.errors import DivergedError, InputError, OthersEndedError, TrainingError, nearest
 
 VERBS = {
     "train": "train a model and write its run folder",
@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"{speaker} {error}", file=sys.stderr)
         return 2
+    except (DivergedError, OthersEndedError) as error:
+        if not rank:  # one of torchrun's processes says it for all
+            print(f"{speaker} {error}", file=sys.stderr)
+        return 1
     except (TrainingError, OSError) as error:
         print(f"{speaker} {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def free_memory() -> int:
     with suppress(OSError, ValueError):  # no container, or one without a limit
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, max(0, limit - used))
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of torchrun's processes holds all images
 
 
 def require_memory(count: int, channels: int, size: int) -> None:

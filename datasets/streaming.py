@@ -13,6 +13,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
@@ -195,7 +196,6 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         pin_memory=device.type == "cuda",
         prefetch_factor=max(1, min(4, AHEAD // bytes_ahead)) if workers else None,
         generator=torch.Generator(),  # of its own: nothing is drawn from the global one
-        worker_init_fn=_ignore_interrupts,
     )
     for images, labels, bad in _received(loader):
         if bad and not decoder.files.skip_corrupt:
@@ -205,14 +205,21 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the training process: it finishes its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start processes that leave SIGINT and SIGTERM to the training process: it finishes its step first."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _received(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     try:
-        yield from loader
+        with _signals_held():
+            batches = iter(loader)
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

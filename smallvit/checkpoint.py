@@ -7,6 +7,7 @@ A weights file carries one metadata entry, `smallvit`, a JSON object whose `mode
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from smallvit.distributed import spread_like, whole
-from smallvit.errors import InputError
+from smallvit.errors import InputError, first_line
 from smallvit.files import replacing
 from smallvit.models import create_model
 
@@ -69,7 +70,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path}: no such file") from None
     except KeyError:
         raise InputError(f"{path}: not a smallvit checkpoint (no {ENTRY!r} in its metadata)") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not of checkpoint format {FORMAT}; it needs another version of smallvit")
@@ -93,8 +94,8 @@ def load(run: str | Path, weights: str = "best") -> nn.Module:
         model = create_model(**metadata["model"])
         model.load_state_dict(tensors)
         model.pretrained_cfg = timm_config(metadata)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: weights and metadata do not fit ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever a constructor raises at arguments that nobody would write
+        raise InputError(f"{path}: weights and metadata do not fit ({first_line(error)})") from None
     return model.eval()
 
 
@@ -137,7 +138,7 @@ def gather_state(
 def save_state(path: Path, state: tuple[dict[str, Tensor], dict[str, Any]], progress: dict[str, Any]) -> None:
     """Write what `gather_state` found, and `progress` (JSON)."""
     tensors, numbers = state
-    save_weights(path, tensors, {"progress": progress, "optimizer": numbers})
+    save_weights(path, tensors, {"progress": progress, "optimizer": numbers, "form": _form(tensors)})
 
 
 def load_state(
@@ -153,6 +154,8 @@ def load_state(
     tensors, metadata = load_weights(path)
     state: dict[int, dict[str, Any]] = {}
     try:
+        if metadata["form"] != _form(tensors):
+            raise ValueError("tensors are missing, or are not those that were saved")
         fill(model, _under("model.", tensors))
         if average is not None:
             fill(average.module, _under("average.", tensors))
@@ -162,11 +165,18 @@ def load_state(
             if isinstance(value, Tensor):
                 value = spread_like(value, parameters[int(index)])
             state.setdefault(int(index), {})[key] = value
-        groups = zip(optimizer.state_dict()["param_groups"], metadata["optimizer"]["groups"], strict=True)
+        groups = list(zip(optimizer.state_dict()["param_groups"], metadata["optimizer"]["groups"], strict=True))
+        if not all(_counts(value) for _, saved in groups for value in saved.values()):
+            raise TypeError("the optimiser's settings are not numbers")
         optimizer.load_state_dict({"state": state, "param_groups": [group | saved for group, saved in groups]})
         return dict(metadata["progress"])
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: does not fit this run ({first_line(error)})") from None
+
+
+def _form(tensors: dict[str, Tensor]) -> str:
+    """A hash of the tensors' names and shapes."""
+    return hashlib.sha256(repr(sorted((name, *value.shape) for name, value in tensors.items())).encode()).hexdigest()
 
 
 def _counts(value: object) -> bool:

@@ -44,10 +44,6 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether most weights are those of two-dimensional convolutions.
-
-    On GPUs they gain from channels that lie together. On CPUs oneDNN's bf16 gradient of such 3 × 3 weights on feature
-    maps of one pixel has now and then held whatever was in memory before (PyTorch 2.15).
-    """
+    """Whether most weights are those of two-dimensional convolutions, which gain from channels that lie together."""
     inside = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d))
     return 2 * inside > sum(parameter.numel() for parameter in model.parameters())

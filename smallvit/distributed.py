@@ -6,9 +6,12 @@ Without torchrun there is one, and everything here does nothing.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +23,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from smallvit.errors import InputError, TrainingError, first_line
+from smallvit.errors import InputError, OthersEndedError, first_line
 
 T = TypeVar("T")
+MEETING_SECONDS = 1800
+"""How long processes wait for the first one."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +67,20 @@ class World:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let the main process download, decode and check before the others do."""
-        if not self.main:
-            self.agree(0)
-        yield
-        if self.main:
-            self.agree(0)
-
     def device(self, device: torch.device) -> torch.device:
         """Each process's own GPU, where there are several.
 
         Raises:
             InputError: one GPU is named for all of them, or there are fewer than processes.
         """
+        if device.type == "cuda" and device.index is not None and self.size == 1:
+            torch.cuda.set_device(device)  # streams and events are its own from now on
         if device.type != "cuda" or self.size == 1:
             return device
         if device.index is not None:
             raise InputError(f"--device {device}: torchrun's processes take a GPU each; give --device cuda")
         if self.local_rank >= torch.cuda.device_count():
             raise InputError(f"torchrun --nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
 
@@ -92,7 +89,7 @@ def join() -> Iterator[World]:
     """Join torchrun's other processes, if there are any.
 
     Raises:
-        TrainingError: one of them has ended.
+        OthersEndedError: one of them has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
@@ -105,17 +102,44 @@ def join() -> Iterator[World]:
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise TrainingError(f"another of torchrun's processes has ended or hangs ({first_line(error)})") from None
+        reason = first_line(error).split(". ")[0]  # what follows is advice
+        raise OthersEndedError(f"another of torchrun's processes has ended or hangs ({reason})") from None
     if ours:
         dist.destroy_process_group()  # not after an error, when the others may wait in vain
 
 
 def _begin() -> None:
     """Meet the other processes, those of this start: the addresses of an earlier one are in torchrun's store still."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # before anything is put on a GPU
     store, rank, size = next(dist.rendezvous("env://"))
-    start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    start = dist.PrefixStore(_agree_on_start(store, rank, size), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
     dist.init_process_group(backend, store=start, rank=rank, world_size=size)
+
+
+def _agree_on_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this start share, and those of an earlier one did not.
+
+    The first process calls with a name; each of the others answers with a token of its own, and takes the name once it
+    finds the token returned under it. torchrun's count of restarts would not do: every machine keeps its own.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("smallvit/call", name)
+        for other in range(1, size):
+            token = store.get(f"smallvit/{name}/{other}").decode()
+            store.set(f"smallvit/{name}/{token}", "")
+        return name
+    token, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+    while time.monotonic() < deadline:
+        name = store.get("smallvit/call").decode()
+        store.set(f"smallvit/{name}/{rank}", token)
+        with suppress(dist.DistStoreError):
+            store.wait([f"smallvit/{name}/{token}"], timedelta(seconds=1))
+            return name
+    raise OthersEndedError("torchrun's first process does not answer")
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
@@ -133,9 +157,14 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are spread over several devices."""
+    return isinstance(model, FSDPModule)
+
+
 def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     """The model with its gradients averaged over all processes (DDP), if it is not sharded."""
-    if world.size == 1 or isinstance(model, FSDPModule):
+    if world.size == 1 or is_sharded(model):
         return model
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

@@ -57,12 +57,13 @@ def fit(run: Run) -> Result:
         config, epochs = setup.config, setup.config.optim.epochs
         if world.main:
             run.begin(config)
+        world.agree(0)  # the others look there only now
 
         # Loop, from where an interrupted run left off
         with (
             Signals() as signals,
             TrainingProgress(console, epochs * len(setup.batches), epochs) as display,
-            hardware.explained_memory(config.optim.batch_size, setup.dataset.img_size),
+            hardware.explained(config.optim.batch_size, setup.dataset.img_size),
             tracing(run, setup, console) as traced,
             open_loggers(config.run.loggers if world.main else (), run.folder, config.options()) as loggers,
         ):
@@ -126,7 +127,7 @@ def backward(setup: Setup, images: Tensor, targets: Tensor) -> Tensor:
     optim, world = setup.config.optim, setup.world
     size = setup.batches.sampling.size
     share = torch.zeros((), device=setup.device)
-    parts = list(zip(images.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
+    parts = list(zip(images.tensor_split(optim.accumulate), targets.tensor_split(optim.accumulate), strict=True))
     for number, (part, wanted) in enumerate(parts, 1):
         with distributed.last_backward(setup.replicated, last=number == len(parts)):
             with record_function("forward"), hardware.autocast(setup.device, setup.dtype):

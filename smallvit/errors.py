@@ -14,6 +14,14 @@ class TrainingError(RuntimeError):
     """Training cannot go on, though the input was good. Its one line says where it stopped and what to try."""
 
 
+class DivergedError(TrainingError):
+    """The loss or the weights are of no more use; in all of torchrun's processes alike."""
+
+
+class OthersEndedError(TrainingError):
+    """Another of torchrun's processes has ended, and has said why."""
+
+
 def first_line(error: BaseException) -> str:
     """An error of another library in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallvit.datasets.sampling import UNJUDGED
+from smallvit.distributed import is_sharded
 from smallvit.errors import InputError
 from smallvit.hardware import autocast
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -35,14 +35,17 @@ def evaluate(
     training = model.training
     model.eval()
     sums = torch.zeros(3, device=device)
+    without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode  # what is gathered is kept
     for images, labels in batches:
-        with autocast(device, dtype):
-            logits = model(images).float()
-            if flip:
-                both = torch.stack([logits, model(images.flip(-1)).float()])
+        with without_gradients():
+            with autocast(device, dtype):
+                logits = model(images).float()
+                mirrored = model(images.flip(-1)).float() if flip else None
+            if mirrored is not None:
+                both = torch.stack([logits, mirrored])
                 logits = both.log_softmax(-1).logsumexp(0) - math.log(2)  # of the mean probabilities
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNJUDGED)
-        sums += torch.stack([(logits.argmax(dim=1) == labels).sum(), loss, (labels != UNJUDGED).sum()])
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNJUDGED)
+            sums += torch.stack([(logits.argmax(dim=1) == labels).sum(), loss, (labels != UNJUDGED).sum()])
     model.train(training)
     correct, loss, count = total(sums).tolist()
     if not count:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+TWICE_SECONDS = 0.5
+"""Signals closer together are one: a terminal, torchrun and Slurm may all send the same."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run, after it was saved."""
+    """A signal ended the run: the first one after it was saved, the second at once."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -17,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM instead of obeying; a second one interrupts at once."""
+    """Notes SIGINT and SIGTERM instead of obeying; a second SIGINT interrupts at once."""
 
     received = 0
     """Number of the signal, if one came."""
@@ -36,6 +40,9 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        os.write(2, f"smallvit: {signal.Signals(number).name}: ends the step and saves; again stops at once\n".encode())
+            if number == signal.SIGINT and time.monotonic() - self.since > TWICE_SECONDS:
+                raise Interrupted(number)
+            return
+        self.received, self.since = number, time.monotonic()
+        name = signal.Signals(number).name
+        os.write(2, f"smallvit: {name}: ends the step and saves; Ctrl-C then stops at once\n".encode())

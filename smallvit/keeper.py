@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smallvit import checkpoint
 from smallvit.distributed import local
-from smallvit.errors import InputError, TrainingError
+from smallvit.errors import DivergedError, InputError
 from smallvit.interrupt import Interrupted, Signals
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
@@ -60,6 +60,24 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of every epoch: what metrics.jsonl shows."""
 
+    def require_sense(self, epochs: int, steps: int) -> None:
+        """Check that it can be the state of a run of so many epochs of so many steps.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        times = (self.seconds, self.epoch_seconds, self.step_seconds)
+        numbers = (*self.losses, *times, self.best_val_top1, self.best_val_loss, self.first_loss or 0.0)
+        if not (
+            all(type(count) is int for count in (self.epoch, self.step, self.best_epoch))
+            and all(type(number) in (int, float) for number in numbers)
+            and self.epoch <= epochs
+            and self.step == len(self.losses) <= steps
+            and [line["epoch"] for line in self.history] == list(range(1, self.epoch + 1))
+            and min(1, self.epoch) <= self.best_epoch <= self.epoch
+        ):
+            raise ValueError("its progress makes no sense")
+
 
 class Keeper:
     """Watches over a run between its steps."""
@@ -92,31 +110,52 @@ class Keeper:
         """Take up where an interrupted run left off, if it left anything.
 
         Raises:
-            InputError: a damaged checkpoint, or other images than those it began with.
+            InputError: a damaged checkpoint, other images than those it began with, or torchrun's processes see
+                different ones.
         """
         setup = self.setup
         saved = checkpoint.load_state(self.run / Run.STATE, setup.model, setup.optimizer, setup.average)
-        if saved is None:
-            return False
+        if saved is not None:
+            self._take_up(saved)
+        mine = (self.state.images, self.done)
+        if setup.world.agree(int(mine != setup.world.send(mine))):
+            raise InputError(
+                f"torchrun's processes differ in their images, or in the checkpoint they see: {self.run.folder} must "
+                "be on storage that all share"
+            )
+        return saved is not None
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        setup = self.setup
         if saved.get("images") != self.state.images:
             data = setup.config.data.data
             raise InputError(f"--resume {self.run.folder}: the images in {data} are not those it began with")
         try:
             self.state = RunState(**saved)
-            if setup.world.main:  # the others' shares are in its sum
-                self.losses[: self.state.step] = torch.tensor(self.state.losses)
-        except (TypeError, RuntimeError) as error:
+            self.state.require_sense(setup.config.optim.epochs, len(self.losses))
+        except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{self.run / Run.STATE}: does not fit this run ({error})") from None
+        if setup.world.main:  # the others' shares are in its sum
+            self.losses[: self.state.step] = torch.tensor(self.state.losses)
         if self.state.best_epoch:
-            checkpoint.load_weights(self.run / Run.BEST)  # missing or damaged: better known now than after training
-        return True
+            self._require_best()
+
+    def _require_best(self) -> None:
+        """Missing, damaged or another model's weights are better known now than after training."""
+        file = self.run / Run.BEST
+        weights, metadata = checkpoint.load_weights(file)
+        found, wanted = (
+            {name: value.shape for name, value in each.items()} for each in (weights, self.setup.judged.state_dict())
+        )
+        if found != wanted or not {"epoch", "val_top1"} <= metadata.keys():
+            raise InputError(f"{file}: does not fit this run (its weights are not this model's)")
 
     def step(self, loss: Tensor) -> None:
         """A step is done: show the loss now and then, and save or stop when it is time.
 
         Raises:
             Interrupted: a signal asked for it; the run is saved.
-            TrainingError: the loss is not finite, or has grown far beyond where it began.
+            DivergedError: the loss is not finite, or has grown far beyond where it began.
         """
         state = self.state
         self.losses[state.step] = loss
@@ -144,7 +183,7 @@ class Keeper:
     def _grant(self, wish: int) -> None:
         if wish == Wish.LOOK:
             self.mean_loss()
-        if wish >= Wish.SAVE:
+        if wish >= Wish.SAVE and self.state.epoch < self.setup.config.optim.epochs:  # later, the chosen are judged
             self.save()
         if wish == Wish.STOP:
             raise Interrupted(self.setup.world.agree(self.signals.received))
@@ -159,7 +198,7 @@ class Keeper:
         """Of the epoch at hand, over all processes.
 
         Raises:
-            TrainingError: one is not finite, or they have grown far beyond where they began.
+            DivergedError: one is not finite, or they have grown far beyond where they began.
         """
         losses = self.setup.world.total(self.losses[: self.state.step])
         bad = torch.nonzero(~losses.isfinite())
@@ -167,14 +206,14 @@ class Keeper:
         advice = f"at learning rate {rate:.2g}: try a lower --lr, --clip-grad 1, a longer --warmup, or --amp off"
         if len(bad):
             step = int(bad[0])
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss became {losses[step].item()} in epoch {self.state.epoch + 1}, step {step + 1}, "
                 f"{advice}{self._kept()}"
             )
         if self.state.first_loss is None:
             self.state.first_loss = losses[0].item()
         if not self._is_good(mean := losses.mean().item()):
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss has grown to {mean:.3g} in epoch {self.state.epoch + 1}, from {self.state.first_loss:.3g}, "
                 f"{advice}{self._kept()}"
             )
@@ -183,7 +222,7 @@ class Keeper:
     def _is_good(self, mean: float) -> bool:
         """Whether a mean loss is finite and not far beyond what it began with and what guessing gives."""
         first = self.state.first_loss
-        guessing = math.log(self.setup.batches.classes)
+        guessing = math.log(2 if self.setup.config.optim.loss == "bce" else self.setup.batches.classes)
         return math.isfinite(mean) and (first is None or mean <= DIVERGED * max(first, guessing))
 
     def _kept(self) -> str:
@@ -200,6 +239,7 @@ class Keeper:
         state.seconds = figures["seconds"]
         state.step_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
+        self.glimpse.pending = False
         last = state.epoch == self.setup.config.optim.epochs
         late = time.monotonic() - self.saved > EPOCH_SECONDS
         if self.setup.world.agree(int(last or late or self.setup.config.run.keep > 0)):
@@ -211,7 +251,7 @@ class Keeper:
         """Write a checkpoint. The state comes last: what precedes it is repeated exactly if it is not reached.
 
         Raises:
-            TrainingError: there are weights that are not finite; the last checkpoint stays as it is.
+            DivergedError: there are weights that are not finite; the last checkpoint stays as it is.
             OSError: it cannot be written.
         """
         run, setup, state = self.run, self.setup, self.state
@@ -219,7 +259,7 @@ class Keeper:
             self.mean_loss()
         finite = torch.stack([local(parameter).isfinite().all() for parameter in setup.model.parameters()]).all()
         if setup.world.agree(int(not finite)):
-            raise TrainingError(
+            raise DivergedError(
                 f"weights are no longer finite in epoch {state.epoch + 1}: try a lower --lr{self._kept()}"
             )
         state.losses = setup.world.total(self.losses[: state.step]).tolist()

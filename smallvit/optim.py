@@ -43,14 +43,15 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
     """Linear warm-up, then the schedule that `config` names, over `steps`; call `step_update(n)` before the n-th,
     counted from 1, so that no step is lost to a rate of 0."""
     warmup = round(steps * config.warmup)
+    least = min(config.min_lr, max(group["lr"] for group in optimizer.param_groups))  # the peak may be scaled down
     common = {"warmup_t": warmup, "warmup_lr_init": 0.0, "t_in_epochs": False}
     rest = max(2, steps - warmup)
     if config.sched == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=rest, lr_min=config.min_lr, warmup_prefix=True, **common)
+        return CosineLRScheduler(optimizer, t_initial=rest, lr_min=least, warmup_prefix=True, **common)
     if config.sched == "linear":
-        return PolyLRScheduler(optimizer, rest, power=1.0, lr_min=config.min_lr, warmup_prefix=True, **common)
+        return PolyLRScheduler(optimizer, rest, power=1.0, lr_min=least, warmup_prefix=True, **common)
     falling = round(FALLING * steps) if config.sched == "wsd" else 0
-    return Plateau(optimizer, steps, warmup, falling, config.min_lr)
+    return Plateau(optimizer, steps, warmup, falling, least)
 
 
 class Plateau(Scheduler):

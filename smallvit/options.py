@@ -263,7 +263,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the work is done: on what, and how fast; beside rounding it changes no result."""
+    """How the work is done: on what, and how fast; but for rounding and --sync-bn it changes no result."""
 
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
@@ -315,12 +315,15 @@ class RunConfig:
             raise InputError("--auto-resume needs --out DIR, without --overwrite: which run to continue")
         if self.resume is not None and (self.out is not None or self.overwrite):
             raise InputError("--resume RUN goes on in RUN itself: leave out --out and --overwrite")
-        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "more than 0 minutes")
+        require(
+            0 < self.checkpoint_minutes < math.inf, "checkpoint_minutes", self.checkpoint_minutes, "more than 0 minutes"
+        )
         require(self.keep >= 0, "keep", self.keep, "0 or more")
+        require(self.log is None or bool(self.loggers), "log", repr(self.log), f"some of {', '.join(LOGGERS)}")
         for name in self.loggers:
             require(name in LOGGERS, "log", name, f"one of {', '.join(LOGGERS)}{nearest(name, LOGGERS)}")
 
     @property
     def loggers(self) -> tuple[str, ...]:
         """Names of the loggers asked for."""
-        return tuple(dict.fromkeys(name.strip() for name in self.log.split(","))) if self.log else ()
+        return tuple(dict.fromkeys(name.strip() for name in (self.log or "").split(",") if name.strip()))

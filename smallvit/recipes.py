@@ -228,8 +228,8 @@ def finetune(**options: Any) -> dict[str, Any]:
 
     No paper's: AdamW with a learning rate that falls by 0.75 from each layer to the one below it, as is usual since
     BEiT (Bao et al. 2021, arXiv:2106.08254), little augmentation, and an average of the weights. With SPT or LSA the
-    model computes at first what it did without them (--plugin-init exact). A model that begins with random weights
-    learns slowly by it.
+    model computes at first what it did without them (--plugin-init exact). Loading trained weights is not yet an option
+    of the trainer, and a model that begins with random ones learns slowly by it.
 
     Command: smallvit train --recipe finetune --data path/to/my/images --img-size 96
     Hardware, duration, accuracy: not yet measured.

@@ -26,12 +26,12 @@ from typing import Any
 
 from smallvit.config import Config
 from smallvit.errors import InputError
-from smallvit.files import write_text
+from smallvit.files import partial_name, write_text
 from smallvit.options import DATA_NAMES
 
 PLACE = (
     *("device", "data_dir", "data_url", "workers", "skip_corrupt"),
-    *("compile", "grad_checkpointing", "fsdp", "sync_bn", "checkpoint_minutes", "keep", "log", "profile"),
+    *("compile", "grad_checkpointing", "fsdp", "checkpoint_minutes", "keep", "log", "profile"),
 )
 """Options that a resumed run takes over where they are given: how it is computed, kept and shown, and on what."""
 MAY_DIFFER = (*PLACE, "out", "overwrite", "resume", "auto_resume")
@@ -87,7 +87,7 @@ class Run:
 
     def epoch_files(self) -> list[Path]:
         """The weights of single epochs that are kept, the latest last."""
-        return sorted(self.folder.glob("epoch-*.safetensors"))
+        return sorted(self.folder.glob("epoch-*.safetensors"), key=lambda file: (len(file.name), file.name))
 
     @property
     def leads(self) -> bool:
@@ -158,8 +158,9 @@ class Run:
     def forget(self) -> None:
         """Remove what this new run made, and nothing else."""
         if self._new:
-            with suppress(OSError):
-                (self / self.CONFIG).unlink()
+            for name in (self.CONFIG, self.TRACE, self.PROFILE):
+                with suppress(OSError):
+                    (self / name).unlink()
         for folder in self._made:
             with suppress(OSError):  # not there, or no longer empty
                 folder.rmdir()
@@ -180,7 +181,7 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
         return _resume(Path(os.path.expanduser(config.run.resume)), config, given)
     if _is_restartable() and (config.run.out is None or config.run.overwrite):
         raise InputError(
-            "torchrun --max-restarts: give a new --out DIR, so that a restart finds the run it goes on with"
+            "torchrun --max-restarts: give --out DIR, without --overwrite: a restart goes on with the run there"
         )
     if config.run.out is None:
         return _create_numbered(config)
@@ -191,7 +192,7 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
         _read_config(folder)
     except (OSError, ValueError):
         raise InputError(f"--out {folder}: not empty, and no run; choose another folder") from None
-    if config.run.auto_resume or _is_restart():
+    if config.run.auto_resume or _is_restartable():
         return _resume(folder, config, given)
     if not config.run.overwrite:
         raise _taken(folder)
@@ -205,17 +206,14 @@ def _is_follower() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def _is_restart() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def _is_restartable() -> bool:
+    """Whether torchrun would start this command once more; which start this is, its machines count differently."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def _is_empty(folder: Path) -> bool:
     try:
-        return not any(folder.iterdir())
+        return all(path.name == partial_name(Run.CONFIG) for path in folder.iterdir())  # killed at its first file
     except OSError as error:
         raise _unwritable(folder, error) from None
 
@@ -296,7 +294,8 @@ def _resume(folder: Path, config: Config, given: Collection[str] | None) -> Run:
     old, new, defaults = stored.options(), config.options(), Config().options()
     on_purpose = given if given is not None else [name for name in new if new[name] != defaults[name]]
     for name in on_purpose:
-        if name not in MAY_DIFFER and new[name] != old[name]:
+        decided = name == "streaming" and new[name] == "auto"
+        if name not in MAY_DIFFER and new[name] != old[name] and not decided:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {new[name]}: the run in {folder} has {old[name]}, and goes on as it began")
     stored = stored.replace(**{name: new[name] for name in PLACE if name in on_purpose})

@@ -18,11 +18,13 @@ from smallvit.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.batches import Batches
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
+from smallvit.datasets.sampling import share
 from smallvit.datasets.streaming import Files, StreamedBatches
 from smallvit.distributed import World
 from smallvit.errors import InputError
 from smallvit.evaluate import evaluate
 from smallvit.plugins import describe, set_fused_attention
+from smallvit.precision import sound_dtype
 from smallvit.profile import count_macs
 from smallvit.regularise import regularised
 
@@ -122,21 +124,27 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
     config = regularised(config)
     compute = config.compute
     device = world.device(hardware.pick_device(compute.device))
-    dtype = hardware.pick_dtype(device, compute.amp)
 
-    with world.main_first():
-        models.require_known(config.model.arch)  # before images are decoded
-        dataset = datasets.load(config.data)
-        batches = _batches(config, dataset, device, world)
-        spec = _spec(config, dataset)
-        torch.manual_seed(config.run.seed)  # the initial weights
-        model = models.create_model(**spec)
-        macs = count_macs(model, dataset.in_chans, dataset.img_size)
-        _require_pairs(batches, model, spec["arch"])
+    if not world.main:  # the main process downloads, decodes, checks and decides before the others begin
+        config = config.replace(**world.send({}))
+    models.require_known(config.model.arch)  # before images are decoded
+    dataset = datasets.load(config.data)
+    streaming = "on" if isinstance(dataset.train, Files) else "off"
+    batches = _batches(config, dataset, device, world)
+    spec = _spec(config, dataset)
+    torch.manual_seed(config.run.seed)  # the initial weights
+    model = models.create_model(**spec)
+    macs = count_macs(model, dataset.in_chans, dataset.img_size)
+    _require_images(config, batches, model, world)
+    dtype = sound_dtype(device, compute.amp, model, dataset.in_chans, dataset.img_size)
+    work = config.optim.epochs * batches.sampling.views // world.size
+    how = compiling.decide(config.compute.compile, device, macs, work)
+    if world.main:
+        world.send({"streaming": streaming, "compile": how})
 
     if not compute.fsdp:
         model.to(device)
-    if device.type == "cuda" and compiling.is_convolutional(model):
+    if not compute.fsdp and compiling.is_convolutional(model):
         model.to(memory_format=torch.channels_last)
     set_fused_attention(model, device.type, dtype)
     if compute.grad_checkpointing:
@@ -148,10 +156,8 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
         for each in [model] if average is None else [model, average.module]:
             distributed.shard(each, world, device)
     replicated = distributed.replicate(model, world, device)
-    how = compiling.decide(compute.compile, device, macs, config.optim.epochs * batches.sampling.views)
 
     optimizer = optim.create_optimizer(model, config.optim)
-    streaming = "on" if isinstance(dataset.train, Files) else "off"
     return Setup(
         config=config.replace(data=dataset.source, streaming=streaming, compile=how),
         device=device,
@@ -175,12 +181,6 @@ def _batches(config: Config, dataset: datasets.ImageDataset, device: torch.devic
     form = StreamedBatches if isinstance(dataset.train, Files) else TrainingBatches
     part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
     batches = form(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
-    least = batches.sampling.size // (2 * world.size)
-    if least < config.optim.accumulate and (world.size > 1 or config.optim.accumulate > batches.sampling.size):
-        raise InputError(
-            f"batches of {batches.sampling.size} images are too few for {world.size} processes and --accumulate "
-            f"{config.optim.accumulate}; give a larger --batch-size"
-        )
     return batches
 
 
@@ -194,6 +194,14 @@ def _spec(config: Config, dataset: datasets.ImageDataset) -> dict[str, Any]:
     }
 
 
-def _require_pairs(batches: Batches, model: nn.Module, arch: str) -> None:
-    if batches.sampling.size < 2 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise InputError(f"--batch-size 1: {arch} has batch norm, which needs 2 images")
+def _require_images(config: Config, batches: Batches, model: nn.Module, world: World) -> None:
+    """Check that each part of a batch that is computed at once holds an image, or two for batch norm."""
+    size, parts = batches.sampling.size, config.optim.accumulate
+    smallest = min(len(range(size)[share(size, rank, world.size)]) for rank in range(world.size)) // parts
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if smallest < 1 + normed:
+        why = f": {config.model.arch} has batch norm, which needs 2 in each" if normed else ""
+        raise InputError(
+            f"--batch-size {config.optim.batch_size}: steps of {size} images are too few for {parts * world.size} "
+            f"parts{why}; give more, or fewer parts (--accumulate, torchrun's processes)"
+        )

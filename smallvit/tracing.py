@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from smallvit.files import replacing, write_text
@@ -15,6 +17,7 @@ from smallvit.setup import Setup
 SKIPPED, STEPS = 4, 5
 """Steps before recording begins (compiling, warming up), and recorded."""
 ROWS = 30
+BACKWARD = "autograd::engine::evaluate_function"
 STAGES = ("forward", "backward", "optimiser", "moving average")
 
 
@@ -29,6 +32,8 @@ def tracing(run: Run, setup: Setup, console: Console) -> Iterator[Callable[[], N
 
     def write(profiler: profile) -> None:
         nonlocal done
+        if profiler.step_num < SKIPPED + 1 + STEPS:
+            return  # training ended while it recorded
         done = True
         with replacing(run / Run.TRACE) as partial:
             profiler.export_chrome_trace(str(partial))
@@ -43,11 +48,20 @@ def tracing(run: Run, setup: Setup, console: Console) -> Iterator[Callable[[], N
         console.print(f"no trace: --profile needs {SKIPPED + 1 + STEPS} steps, of an epoch or several")
 
 
+def _stages(averages: EventList, gpu: bool) -> dict[str, float]:
+    """Microseconds of the stages that occurred; on a GPU those of the work that they began."""
+    hosts = [each for each in averages if each.device_type == DeviceType.CPU]
+    field = "device_time_total" if gpu else "cpu_time_total"
+    spent = {each.key: getattr(each, field) for each in hosts if each.key in STAGES}
+    if gpu:  # autograd works in a thread of its own
+        spent["backward"] = sum(each.device_time_total for each in hosts if each.key.startswith(BACKWARD))
+    return {stage: spent[stage] for stage in STAGES if stage in spent}
+
+
 def table(profiler: profile, gpu: bool) -> str:
     """The stages of a step, then the operations that took the most time."""
     averages = profiler.key_averages()
-    field = "device_time_total" if gpu else "cpu_time_total"
-    spent = {each.key: getattr(each, field) for each in averages if each.key in STAGES}
-    lines = [f"{stage:16} {spent[stage] / STEPS / 1000:10.2f} ms a step" for stage in STAGES if stage in spent]
+    steps = max(1, sum(each.count for each in averages if each.key == "optimiser"))
+    lines = [f"{stage:16} {spent / steps / 1000:10.2f} ms a step" for stage, spent in _stages(averages, gpu).items()]
     order = "self_device_time_total" if gpu else "self_cpu_time_total"
     return "\n".join([*lines, "", averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60), ""])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 
@@ -95,6 +97,27 @@ def test_wrong_types_are_refused(options: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
         Config.build(**options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log": ","}, "--log ',': expected some of tensorboard"),
+        ({"log": "tensorboard,wandv"}, "--log wandv: expected one of tensorboard, wandb"),
+        ({"checkpoint_minutes": math.inf}, "--checkpoint-minutes inf: expected more than 0 minutes"),
+        ({"checkpoint_minutes": math.nan}, "--checkpoint-minutes nan"),
+        ({"auto_resume": True}, "--auto-resume needs --out DIR"),
+        ({"keep": -1}, "--keep -1: expected 0 or more"),
+        ({"fsdp": True, "sync_bn": True}, "do not go together"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Config.build(**options)
+
+
+def test_loggers_are_named_once_each() -> None:
+    assert Config.build(log="wandb, tensorboard,,wandb").run.loggers == ("wandb", "tensorboard")
 
 
 def test_configurations_are_frozen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from smallvit.runs import Run, open_run
 
 RICH = {
     "spt": True, "lsa": True, "plugin_init": "exact", "drop_path": 0.0, "amp": "off", "train_fraction": 0.1,
-    "aug": "paper", "repeats": 3, "accumulate": 2, "clip_grad": 1.0, "ema": 0.9, "lr": 3e-3, "batch_size": 132,
+    "aug": "paper", "repeats": 3, "accumulate": 16, "clip_grad": 1.0, "ema": 0.9, "lr": 3e-3, "batch_size": 132,
 }
-"""Everything that processes must share out rightly; an epoch is one step."""
+"""Everything that processes must share out rightly; an epoch is one step, of which they get 64 and 65 images."""
 PATIENCE = 120
 
 
@@ -82,7 +83,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
-    finish(torchrun(tmp_path / "two", RICH | {"epochs": 20}))
+    shutil.copytree(alone, tmp_path / "two")  # an old run there, which none may go on with
+    finish(torchrun(tmp_path / "two", RICH | {"epochs": 20, "overwrite": True}))
     assert_alike(tmp_path / "two", alone)
     assert json.loads((tmp_path / "two" / Run.SUMMARY).read_text())["processes"] == 2
 
@@ -142,6 +144,37 @@ def test_what_needs_several_processes_says_so(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="torchrun"):
             engine.train(Config.build(**{option: True}, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_different_checkpoints_do_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Follower(World):
+        """A process whose main one is further."""
+
+        def send(self, value: object) -> object:
+            return (value[0], value[1] + 1) if isinstance(value, tuple) and isinstance(value[0], str) else value
+
+    monkeypatch.setattr(engine.distributed, "World", Follower)
+    with pytest.raises(InputError, match="storage that all share"):
+        engine.train(Config.build(epochs=1, out=str(tmp_path / "run")))
+
+
+def test_a_termination_of_all_processes_waits_for_the_step_while_others_decode(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = {"data": str(image_folder), "streaming": "on", "workers": 2, "epochs": 500, "batch_size": 16, "keep": 1}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smallvit", "train", *flags(options), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(out / Run.STATE, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert "go on with" in finish(process, code=143)
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

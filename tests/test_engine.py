@@ -263,6 +263,35 @@ def test_batch_norm_is_told_when_a_batch_would_be_one_image(image_folder: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_batch_norm_is_told_when_a_part_of_a_batch_would_be_one_image(image_folder: Path, tmp_path: Path) -> None:
+    options = {"arch": "resnet10t", "spt": False, "lsa": False, "img_size": 16, "batch_size": 7}
+    with pytest.raises(InputError, match="batch norm"):
+        train(tmp_path / "run", data=str(image_folder), accumulate=4, **options)
+    train(tmp_path / "run", data=str(image_folder), accumulate=3, epochs=1, **options)
+
+
+def test_the_same_command_goes_on_though_it_left_a_decision_open(tmp_path: Path, monkeypatch) -> None:
+    options = {"streaming": "auto", "compile": "auto", "auto_resume": True}
+    interrupted_after(1, tmp_path / "run", monkeypatch, **options)
+    given = [*TINY, *options]
+    with open_run(Config.build(**TINY | options | {"out": str(tmp_path / "run")}), given=given) as run:
+        assert run.config.data.streaming == "off"
+
+
+def test_the_weights_of_epochs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    run = Run(tmp_path, Config(), new=False)
+    for epoch in (10000, 7, 9999):
+        run.epoch_file(epoch).touch()
+    assert run.epoch_files() == [run.epoch_file(epoch) for epoch in (7, 9999, 10000)]
+
+
+def test_a_failed_new_run_leaves_nothing_of_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "judge", lambda *_: (_ for _ in ()).throw(TrainingError("diverged")))
+    with pytest.raises(TrainingError, match="diverged"):
+        train(tmp_path / "run", profile=True, batch_size=64)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_shown_and_not_trained_again(finished: engine.Result) -> None:
     before = weights(finished.folder)
     assert engine.train(Config.build(resume=str(finished.folder))).summary == finished.summary

@@ -89,6 +89,15 @@ def test_the_rate_scales_with_the_batch() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {2.5e-4}
 
 
+def test_the_rate_never_rises_to_its_least_where_the_peak_is_lower() -> None:
+    config = options(lr=4e-3, lr_batch=2048, batch_size=4, min_lr=1e-5, warmup=0.1)
+    optimizer = create_optimizer(model(), config)
+    schedule = create_schedule(optimizer, config, 20)
+    for number in range(1, 21):
+        schedule.step_update(number)
+        assert optimizer.param_groups[0]["lr"] <= 4e-3 * 4 / 2048
+
+
 def test_layers_further_down_have_smaller_rates() -> None:
     net = model()
     config = options(layer_decay=0.5)

@@ -6,7 +6,7 @@ import sys
 
 from smallvit.cli.options import parse_options
 from smallvit.config import Config
-from smallvit.runs import open_run
+from smallvit.opening import open_run
 
 DESCRIPTION = "Train a model and write its run folder (weights, metrics, curves, summary)."
 

@@ -16,12 +16,13 @@ from smallvit.config import Config
 from smallvit.interrupt import Signals
 from smallvit.keeper import Keeper
 from smallvit.loggers import open_loggers
+from smallvit.opening import open_run
 from smallvit.optim import openness
 from smallvit.outcome import Result, show, summarise
 from smallvit.plugins import set_openness
 from smallvit.progress import TrainingProgress
 from smallvit.report import plot_curves
-from smallvit.runs import Run, open_run
+from smallvit.runs import Run
 from smallvit.setup import Setup, prepare
 from smallvit.tracing import tracing
 

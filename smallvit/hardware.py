@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 import smallvit
 from smallvit.errors import InputError, TrainingError, first_line
@@ -83,6 +84,26 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Glimpse:
+    """A number of the device's, read half a second late instead of waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.Event(device) if device.type == "cuda" else None
+        self.number = torch.zeros((), pin_memory=self.event is not None)
+        self.pending = False
+
+    def exchange(self, value: Tensor) -> float | None:
+        """Leave a value to be read the next time; returns the one left before, if it has arrived."""
+        if self.pending and self.event is not None and not self.event.query():
+            return None
+        before = self.number.item() if self.pending else None
+        self.number.copy_(value, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+        self.pending = True
+        return before
 
 
 def describe_hardware(device: torch.device) -> str:

@@ -1,11 +1,11 @@
-"""What an interruption must not cost: how far a run has come, when that is saved, and what ends it early."""
+"""What an interruption must not cost: when a run is saved, and what ends it early."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from smallvit import checkpoint
 from smallvit.distributed import local
 from smallvit.errors import DivergedError, InputError
+from smallvit.hardware import Glimpse
 from smallvit.interrupt import Interrupted, Signals
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
 from smallvit.setup import Setup
+from smallvit.state import RunState
 
 EPOCH_SECONDS = 5.0
 """Least time between the checkpoints of two epochs."""
@@ -33,50 +35,6 @@ class Wish(IntEnum):
     """What a process wants after a step; the largest wish of all is granted."""
 
     GO, SAVE, STOP, LOOK = range(4)
-
-
-@dataclass
-class RunState:
-    """How far a run has come; kept in its checkpoint."""
-
-    images: str
-    """Fingerprint of the data set."""
-    epoch: int = 0
-    """Epochs completed."""
-    step: int = 0
-    """Steps completed of the epoch at hand."""
-    losses: list[float] = field(default_factory=list)
-    """Of these steps."""
-    first_loss: float | None = None
-    best_epoch: int = 0
-    best_val_top1: float = -1.0
-    best_val_loss: float = math.inf
-    seconds: float = 0.0
-    """Of training and validation."""
-    epoch_seconds: float = 0.0
-    """Of training in the epoch at hand."""
-    step_seconds: float = 0.0
-    """Of training alone, in the epochs completed."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Metrics of every epoch: what metrics.jsonl shows."""
-
-    def require_sense(self, epochs: int, steps: int) -> None:
-        """Check that it can be the state of a run of so many epochs of so many steps.
-
-        Raises:
-            ValueError: it cannot.
-        """
-        times = (self.seconds, self.epoch_seconds, self.step_seconds)
-        numbers = (*self.losses, *times, self.best_val_top1, self.best_val_loss, self.first_loss or 0.0)
-        if not (
-            all(type(count) is int for count in (self.epoch, self.step, self.best_epoch))
-            and all(type(number) in (int, float) for number in numbers)
-            and self.epoch <= epochs
-            and self.step == len(self.losses) <= steps
-            and [line["epoch"] for line in self.history] == list(range(1, self.epoch + 1))
-            and min(1, self.epoch) <= self.best_epoch <= self.epoch
-        ):
-            raise ValueError("its progress makes no sense")
 
 
 class Keeper:
@@ -285,23 +243,3 @@ class Keeper:
             checkpoint.save_weights(self.run.epoch_file(state.epoch), weights, metadata)
             for file in self.run.epoch_files()[:-keep]:
                 file.unlink()
-
-
-class Glimpse:
-    """A number of the device's, read half a second late instead of waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.event = torch.Event(device) if device.type == "cuda" else None
-        self.number = torch.zeros((), pin_memory=self.event is not None)
-        self.pending = False
-
-    def exchange(self, value: Tensor) -> float | None:
-        """Leave a value to be read the next time; returns the one left before, if it has arrived."""
-        if self.pending and self.event is not None and not self.event.query():
-            return None
-        before = self.number.item() if self.pending else None
-        self.number.copy_(value, non_blocking=True)
-        if self.event is not None:
-            self.event.record()
-        self.pending = True
-        return before

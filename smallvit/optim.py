@@ -14,6 +14,8 @@ from smallvit.options import OptimConfig
 
 FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
 """Optimisers that torch runs over all parameters at once."""
+UNSAVED = ("adahessian", "kron", "kronc", "kronw")
+"""timm's optimisers that need a second gradient, or keep lists of tensors."""
 FALLING = 0.2
 """Share of the steps over which the schedule wsd falls."""
 
@@ -28,6 +30,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     if config.opt not in list_optimizers():
         hint = nearest(config.opt, list_optimizers())
         raise InputError(f"--opt {config.opt}: no such optimiser{hint}; see timm.optim.list_optimizers()")
+    if config.opt in UNSAVED:
+        raise InputError(f"--opt {config.opt}: cannot be used here (a run with it could not be resumed)")
     rate = config.lr * config.batch_size / config.lr_batch if config.lr_batch else config.lr
     options = {"fused": True} if config.opt in FUSED else {}
     try:

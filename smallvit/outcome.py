@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -13,9 +13,7 @@ from smallvit import checkpoint, hardware
 from smallvit.profile import count_parameters
 from smallvit.runs import Run
 from smallvit.setup import Setup
-
-if TYPE_CHECKING:
-    from smallvit.keeper import RunState
+from smallvit.state import RunState
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,23 @@ import pytest
 
 from smallvit import Config, InputError, engine
 from smallvit.distributed import World
-from smallvit.runs import Run, open_run
+from smallvit.opening import open_run
+from smallvit.runs import Run
 
 RICH = {
-    "spt": True, "lsa": True, "plugin_init": "exact", "drop_path": 0.0, "amp": "off", "train_fraction": 0.1,
-    "aug": "paper", "repeats": 3, "accumulate": 16, "clip_grad": 1.0, "ema": 0.9, "lr": 3e-3, "batch_size": 132,
+    "spt": True,
+    "lsa": True,
+    "plugin_init": "exact",
+    "drop_path": 0.0,
+    "amp": "off",
+    "train_fraction": 0.1,
+    "aug": "paper",
+    "repeats": 3,
+    "accumulate": 16,
+    "clip_grad": 1.0,
+    "ema": 0.9,
+    "lr": 3e-3,
+    "batch_size": 132,
 }
 """Everything that processes must share out rightly; an epoch is one step, of which they get 64 and 65 images."""
 PATIENCE = 120

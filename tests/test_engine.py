@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import smallvit
 from smallvit import Config, InputError, TrainingError, checkpoint, datasets, engine, hardware, keeper
 from smallvit.datasets.loaders import evaluation_batches
 from smallvit.evaluate import evaluate
+from smallvit.opening import open_run
 from smallvit.optim import create_optimizer, create_schedule, openness
 from smallvit.progress import TrainingProgress
-from smallvit.runs import Run, open_run
+from smallvit.runs import Run
 
 TINY = {"arch": "vit", "spt": True, "lsa": True, "aug": "mix", "epochs": 4, "batch_size": 256, "lr": 3e-3}
 
@@ -205,7 +207,7 @@ def test_a_crash_within_the_first_checkpoint_leaves_a_run_that_goes_on(
 
 def test_two_starts_at_once_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("smallvit.runs.os.path.lexists", lambda path: False)  # both looked before either made one
+    monkeypatch.setattr("smallvit.opening.os.path.lexists", lambda path: False)  # both looked before either made one
     with open_run(Config()) as one, open_run(Config()) as two:
         assert (one.folder.name, two.folder.name) == ("vit-digits", "vit-digits-2")
 
@@ -255,6 +257,14 @@ def test_a_run_is_locked_while_it_is_open(tmp_path: Path) -> None:
                 open_run(Config.build(**options))
         assert (run / Run.CONFIG).exists()
     open_run(Config.build(resume=str(run.folder))).__exit__(None, None, None)
+
+
+def test_a_job_that_is_started_again_waits_for_the_end_of_the_one_before(tmp_path: Path) -> None:
+    options = {"out": str(tmp_path / "run"), "auto_resume": True}
+    with open_run(Config.build(**options)) as run:
+        threading.Timer(0.5, run.unlock).start()
+        with open_run(Config.build(**options)) as again:
+            assert again.folder == run.folder
 
 
 def test_batch_norm_is_told_when_a_batch_would_be_one_image(image_folder: Path, tmp_path: Path) -> None:

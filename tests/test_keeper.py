@@ -16,8 +16,8 @@ from torch import Tensor
 
 import smallvit as package
 from smallvit import Config, InputError, checkpoint, engine, interrupt, keeper, objectives
+from smallvit.hardware import Glimpse
 from smallvit.interrupt import Interrupted
-from smallvit.keeper import Glimpse
 from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
 from smallvit.setup import Setup

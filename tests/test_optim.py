@@ -12,9 +12,10 @@ from timm.scheduler.scheduler import Scheduler
 
 import smallvit
 from smallvit import Config, InputError, checkpoint, engine, keeper, objectives
+from smallvit.opening import open_run
 from smallvit.optim import create_average, create_optimizer, create_schedule
 from smallvit.progress import TrainingProgress
-from smallvit.runs import Run, open_run
+from smallvit.runs import Run
 
 STATEFUL = ["adamw", "lamb", "lion", "muon", "sgd", "nadamw", "adan", "adopt", "lambw", "madgradw"]
 """Optimisers that keep their state in different ways: tensors, numbers, in their groups."""
@@ -117,6 +118,11 @@ def test_an_unknown_optimiser_is_refused_in_one_line(opt: str) -> None:
     with pytest.raises(InputError, match="no such optimiser") as refused:
         create_optimizer(model(), options(opt=opt))
     assert "\n" not in str(refused.value)
+
+
+def test_an_optimiser_whose_state_no_checkpoint_can_hold_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="--opt kron: cannot be used here"):
+        create_optimizer(model(), options(opt="kron"))
 
 
 def test_binary_cross_entropy_counts_every_label_of_a_mixed_image_as_whole() -> None:

@@ -122,8 +122,7 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
         InputError: something that the configuration names is not there or does not fit.
     """
     config = regularised(config)
-    compute = config.compute
-    device = world.device(hardware.pick_device(compute.device))
+    device = world.device(hardware.pick_device(config.compute.device))
 
     if not world.main:  # the main process downloads, decodes, checks and decides before the others begin
         config = config.replace(**world.send({}))
@@ -136,25 +135,14 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
     model = models.create_model(**spec)
     macs = count_macs(model, dataset.in_chans, dataset.img_size)
     _require_images(config, batches, model, world)
-    dtype = sound_dtype(device, compute.amp, model, dataset.in_chans, dataset.img_size)
+    dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
     work = config.optim.epochs * batches.sampling.views // world.size
     how = compiling.decide(config.compute.compile, device, macs, work)
     if world.main:
         world.send({"streaming": streaming, "compile": how})
 
-    if not compute.fsdp:
-        model.to(device)
-    if not compute.fsdp and compiling.is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
     set_fused_attention(model, device.type, dtype)
-    if compute.grad_checkpointing:
-        models.checkpoint_gradients(model, spec["arch"])
-    if compute.sync_bn:
-        model = distributed.synchronise_bn(model, world, device)
-    average = optim.create_average(model, config.optim)
-    if compute.fsdp:
-        for each in [model] if average is None else [model, average.module]:
-            distributed.shard(each, world, device)
+    model, average = _place(model, config, device, world)
     replicated = distributed.replicate(model, world, device)
 
     optimizer = optim.create_optimizer(model, config.optim)
@@ -180,8 +168,25 @@ def _batches(config: Config, dataset: datasets.ImageDataset, device: torch.devic
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     form = StreamedBatches if isinstance(dataset.train, Files) else TrainingBatches
     part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
-    batches = form(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
-    return batches
+    return form(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
+
+
+def _place(model: nn.Module, config: Config, device: torch.device, world: World) -> tuple[nn.Module, ModelEmaV3 | None]:
+    """The model where it trains, and its moving average."""
+    compute = config.compute
+    if not compute.fsdp:
+        model.to(device)
+        if compiling.is_convolutional(model):
+            model.to(memory_format=torch.channels_last)
+    if compute.grad_checkpointing:
+        models.checkpoint_gradients(model, config.model.arch)
+    if compute.sync_bn:
+        model = distributed.synchronise_bn(model, world, device)
+    average = optim.create_average(model, config.optim)
+    if compute.fsdp:
+        for each in [model] if average is None else [model, average.module]:
+            distributed.shard(each, world, device)
+    return model, average
 
 
 def _spec(config: Config, dataset: datasets.ImageDataset) -> dict[str, Any]:

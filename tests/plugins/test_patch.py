@@ -218,7 +218,7 @@ def patched_names(model: nn.Module) -> set[str]:
         ({"exclude": ("blocks.0.*", "blocks.2.*")}, {"blocks.1.attn", "patch_embed.proj"}),
         ({"include": iter(["blocks.2.attn"])}, {"blocks.2.attn"}),
     ],
-    ids=str,
+    ids=("one", "several", "one but another", "all but several", "any iterable"),
 )
 def test_patterns_choose_the_layers(patterns: dict, expected: set[str]) -> None:
     model = MODELS["vit"](depth=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,7 @@ def tracing(run: Run, setup: Setup, console: Console) -> Iterator[Callable[[], N
         write_text(run / Run.PROFILE, table(profiler, gpu))
         console.print(f"trace  {run / Run.TRACE} (for chrome://tracing or ui.perfetto.dev), {run / Run.PROFILE}")
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes over the progress bar
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     plan = schedule(skip_first=SKIPPED, wait=0, warmup=1, active=STEPS, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:

@@ -216,10 +216,21 @@ def _signals_held() -> Iterator[None]:
 
 
 def _received(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    try:
+    with explained_workers():
         with _signals_held():
             batches = iter(loader)
         yield from batches
+
+
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Say what to try where a process that decodes images dies; PyTorch says so wherever its parent happens to be.
+
+    Raises:
+        InputError: one has died.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from smallvit import checkpoint, distributed, hardware, objectives
 from smallvit.config import Config
+from smallvit.datasets.streaming import explained_workers
 from smallvit.interrupt import Signals
 from smallvit.keeper import Keeper
 from smallvit.loggers import open_loggers
@@ -63,8 +64,9 @@ def fit(run: Run) -> Result:
         # Loop, from where an interrupted run left off
         with (
             Signals() as signals,
-            TrainingProgress(console, epochs * len(setup.batches), epochs) as display,
-            hardware.explained(config.optim.batch_size, setup.dataset.img_size),
+            TrainingProgress(console, setup.steps, epochs) as display,
+            hardware.explained_memory(config.optim.batch_size, setup.dataset.img_size),
+            explained_workers(),
             tracing(run, setup, console) as traced,
             open_loggers(config.run.loggers if world.main else (), run.folder, config.options()) as loggers,
         ):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import smallvit
-from smallvit.errors import InputError, TrainingError, first_line
+from smallvit.errors import InputError, TrainingError
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,20 +56,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def explained(batch_size: int, img_size: int) -> Iterator[None]:
-    """Say what to try where a step needs more memory than there is, or a process that decodes images has died.
+def explained_memory(batch_size: int, img_size: int) -> Iterator[None]:
+    """Say what to try where a step needs more memory than there is.
 
     Raises:
-        TrainingError: that is so.
+        TrainingError: it does.
     """
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader worker"):  # PyTorch raises it wherever training happens to be
-            raise TrainingError(
-                f"a process that decodes images died ({first_line(error)}): give fewer --workers, or the container "
-                "more shared memory (--shm-size)"
-            ) from None
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise TrainingError(

@@ -10,7 +10,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from smallvit.errors import InputError, nearest
-from smallvit.options import AugmentConfig, ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, require
+from smallvit.options import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    DistillConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +32,11 @@ class Config:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

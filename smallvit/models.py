@@ -55,6 +55,9 @@ def create_model(
     spt_norm: bool = True,
     lsa_temperature: Literal["head", "layer", "fixed"] = "head",
     lsa_mask: bool = True,
+    fit: bool = True,
+    dist_token: bool = False,
+    dist_average: Literal["logits", "probabilities"] = "logits",
 ) -> nn.Module:
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 

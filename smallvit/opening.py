@@ -11,6 +11,7 @@ from pathlib import Path
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.files import partial_name
+from smallvit.inherit import inherited
 from smallvit.options import DATA_NAMES
 from smallvit.runs import Run, TakenError, is_follower, read_options
 
@@ -38,6 +39,7 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
     config = config.replace(data=_absolute(config.data.data))
     if config.run.resume is not None:
         return _resume(Path(os.path.expanduser(config.run.resume)), config, given)
+    config = inherited(config)
     if _is_restartable() and (config.run.out is None or config.run.overwrite):
         raise InputError(
             "torchrun --max-restarts: give --out DIR, without --overwrite: a restart goes on with the run there"

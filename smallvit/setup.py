@@ -23,6 +23,7 @@ from smallvit.datasets.streaming import Files, StreamedBatches
 from smallvit.distributed import World
 from smallvit.errors import InputError
 from smallvit.evaluate import evaluate
+from smallvit.inherit import inherited
 from smallvit.plugins import describe, set_fused_attention
 from smallvit.precision import sound_dtype
 from smallvit.profile import count_macs
@@ -121,7 +122,7 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
     Raises:
         InputError: something that the configuration names is not there or does not fit.
     """
-    config = regularised(config)
+    config = regularised(inherited(config))
     device = world.device(hardware.pick_device(config.compute.device))
 
     if not world.main:  # the main process downloads, decodes, checks and decides before the others begin

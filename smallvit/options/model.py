@@ -1,0 +1,84 @@
+"""Which network is trained, and what it begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from smallvit.errors import InputError
+from smallvit.options.checks import flag, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network to train."""
+
+    arch: str | None = None
+    """Architecture: vit, cait, pit, swin or t2t (the paper's), resnet20 to resnet110 (CIFAR's), or any timm model name;
+    by default vit, or the one that --init holds."""
+    spt: bool = False
+    """Shifted patch tokenization in the patch embedding and where patches are merged."""
+    lsa: bool = False
+    """Locality self-attention in every block."""
+    plugin_init: Literal["paper", "exact"] = "paper"
+    """How SPT and LSA begin: paper (as published), or exact (the model computes at first what it would without)."""
+    spt_directions: Literal["diagonal", "cardinal", "all"] = "diagonal"
+    """SPT's views beside the image: four diagonal ones (the paper's), four cardinal ones, or all eight."""
+    spt_shift: float = 0.5
+    """SPT: distance of the views as a share of the patch."""
+    spt_norm: bool = True
+    """SPT: normalise the views together before they are projected."""
+    lsa_temperature: Literal["head", "layer", "fixed"] = "head"
+    """LSA: one learnt temperature per head (the paper's), one per layer, or a fixed one."""
+    lsa_mask: bool = True
+    """LSA: keep tokens from attending to themselves."""
+    patch_size: int | None = None
+    """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
+    dropout: float | None = None
+    """Dropout after position embeddings, attention's projection and the layers of MLPs; by default none."""
+    fit: bool = True
+    """Give timm's models patches, windows or first layers fit for the image size; otherwise they are as timm has
+    them."""
+    dist_token: bool = False
+    """A distillation token beside the class token, with a head of its own; --distill token adds it."""
+    dist_average: Literal["logits", "probabilities"] = "logits"
+    """What of the two heads is averaged at inference: logits (DeiT's code) or probabilities (its paper)."""
+    drop_path: float | None = None
+    """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
+
+    def __post_init__(self) -> None:
+        if self.patch_size is not None:
+            require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1 pixel")
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, name, value, "a probability below 1")
+        require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
+        for field_ in fields(self):
+            plugin = field_.name.partition("_")[0]
+            if plugin in ("spt", "lsa") and getattr(self, field_.name) != field_.default and not getattr(self, plugin):
+                raise InputError(f"{flag(field_.name)} is of no use without --{plugin}")
+        if self.plugin_init == "exact" and not (self.spt or self.lsa):
+            raise InputError("--plugin-init exact is of no use without --spt or --lsa")
+        if self.lsa_temperature == "fixed" and not self.lsa_mask:
+            raise InputError("--lsa-temperature fixed --no-lsa-mask would leave nothing of LSA: give up one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Which weights training begins with, and which of them it leaves alone."""
+
+    init: str | None = None
+    """Trained weights: a run's folder, a weights file (.safetensors), or a timm model with pretrained weights, by name
+    or as NAME:pretrained. Architecture, plugins and image size are theirs unless given."""
+    freeze: str | None = None
+    """Parameters that stay as they are: backbone (all but the heads), or patterns of names with commas between, such as
+    'patch_embed.*,blocks.[0-5].*'."""
+
+    def __post_init__(self) -> None:
+        require(self.init != "", "init", repr(self.init), "a run's folder, a weights file, or a timm model")
+        require(self.freeze is None or bool(self.frozen), "freeze", repr(self.freeze), "backbone, or patterns of names")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The patterns."""
+        return tuple(name.strip() for name in (self.freeze or "").split(",") if name.strip())

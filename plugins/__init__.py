@@ -9,6 +9,7 @@ parameter names and everything else of timm stay as they are.
 """
 
 from smallvit.plugins.describe import Change, Description, describe
+from smallvit.plugins.distillation import add_distillation_token, set_distilled_training
 from smallvit.plugins.locality import Locality, LocalitySelfAttention, set_fused_attention, set_openness
 from smallvit.plugins.lsa import LSAConfig, locality_attention
 from smallvit.plugins.patching import UnsupportedModelError, patch, unpatch
@@ -26,10 +27,12 @@ __all__ = [
     "SPTConfig",
     "ShiftedPatchTokenization",
     "UnsupportedModelError",
+    "add_distillation_token",
     "describe",
     "load_base",
     "locality_attention",
     "patch",
+    "set_distilled_training",
     "set_fused_attention",
     "set_input_size",
     "set_openness",

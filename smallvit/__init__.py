@@ -14,6 +14,7 @@ _HOMES = {
     "LSAConfig": "smallvit.plugins",
     "SPTConfig": "smallvit.plugins",
     "TrainingError": "smallvit.errors",
+    "add_distillation_token": "smallvit.plugins",
     "create_model": "smallvit.models",
     "describe": "smallvit.plugins",
     "load": "smallvit.checkpoint",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from smallvit.models import create_model as create_model
     from smallvit.plugins import LSAConfig as LSAConfig
     from smallvit.plugins import SPTConfig as SPTConfig
+    from smallvit.plugins import add_distillation_token as add_distillation_token
     from smallvit.plugins import describe as describe
     from smallvit.plugins import load_base as load_base
     from smallvit.plugins import patch as patch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,6 +12,7 @@ from smallvit.datasets.sampling import UNJUDGED
 from smallvit.distributed import is_sharded
 from smallvit.errors import InputError
 from smallvit.hardware import autocast
+from smallvit.plugins.distillation import mean_probabilities
 
 
 def evaluate(
@@ -42,8 +42,7 @@ def evaluate(
                 logits = model(images).float()
                 mirrored = model(images.flip(-1)).float() if flip else None
             if mirrored is not None:
-                both = torch.stack([logits, mirrored])
-                logits = both.log_softmax(-1).logsumexp(0) - math.log(2)  # of the mean probabilities
+                logits = mean_probabilities(torch.stack([logits, mirrored]))
             loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNJUDGED)
             sums += torch.stack([(logits.argmax(dim=1) == labels).sum(), loss, (labels != UNJUDGED).sum()])
     model.train(training)

@@ -1,29 +1,35 @@
-"""Architecture names to models: the paper's own, and any of timm's at the size of the images given.
+"""Architecture names to models: the paper's own, CIFAR's ResNets, and any of timm's at the size of the images given.
 
 `vit`, `cait`, `pit`, `swin` and `t2t` are those of Lee, Lee, Song 2021 (arXiv:2112.13492), from `published`; `registry`
-tells timm of them.
+tells timm of them. `resnet20` to `resnet110` are those of He et al. 2016 (arXiv:1512.03385), from `convnets`; timm's
+CNNs get stems for small images from `stems`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import timm
+from timm.layers import DropPath
 from timm.models import is_model_in_modules
 from torch import nn
 
+from smallvit import stems
+from smallvit.convnets import CIFAR_RESNETS, CIFARResNet
 from smallvit.errors import InputError, first_line, nearest
-from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, patch
+from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, add_distillation_token, patch
 from smallvit.published import PUBLISHED
 
 DROP_PATH = 0.1
 """Stochastic depth of the paper's models, and of timm's transformers here."""
 
 TINY_VIT = {"embed_dim": 96, "depth": 6, "num_heads": 6, "mlp_ratio": 2.0, "qkv_bias": False}
-TINY_SIZE = 16
-"""Image size in pixels up to which `vit` is the tiny one: the paper's has more weights than such images ask for."""
+TINY, TINY_SIZE = "vit96", 16
+"""What `vit` is for images of up to so many pixels: the paper's has more weights than such images ask for."""
+OURS: dict[str, Callable[..., nn.Module]] = PUBLISHED | {TINY: partial(PUBLISHED["vit"], size=TINY_VIT)}
 
 # Arguments by which timm's families take patches of p pixels (timm module: arguments)
 TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -36,6 +42,13 @@ TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 MERGING = ("pit", "swin", "swin_transformer", "swin_transformer_v2")
 """Architectures and families that begin with patches of half the size and merge them."""
+
+
+EQUIPMENT = (
+    *("spt", "lsa", "plugin_init", "spt_directions", "spt_shift", "spt_norm", "lsa_temperature", "lsa_mask"),
+    *("dist_token", "dist_average"),
+)
+"""Arguments of `create_model` that `equip` takes."""
 
 
 def create_model(
@@ -62,58 +75,108 @@ def create_model(
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
     `patch_size` in pixels follows `img_size` unless given (PiT, Swin: the first stage's; T2T: what its unfolds make).
-    `dropout` is none and `drop_path` 0.1 for transformers unless given. The other arguments are those of `ModelConfig`,
-    all plain values, so that a checkpoint can hold them.
+    `dropout` is none and `drop_path` 0.1 for transformers unless given. Without `fit`, timm's models have their own
+    patches, windows and stems. The other arguments are those of `ModelConfig`, all plain values, so that a checkpoint
+    can hold them.
 
     Raises:
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
     """
     require_known(arch)
-    patch_size = patch_size or patch_for(arch, img_size)
-    arguments = {
-        "img_size": img_size,
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "drop_path": drop_path,
-    }
-    model = (_published if arch in PUBLISHED else _timm_model)(arch, patch_size=patch_size, **arguments)
-    if spt or lsa:
-        spt_config = SPTConfig(directions=spt_directions, shift=spt_shift, norm=spt_norm)
-        lsa_config = LSAConfig(temperature=lsa_temperature, mask=lsa_mask)
-        try:
-            patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
-        except UnsupportedModelError as error:
-            raise InputError(f"--arch {arch}: {error}") from None
+    arch = resolved(arch, img_size, fit=fit)
+    if patch_size and arch not in OURS and _family(arch) is None:
+        raise InputError(f"--patch-size {patch_size}: {arch} has no patches whose size can be chosen")
+    patch_size = patch_size or patch_for(arch, img_size, fit=fit)
+    arguments = {"num_classes": num_classes, "in_chans": in_chans}
+    if arch in OURS:
+        model = _published(arch, img_size, patch_size, drop_path, **arguments)
+    elif arch in CIFAR_RESNETS:
+        model = CIFARResNet(CIFAR_RESNETS[arch], drop_path_rate=drop_path or 0.0, **arguments)
+    else:
+        model = _timm_model(arch, img_size, patch_size, drop_path, fit, **arguments)
+    equip(
+        model,
+        arch,
+        spt=spt,
+        lsa=lsa,
+        plugin_init=plugin_init,
+        spt_directions=spt_directions,
+        spt_shift=spt_shift,
+        spt_norm=spt_norm,
+        lsa_temperature=lsa_temperature,
+        lsa_mask=lsa_mask,
+        dist_token=dist_token,
+        dist_average=dist_average,
+    )
     if dropout:
         _set_dropout(model, arch, dropout)
     return model
+
+
+def equip(
+    model: nn.Module,
+    arch: str,
+    *,
+    spt: bool,
+    lsa: bool,
+    plugin_init: Literal["paper", "exact"],
+    spt_directions: Literal["diagonal", "cardinal", "all"],
+    spt_shift: float,
+    spt_norm: bool,
+    lsa_temperature: Literal["head", "layer", "fixed"],
+    lsa_mask: bool,
+    dist_token: bool,
+    dist_average: Literal["logits", "probabilities"],
+) -> None:
+    """Put plugins and a distillation token into a model, in place; what it has already stays.
+
+    Raises:
+        InputError: one of them does not fit.
+    """
+    spt_config = SPTConfig(directions=spt_directions, shift=spt_shift, norm=spt_norm)
+    lsa_config = LSAConfig(temperature=lsa_temperature, mask=lsa_mask)
+    try:
+        if spt or lsa:
+            patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
+    except UnsupportedModelError as error:
+        raise InputError(f"--arch {arch}: {error}") from None
+    try:
+        if dist_token:
+            add_distillation_token(model, dist_average)
+    except UnsupportedModelError as error:
+        raise InputError(f"--distill token: --arch {arch}: {error}; give --distill hard or soft") from None
 
 
 def require_known(arch: str) -> None:
     """Check an architecture's name.
 
     Raises:
-        InputError: it is none; the line names the nearest. Or it names trained weights, which are not loaded here.
+        InputError: it is none; the line names the nearest. Or it names trained weights, which --init takes.
     """
-    if arch in PUBLISHED:
+    if arch in OURS or arch in CIFAR_RESNETS:
         return
     base = timm.models.get_arch_name(arch)
     if not timm.is_model(base) or timm.get_pretrained_cfg(base) is None:
-        names = [*PUBLISHED, *timm.list_models()]
+        names = [*OURS, *CIFAR_RESNETS, *timm.list_models()]
         raise InputError(f"--arch {arch}: no such architecture{nearest(arch, names)}; see timm.list_models()")
     if arch != base:
-        raise InputError(f"--arch {arch} names trained weights, but training starts from scratch; use {base}")
+        raise InputError(f"--arch {arch} names trained weights; give --init {arch}, or begin from scratch with {base}")
 
 
-def patch_for(arch: str, img_size: int) -> int | None:
-    """The patch size in pixels that `arch` uses for images of this size; None leaves it to timm.
+def resolved(arch: str, img_size: int, *, fit: bool = True) -> str:
+    """The architecture that a name stands for, at this image size."""
+    return TINY if arch == "vit" and fit and img_size <= TINY_SIZE else arch
+
+
+def patch_for(arch: str, img_size: int, *, fit: bool = True) -> int | None:
+    """The patch size in pixels that `arch` uses for images of this size; None leaves it to timm, as without `fit`.
 
     The patch in the name of a timm ViT, where at least 7 such patches fit along the side; else the largest power
     of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
     images of up to 16 px it is 2, and 1 below 8 px. PiT and Swin take half of it, and their own where it is 16.
     """
-    family = arch if arch in PUBLISHED else _family(arch)
-    if family is None:
+    family = arch if arch in OURS else _family(arch)
+    if family is None or not (fit or arch in OURS):
         return None
     named = re.search(r"_patch(\d+)", arch)
     if named and family not in MERGING and img_size // int(named[1]) >= 7:
@@ -127,41 +190,72 @@ def patch_for(arch: str, img_size: int) -> int | None:
     return patch
 
 
-def describe_choice(arch: str, img_size: int, patch_size: int | None) -> str:
+def describe_choice(arch: str, img_size: int, patch_size: int | None, *, fit: bool = True) -> str:
     """One line about what `arch` means for images of this size."""
-    if arch == "vit" and img_size <= TINY_SIZE:
+    if arch == TINY:
         width, depth = TINY_VIT["embed_dim"], TINY_VIT["depth"]
         return f"vit for {img_size}-pixel images: the tiny one, {width} wide, {depth} layers, patch {patch_size}"
-    return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else "")
+    undone = _stem(arch, img_size) if fit else None
+    stride = f", stride {undone.stride} instead of {undone.own}" if undone else ""
+    return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else stride)
 
 
 def _published(
-    arch: str, img_size: int, patch_size: int, num_classes: int, in_chans: int, drop_path: float | None
+    arch: str, img_size: int, patch_size: int, drop_path: float | None, num_classes: int, in_chans: int
 ) -> nn.Module:
     _require_multiple(img_size, patch_size)
-    smaller = {"size": TINY_VIT} if arch == "vit" and img_size <= TINY_SIZE else {}
     rate = DROP_PATH if drop_path is None else drop_path
-    return PUBLISHED[arch](img_size, patch_size, num_classes, in_chans, rate, **smaller)
+    return OURS[arch](img_size, patch_size, num_classes, in_chans, rate)
 
 
 def _timm_model(
-    arch: str, img_size: int, patch_size: int | None, num_classes: int, in_chans: int, drop_path: float | None
+    arch: str,
+    img_size: int,
+    patch_size: int | None,
+    drop_path: float | None,
+    fit: bool,
+    **arguments: Any,
 ) -> nn.Module:
     family = _family(arch)
-    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     if patch_size is not None:
-        if family is None:
-            raise InputError(f"--patch-size {patch_size}: {arch} has no patches whose size can be chosen")
         _require_multiple(img_size, patch_size)
         arguments |= TIMM_PATCH_ARGUMENTS[family](patch_size)
+        if not fit:
+            arguments.pop("window_size", None)
     if timm.get_pretrained_cfg(arch).fixed_input_size:
         arguments |= {"img_size": img_size}
-    if drop_path is not None or family:
+    if drop_path or family:
         arguments |= {"drop_path_rate": DROP_PATH if drop_path is None else drop_path}
     try:
-        return timm.create_model(arch, pretrained=False, **arguments)
+        model = timm.create_model(arch, pretrained=False, **arguments)
     except Exception as error:  # whatever one of a thousand constructors raises at sizes not foreseen
         raise InputError(f"--arch {arch} cannot be built for {img_size}-pixel images: {first_line(error)}") from error
+    if drop_path == 0:
+        _keep_paths(model)
+    if fit and (undone := _stem(arch, img_size)):
+        stems.apply(model, undone)
+    return model
+
+
+def _stem(arch: str, img_size: int) -> stems.Fit | None:
+    """What of its downsampling a CNN of timm's does without, for images of this size."""
+    ours = arch in OURS or arch in CIFAR_RESNETS
+    return None if ours or _family(arch) else stems.fit_for(arch, img_size)
+
+
+def _keep_paths(model: nn.Module) -> None:
+    """No stochastic depth, in models too whose constructors know no rate of it, or have one of their own."""
+    for layer in model.modules():
+        if isinstance(layer, DropPath):
+            layer.drop_prob = 0.0
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that turn features into logits."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    own = {id(parameter) for head in heads for parameter in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def checkpoint_gradients(model: nn.Module, arch: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -18,6 +20,9 @@ UNSAVED = ("adahessian", "kron", "kronc", "kronw")
 """timm's optimisers that need a second gradient, or keep lists of tensors."""
 FALLING = 0.2
 """Share of the steps over which the schedule wsd falls."""
+DROPS, DROP = (0.5, 0.75), 0.1
+"""Shares of the steps after which the schedule step drops, and to what share of the rate before: He et al. 2016,
+arXiv:1512.03385, on CIFAR."""
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -49,6 +54,9 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
     warmup = round(steps * config.warmup)
     least = min(config.min_lr, max(group["lr"] for group in optimizer.param_groups))  # the peak may be scaled down
     common = {"warmup_t": warmup, "warmup_lr_init": 0.0, "t_in_epochs": False}
+    if config.sched == "step":
+        behind = [math.ceil(share * steps) + 2 for share in DROPS]  # timm's rate of step n is that of milestone n + 1
+        return MultiStepLRScheduler(optimizer, behind, DROP, warmup_prefix=False, **common)
     rest = max(2, steps - warmup)
     if config.sched == "cosine":
         return CosineLRScheduler(optimizer, t_initial=rest, lr_min=least, warmup_prefix=True, **common)

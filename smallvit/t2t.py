@@ -28,6 +28,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smallvit.plugins.distillation import TwoHeads, new_head
 from smallvit.plugins.locality import Locality
 from smallvit.plugins.spt import SPTConfig, Views
 
@@ -252,6 +253,10 @@ class T2TViT(nn.Module):
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
 
+    def prefix(self) -> Float[Tensor, "1 p e"]:
+        """What stands before the image's tokens, all at the first position."""
+        return self.cls_token
+
     def positions(self, count: int) -> Float[Tensor, "1 count e"]:
         """Positions of the class token and of `count` - 1 others, from the buffer where it is long enough."""
         if count <= self.pos_embed.shape[1]:
@@ -262,8 +267,9 @@ class T2TViT(nn.Module):
         """The class token and the image's tokens with their positions, and the grid (i, j) of the latter."""
         x = self._run(self.tokens, x)
         grid = (x.shape[2], x.shape[3])
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), rearrange(x, "b e i j -> b (i j) e")], dim=1)
-        return x + self.positions(x.shape[1]), grid
+        positions = self.positions(1 + grid[0] * grid[1])
+        first = (self.prefix() + positions[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([first, rearrange(x, "b e i j -> b (i j) e") + positions[:, 1:]], dim=1), grid
 
     def _run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         return checkpoint_seq(layers, x) if self.grad_checkpointing else layers(x)
@@ -311,3 +317,32 @@ class T2TViT(nn.Module):
                     spatial = rearrange(spatial, "b (i j) e -> b e i j", i=rows).contiguous()
                 features.append((spatial, tokens[:, : self.num_prefix_tokens]) if return_prefix_tokens else spatial)
         return features if intermediates_only else (self.norm(x), features)
+
+
+class DistilledT2T(TwoHeads, T2TViT, plain=(T2TViT,)):
+    """T2T-ViT with a distillation token, which shares the class token's position."""
+
+    num_prefix_tokens = 2
+
+    def add_token(self) -> None:
+        self.dist_token = nn.Parameter(nn.init.trunc_normal_(torch.empty_like(self.cls_token), std=0.02))
+
+    def prefix(self) -> Float[Tensor, "1 2 e"]:
+        return torch.cat([self.cls_token, self.dist_token], dim=1)
+
+    def head_drop(self, x: Tensor) -> Tensor:
+        """None."""
+        return x
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"dist_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return super().group_matcher(coarse) | {"stem": r"^cls_token|^dist_token|^tokens"}
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.head_dist = new_head(self.head)

@@ -79,7 +79,18 @@ def test_schedules_follow_their_formulas() -> None:
     assert rates("wsd", **plain) == pytest.approx(rising + [1.0] * 70 + falling)
 
 
-@pytest.mark.parametrize("sched", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (101, 0.0), (7, 0.3), (64, 0.6)])
+def test_the_rate_drops_to_a_tenth_after_half_of_the_steps_and_to_a_hundredth_after_three_quarters(
+    steps: int, warmup: float
+) -> None:
+    expected = []
+    for done in range(steps):  # before this step
+        rate = 1.0 if 2 * done < steps else 0.1 if 4 * done < 3 * steps else 0.01
+        expected.append((done + 1) / round(warmup * steps) if done + 1 < round(warmup * steps) else rate)
+    assert rates("step", steps, warmup=warmup) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "linear", "step", "wsd", "constant"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (2, 0.5), (3, 0.0), (7, 0.9)])
 def test_short_schedules_have_usable_rates(sched: str, steps: int, warmup: float) -> None:
     assert all(0 <= rate <= 1 for rate in rates(sched, steps, warmup=warmup, min_lr=1e-6))

@@ -36,6 +36,10 @@ PUBLISHED = {  # data; passes, batch, learning rate at it, lowest, warm-up in pa
     "augreg": ("imagenet", 300, 4096, 1e-3, 0.0, 10_000 * 4096 / 1_281_167, 0.1, "augreg-medium1", "bce"),
     # arXiv:2104.05704, its code's settings for CIFAR-100
     "cct": ("cifar100", 300, 128, 6e-4, 1e-5, 10, 0.06, "deit", "ce"),
+    # arXiv:1512.03385, section 4.2: 64,000 steps of 128 of 45,000 images
+    "resnet": ("cifar10", round(64_000 * 128 / 45_000), 128, 0.1, 0.0, 0, 1e-4, "basic", "ce"),
+    # arXiv:1605.07146, with a cosine and a warm-up
+    "cnn": ("cifar100", 200, 128, 0.1, 0.0, 5, 5e-4, "basic", "ce"),
 }
 DATA = {"vit": ("digits", "svhn", "cifar100", "tiny-imagenet"), "deit_tiny_patch16_224": ("imagenet",)}
 
@@ -82,6 +86,22 @@ def test_further_published_values() -> None:
     assert (augreg.model.dropout, augreg.model.drop_path) == (0.0, 0.0)
     assert (cct.augment.crop, cct.augment.crop_scale, cct.augment.repeats) == ("resized", 0.8, 1)
     assert all(regularised(RECIPES[name]()).optim.smoothing == 0.1 for name in ("paper", "deit", "cct"))
+
+
+def test_recipes_for_cnns_have_further_published_values() -> None:
+    resnet, cnn = (RECIPES[name](data="cifar10") for name in ("resnet", "cnn"))
+    assert (resnet.model.arch, cnn.model.arch) == ("resnet56", "resnet56")
+    assert (resnet.optim.sched, cnn.optim.sched) == ("step", "cosine")
+    for config, nesterov in ((resnet, False), (cnn, True)):
+        group = create_optimizer(nn.Linear(2, 2), regularised(config).optim).param_groups[0]
+        assert (group["momentum"], group["nesterov"]) == (0.9, nesterov)
+        assert (regularised(config).optim.smoothing, regularised(config).model.drop_path) == (0.0, 0.0)
+    deepest = RECIPES["resnet"](arch="resnet110")
+    assert deepest.model.arch == "resnet110"
+    assert deepest.optim.warmup * 64_000 == pytest.approx(400)
+    large = regularised(RECIPES["cnn"](arch="resnet50", data="imagenet"))  # arXiv:1706.02677, arXiv:1812.01187
+    assert (large.optim.epochs, large.optim.batch_size, rate(large), large.optim.weight_decay) == (90, 256, 0.1, 1e-4)
+    assert (large.optim.smoothing, large.augment.crop, large.optim.warmup * 90) == (0.1, "resized", 5)
 
 
 @pytest.mark.parametrize(("name", "peak"), [("deit", 1.25e-4), ("deit3", 2.5e-4), ("augreg", 1e-3)])
@@ -254,7 +274,7 @@ def test_a_recipe_or_file_that_contradicts_a_resumed_run_is_refused(smallvit: Co
 
 
 def test_the_list_names_every_recipe_and_its_values(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     code, out, _ = smallvit("list", "recipes")
     assert code == 0
     lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}

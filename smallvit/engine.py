@@ -11,7 +11,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from smallvit import checkpoint, distributed, hardware, objectives
+from smallvit import checkpoint, distributed, hardware
 from smallvit.config import Config
 from smallvit.datasets.streaming import explained_workers
 from smallvit.interrupt import Signals
@@ -54,7 +54,7 @@ def fit(run: Run) -> Result:
             return show(Result(run.folder, summary), console)
 
         # Data, model, optimiser
-        setup = prepare(run.config, world)
+        setup = prepare(run.config, world, begins=world.send(not run.saved))
         setup.announce(console)
         config, epochs = setup.config, setup.config.optim.epochs
         if world.main:
@@ -78,7 +78,7 @@ def fit(run: Run) -> Result:
             console.print(f"run    {run.folder}")
             display.begin(keeper.done)
             while keeper.state.epoch < epochs:
-                for images, targets in setup.batches.epoch(keeper.state.epoch, keeper.state.step):
+                for images, targets in setup.batches.epoch(setup.views(keeper.state.epoch), keeper.state.step):
                     keeper.step(train_step(setup, keeper.state.epoch, keeper.state.step, images, targets))
                     traced()
                 figures = judge(setup, keeper)
@@ -108,11 +108,13 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     if config.model.plugin_init == "exact":
         set_openness(model, opened)
     setup.schedule.step_update(number)
+    for norm in setup.still:
+        norm.eval()
     torch.manual_seed(_seed(config.run.seed, REGULARISATION, epoch, step, setup.world.rank))
     optimizer.zero_grad()
     if config.compute.compile == "graphs":
         torch.compiler.cudagraph_mark_step_begin()
-    loss = backward(setup, images, targets)
+    loss = backward(setup, images, targets, (setup.views(epoch), step))
     with record_function("optimiser"):
         if config.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
@@ -125,16 +127,21 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     return loss
 
 
-def backward(setup: Setup, images: Tensor, targets: Tensor) -> Tensor:
-    """Gradients of a batch's mean loss, part by part; returns this process's share of that loss."""
+def backward(setup: Setup, images: Tensor, targets: Tensor, place: tuple[int, int]) -> Tensor:
+    """Gradients of a batch's mean loss, part by part; returns this process's share of that loss.
+
+    `place` is the batch's: epoch and step.
+    """
     optim, world = setup.config.optim, setup.world
     size = setup.batches.sampling.size
     share = torch.zeros((), device=setup.device)
     parts = list(zip(images.tensor_split(optim.accumulate), targets.tensor_split(optim.accumulate), strict=True))
     for number, (part, wanted) in enumerate(parts, 1):
+        with record_function("teacher"):
+            answers = (setup.teacher(part, (*place, number)),) if setup.teacher is not None else ()
         with distributed.last_backward(setup.replicated, last=number == len(parts)):
             with record_function("forward"), hardware.autocast(setup.device, setup.dtype):
-                found = objectives.supervised(setup.forward, part, wanted, smoothing=optim.smoothing, loss=optim.loss)
+                found = setup.objective(setup.forward, part, wanted, *answers)
             loss = found["loss"] * (len(part) / size)
             with record_function("backward"):
                 (loss * world.size).backward()  # gradients are averaged over the processes

@@ -10,7 +10,6 @@ from rich.console import Console
 from torch import nn
 
 from smallvit import checkpoint, hardware
-from smallvit.profile import count_parameters
 from smallvit.runs import Run
 from smallvit.setup import Setup
 from smallvit.state import RunState
@@ -41,7 +40,7 @@ def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "train_seconds": state.seconds,
         "images_seen": seen,
         "images_per_second": seen / state.step_seconds,
-        "parameters": count_parameters(setup.model),
+        "parameters": setup.parameters,
         "macs": setup.macs,
         "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
         "device": str(setup.device),

@@ -90,6 +90,11 @@ class Run:
         """Whether --resume would go on with this run, not with one that it has yet to replace."""
         return not self._replaces and (self / self.CONFIG).exists()
 
+    @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return not self._replaces and (self / self.STATE).exists()
+
     def lock(self, patience: float = 0.0) -> None:
         """Keep other processes out until this one closes the run or ends, however it ends.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from smallvit import checkpoint, compiling, datasets, distributed, hardware, models, optim
+from smallvit import (
+    checkpoint,
+    compiling,
+    datasets,
+    distributed,
+    hardware,
+    initial,
+    models,
+    objectives,
+    optim,
+    teachers,
+)
 from smallvit.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.batches import Batches
@@ -24,10 +36,11 @@ from smallvit.distributed import World
 from smallvit.errors import InputError
 from smallvit.evaluate import evaluate
 from smallvit.inherit import inherited
-from smallvit.plugins import describe, set_fused_attention
+from smallvit.plugins import describe, set_distilled_training, set_fused_attention
 from smallvit.precision import sound_dtype
-from smallvit.profile import count_macs
+from smallvit.profile import count_macs, count_parameters
 from smallvit.regularise import regularised
+from smallvit.teachers import Teacher
 
 EVALUATION_BATCH = {"cpu": 128, "gpu": 1024}
 """Images at once; on CPUs the cache decides."""
@@ -51,12 +64,31 @@ class Setup:
     forward: nn.Module
     """The same, compiled where that pays: what training calls."""
     macs: int
+    parameters: int
+    still: tuple[nn.Module, ...]
+    """Batch norms whose statistics stay as they are."""
+    notes: tuple[str, ...]
+    """What a person should know about the weights that the model begins with."""
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     average: ModelEmaV3 | None
     """The weights' moving average."""
+    teacher: Teacher | None
+    """The trained model whose answers are learnt too."""
     world: World
     """torchrun's processes."""
+
+    @property
+    def objective(self) -> Callable[..., dict[str, Tensor]]:
+        """What training minimises: a function of model, images, targets, and the teacher's logits where it has one."""
+        labels = {"smoothing": self.config.optim.smoothing, "loss": self.config.optim.loss}
+        if self.teacher is None:
+            return partial(objectives.supervised, **labels)
+        return partial(objectives.distilled, **labels, **teachers.distillation(self.config.distill))
+
+    def views(self, epoch: int) -> int:
+        """The epoch whose views of the images an epoch shows: itself, unless they come again."""
+        return epoch % (self.config.distill.teacher_views or epoch + 1)
 
     @property
     def steps(self) -> int:
@@ -109,20 +141,27 @@ class Setup:
         console.print(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
         for note in data.notes:
             console.print(f"       {note}")
-        console.print(f"model  {models.describe_choice(self.spec['arch'], data.img_size, self.spec['patch_size'])}")
+        arch, patch_size, fit = (self.spec[name] for name in ("arch", "patch_size", "fit"))
+        console.print(f"model  {models.describe_choice(arch, data.img_size, patch_size, fit=fit)}")
         console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
+        for note in self.notes:
+            console.print(f"init   {note}")
+        if self.teacher is not None:
+            console.print(f"teacher {self.teacher.describe()}")
         how = compiling.IN_WORDS[self.config.compute.compile]
         many = f"{self.world.size} processes, each with " if self.world.size > 1 else ""
         console.print(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
 
 
-def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it is frozen
-    """Data, model and optimiser of a run, the model freshly initialised from the run's seed.
+def prepare(config: Config, world: World = World(), *, begins: bool = True) -> Setup:  # noqa: B008, it is frozen
+    """Data, model and optimiser of a run, the model initialised from the run's seed, or by trained weights.
+
+    These are left alone where the run does not begin, but goes on.
 
     Raises:
         InputError: something that the configuration names is not there or does not fit.
     """
-    config = regularised(inherited(config))
+    config = regularised(config if config.model.arch is not None else inherited(config))
     device = world.device(hardware.pick_device(config.compute.device))
 
     if not world.main:  # the main process downloads, decodes, checks and decides before the others begin
@@ -134,6 +173,8 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
     spec = _spec(config, dataset)
     torch.manual_seed(config.run.seed)  # the initial weights
     model = models.create_model(**spec)
+    origin = config.init.init
+    notes = [initial.begin(model, spec, origin, dataset)] if origin is not None and begins else []
     macs = count_macs(model, dataset.in_chans, dataset.img_size)
     _require_images(config, batches, model, world)
     dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
@@ -142,6 +183,10 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
     if world.main:
         world.send({"streaming": streaming, "compile": how})
 
+    teacher = teachers.engage(config, dataset, device, how, len(batches) * batches.sampling.size // world.size)
+    parameters = count_parameters(model)
+    initial.freeze(model, config.init.frozen)
+    set_distilled_training(model, enable=config.distill.distill == "token")
     set_fused_attention(model, device.type, dtype)
     model, average = _place(model, config, device, world)
     replicated = distributed.replicate(model, world, device)
@@ -160,7 +205,11 @@ def prepare(config: Config, world: World = World()) -> Setup:  # noqa: B008, it 
         macs=macs,
         optimizer=optimizer,
         schedule=optim.create_schedule(optimizer, config.optim, config.optim.epochs * len(batches)),
+        parameters=parameters,
+        still=initial.still_norms(model),
+        notes=tuple(notes),
         average=average,
+        teacher=teacher,
         world=world,
     )
 
@@ -192,11 +241,13 @@ def _place(model: nn.Module, config: Config, device: torch.device, world: World)
 
 def _spec(config: Config, dataset: datasets.ImageDataset) -> dict[str, Any]:
     """The arguments of `create_model`."""
-    return asdict(config.model) | {
+    model = config.model
+    return asdict(model) | {
+        "arch": models.resolved(model.arch, dataset.img_size, fit=model.fit),
         "img_size": dataset.img_size,
         "in_chans": dataset.in_chans,
         "num_classes": len(dataset.class_names),
-        "patch_size": config.model.patch_size or models.patch_for(config.model.arch, dataset.img_size),
+        "patch_size": model.patch_size or models.patch_for(model.arch, dataset.img_size, fit=model.fit),
     }
 
 

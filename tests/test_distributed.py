@@ -101,6 +101,14 @@ def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two" / Run.SUMMARY).read_text())["processes"] == 2
 
 
+def test_two_processes_learn_from_a_teacher_as_one_does(alone: Path, tmp_path: Path) -> None:
+    options = RICH | {"epochs": 6, "teacher": str(alone), "distill": "token", "teacher_views": 2, "init": str(alone)}
+    options = {name: value for name, value in options.items() if name not in ("spt", "lsa", "plugin_init")}
+    one = engine.train(Config.build(**options, out=str(tmp_path / "one"))).folder
+    finish(torchrun(tmp_path / "two", options))
+    assert_alike(tmp_path / "two", one)
+
+
 def test_sharded_weights_follow_whole_ones_over_a_termination(alone: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "two", RICH | {"epochs": 20, "fsdp": True, "auto_resume": True, "keep": 1}
     process = torchrun(out, options)

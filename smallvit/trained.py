@@ -1,0 +1,218 @@
+"""Trained weights by the name that a person gives them, for --init, --teacher and `smallvit probe`.
+
+A name is a run's folder (its best weights), a weights file, or one of timm's models with pretrained weights; what
+exists or holds a path separator is a path. Files are safetensors: nothing in them is ever executed. What they say about
+themselves is read without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smallvit.errors import InputError
+from smallvit.options import flag
+from smallvit.runs import Run, read_options
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+ENTRY = "smallvit"
+"""Of a file's metadata, where smallvit wrote it."""
+SUFFIX = ".safetensors"
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz")
+PRETRAINED = ":pretrained"
+"""What may stand behind the name of a timm model."""
+LONGEST_HEADER = 10**8
+"""Bytes; safetensors' own limit."""
+SPLIT = ("split_seed", "test_fraction")
+"""Options that decide which images are the test, where the data brings none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What trained weights say about themselves."""
+
+    name: str
+    """As the user gave it."""
+    option: str
+    """The flag that it was given to, for error lines."""
+    path: Path | None
+    """The weights file; None: timm's, not downloaded yet."""
+    tagged: str | None = None
+    """timm's name of model and weights, with the tag; None: they are not read as timm's."""
+    spec: dict[str, Any] | None = None
+    """The arguments of `create_model` that make the model; None: the file does not say."""
+    class_names: tuple[str, ...] | None = None
+    data: str | None = None
+    """Name of the data set that was learnt."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    options: dict[str, Any] | None = None
+    """The options of the run, where the name is a run's folder."""
+
+    def error(self, message: str) -> InputError:
+        """An error that names the option and the weights."""
+        return InputError(f"{self.option} {self.name}: {message}")
+
+
+def card(name: str, option: str) -> Card:
+    """What the weights that `name` stands for say about themselves; `option` is the flag it was given to.
+
+    Raises:
+        InputError: no such run, file or model; a run without weights yet; a file that is damaged or no safetensors; a
+            model without pretrained weights.
+    """
+    if not is_path(name):
+        from smallvit import pretrained  # timm imports torch
+
+        return pretrained.card(name, option)
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return _run_card(name, option, path)
+    return _file_card(name, option, path)
+
+
+def load(card: Card) -> nn.Module:
+    """The model with its weights: on the CPU, in evaluation mode, at its own image size.
+
+    Raises:
+        InputError: the weights do not fit the model, cannot be downloaded, or do not say what model they are of.
+    """
+    if card.spec is None:
+        raise card.error("another program's file, which does not say what model it holds")
+    if card.tagged is not None:
+        from smallvit import pretrained
+
+        return pretrained.load(card)
+    from smallvit import checkpoint
+
+    try:
+        return checkpoint.load(card.path)
+    except InputError as error:
+        raise card.error(str(error)) from None
+
+
+def features(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """The pooled features that the classifier is given; those of a distilled model are the mean of its two tokens."""
+    found = model.forward_head(model.forward_features(images), pre_logits=True)
+    if found.ndim == 3:  # tokens (b, n, d)
+        return found.mean(dim=1)
+    return found.flatten(2).mean(dim=2) if found.ndim > 3 else found  # maps (b, d, h, w)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a file's or folder's, not a timm model's."""
+    return os.path.exists(os.path.expanduser(name)) or os.sep in name or name.endswith((SUFFIX, *PICKLED))
+
+
+def absolute(name: str) -> str:
+    """The name as it is understood from any working directory."""
+    return os.path.realpath(os.path.expanduser(name)) if is_path(name) else name
+
+
+def header(path: Path) -> dict[str, Any]:
+    """A safetensors file's header: for each tensor its type, shape and place, and the metadata.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, cut short, or of another format.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise ValueError("it has no header")
+        found = json.loads(file.read(length))
+    try:
+        end = max((entry["data_offsets"][1] for name, entry in found.items() if name != "__metadata__"), default=0)
+        complete = 8 + length + end == size
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ValueError("its header is of another form") from None
+    if not complete:
+        raise ValueError(f"it has {size:,} bytes, {8 + length + end:,} are expected")
+    return found
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a weights file's tensors.
+
+    Raises:
+        OSError, ValueError: as `header` does.
+    """
+    return {name: tuple(entry["shape"]) for name, entry in header(path).items() if name != "__metadata__"}
+
+
+def require_same_split(card: Card, source: str, options: dict[str, Any]) -> None:
+    """Check that a run that learnt from the same data has held out the same images for the test.
+
+    `source` is the data's, as `ImageDataset` has it; `options` say how it is split now.
+
+    Raises:
+        InputError: it may have learnt images of the test.
+    """
+    theirs = card.options or {}
+    if theirs.get("data") != source:
+        return
+    for name in SPLIT:
+        if name in theirs and theirs[name] != options[name]:
+            raise card.error(
+                f"it was trained with {flag(name)} {theirs[name]}, so images of the test may be among those that it "
+                f"learnt; give the same here ({flag(name)} {theirs[name]})"
+            )
+
+
+def _run_card(name: str, option: str, folder: Path) -> Card:
+    bare = Card(name=name, option=option, path=folder / Run.BEST)
+    options = None
+    if os.path.exists(folder / Run.CONFIG):
+        try:
+            options = read_options(folder / Run.CONFIG)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise bare.error(f"its {Run.CONFIG} cannot be used ({reason})") from None
+    if not os.path.exists(bare.path):
+        if options is None:
+            raise bare.error(f"not the folder of a run: it holds neither {Run.CONFIG} nor {Run.BEST}")
+        raise bare.error(f"this run has not finished its first epoch: there is no {Run.BEST} yet")
+    return _described(bare, options)
+
+
+def _file_card(name: str, option: str, path: Path) -> Card:
+    bare = Card(name=name, option=option, path=path)
+    if not os.path.exists(path):
+        raise bare.error("no such file or folder")
+    if path.suffix != SUFFIX:
+        raise bare.error(f"only {SUFFIX} files are read, since others may run code; convert it where you trust it")
+    return _described(bare, None)
+
+
+def _described(bare: Card, options: dict[str, Any] | None) -> Card:
+    """The card of a file, with what its metadata say; nothing, where another program wrote it."""
+    try:
+        entry = (header(bare.path).get("__metadata__") or {}).get(ENTRY)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise bare.error(f"{bare.path.name} is damaged or no safetensors file ({reason})") from None
+    if entry is None:
+        return bare
+    try:
+        metadata = json.loads(entry)
+        model, data = metadata["model"], metadata["data"]
+        known = {"class_names": data["class_names"], "mean": data["mean"], "std": data["std"]}
+        spec = model | {name: int(model[name]) for name in ("img_size", "in_chans", "num_classes")}
+        return Card(
+            name=bare.name,
+            option=bare.option,
+            path=bare.path,
+            spec=spec | {"arch": str(model["arch"])},
+            data=data["name"],
+            options=options,
+            **{name: tuple(values) for name, values in known.items()},
+        )
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise bare.error(f"{bare.path.name} does not describe a model; it may be another version's") from None

@@ -10,7 +10,7 @@ import argparse
 import ast
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -37,10 +37,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def parse_options(argv: list[str], prog: str, description: str, only: Collection[str] | None = None) -> dict[str, Any]:
+def parse_options(
+    argv: list[str],
+    prog: str,
+    description: str,
+    only: Collection[str] | None = None,
+    own: Callable[[Parser], None] | None = None,
+) -> dict[str, Any]:
     """The options that these arguments give, for `Config.build`: a recipe's or a file's values, and the flags.
 
-    `only` names those that serve, or groups of them; by default all do.
+    `only` names those that serve, or groups of them; by default all do. `own` adds arguments that are no options; their
+    values come among the others.
 
     Raises:
         InputError: an unknown flag or recipe (the nearest is named), a value of the wrong type, an unusable file.
@@ -48,6 +55,8 @@ def parse_options(argv: list[str], prog: str, description: str, only: Collection
     parser = Parser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
+    if own is not None:
+        own(parser)
     beginnings = [name for name in BEGINNINGS if only is None or name in only]
     if beginnings:
         section = parser.add_argument_group("begin", "What to begin with; flags win over its values.")
@@ -107,6 +116,22 @@ def field_sentences(group_class: type) -> dict[str, str]:
         for line, below in pairwise(body)
         if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
+
+
+def new_file(name: str, suffix: str, *, overwrite: bool) -> Path:
+    """Where --out says that a single file goes.
+
+    Raises:
+        InputError: it has another suffix, its folder is not there, or it exists and is not to be replaced.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() != suffix:
+        raise InputError(f"--out {path}: expected a name that ends in {suffix}")
+    if path.exists() and not overwrite:
+        raise InputError(f"--out {path}: exists already; choose another name, or --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: no such folder as {path.absolute().parent}")
+    return path
 
 
 def _flag(name: str) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-from smallvit.cli.options import parse_options
+from smallvit.cli.options import new_file, parse_options
 from smallvit.config import Config
-from smallvit.errors import InputError
 
 DESCRIPTION = """\
 Write a picture of training images as the model sees them: in each row an image, then seven augmented views of it.
@@ -20,13 +16,7 @@ def main(argv: list[str]) -> int:
     """Load the data, augment some of it, write the PNG (augmented.png, unless --out names another)."""
     serve = ("recipe", "config", "data", "augment", "seed", "out", "overwrite")
     config = Config.build(**parse_options(argv, "smallvit show", DESCRIPTION, serve))
-    path = Path(os.path.expanduser(config.run.out or "augmented.png"))
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--out {path}: expected the name of a PNG file, such as augmented.png")
-    if path.exists() and not config.run.overwrite:
-        raise InputError(f"--out {path}: exists already; choose another name, or --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path}: no such folder as {path.absolute().parent}")
+    path = new_file(config.run.out or "augmented.png", ".png", overwrite=config.run.overwrite)
 
     from smallvit import sheet
 

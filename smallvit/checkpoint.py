@@ -22,8 +22,8 @@ from smallvit.distributed import spread_like, whole
 from smallvit.errors import InputError, first_line
 from smallvit.files import replacing
 from smallvit.models import create_model
+from smallvit.trained import ENTRY
 
-ENTRY = "smallvit"
 FORMAT = 1
 
 

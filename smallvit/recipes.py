@@ -86,7 +86,7 @@ def deit(**options: Any) -> dict[str, Any]:
     Differs from the code: no moving average of the weights. The code keeps one but reports the model itself; here an
     average would be what is judged and saved, and a decay of 0.99996 remembers 25,000 steps, more than many small runs
     have (--ema 0.999 adds one). The warm-up begins at 0 instead of 1e-6; the test shows the whole image instead of
-    its middle 7/8; no distillation.
+    its middle 7/8; no distillation, unless --teacher names one.
     """
     return {
         "epochs": 300,
@@ -300,10 +300,10 @@ def finetune(**options: Any) -> dict[str, Any]:
 
     No paper's: AdamW with a learning rate that falls by 0.75 from each layer to the one below it, as is usual since
     BEiT (Bao et al. 2021, arXiv:2106.08254), little augmentation, and an average of the weights. With SPT or LSA the
-    model computes at first what it did without them (--plugin-init exact). Loading trained weights is not yet an option
-    of the trainer, and a model that begins with random ones learns slowly by it.
+    model computes at first what it did without them (--plugin-init exact). A model that begins with random weights,
+    without --init, learns slowly by it.
 
-    Command: smallvit train --recipe finetune --data path/to/my/images --img-size 96
+    Command: smallvit train --recipe finetune --init runs/vit-cifar100 --data path/to/my/images --img-size 64
     Hardware, duration, accuracy: not yet measured.
     """
     plugins = options.get("spt") or options.get("lsa")

@@ -68,7 +68,7 @@ def test_show_writes_a_picture_once(image_folder: Path, tmp_path: Path, streamin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "--out", "x.jpg"], "expected the name of a PNG file"),
+        (["show", "--out", "x.jpg"], "expected a name that ends in .png"),
         (["show", "--out", "nowhere/x.png"], "no such folder"),
         (["show", "--epochs", "3"], "unknown argument '--epochs'"),
         (["show", "--policy", "rand-m9-inc7", "--out", "never.png"], "--policy rand-m9-inc7: expected"),

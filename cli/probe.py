@@ -1,0 +1,61 @@
+"""`smallvit probe`: what a trained model's features are worth for some data."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from smallvit.cli.options import Parser, new_file, parse_options
+from smallvit.config import Config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DESCRIPTION = """\
+Classify the features of a trained model, which stays as it is: by a linear classifier and by nearest neighbours.
+
+  smallvit probe runs/vit-spt-lsa-digits --data digits
+  smallvit probe vit_small_patch14_dinov2:pretrained --img-size 224 --data DIR --out probe.json
+
+Images are normalised as the model wants them, at its own size unless --img-size names another. --arch is for weights
+files of other programs: the timm model, with or without a tag, that they hold.
+"""
+SERVES = ("arch", "data", "device", "amp", "out", "overwrite")
+
+
+def main(argv: list[str]) -> int:
+    """Probe the model, print a table, and write the figures to --out."""
+    options = parse_options(argv, "smallvit probe", DESCRIPTION, SERVES, own=_add_name)
+    name, config = options.pop("name"), Config.build(**options)
+    path = None if config.run.out is None else new_file(config.run.out, ".json", overwrite=config.run.overwrite)
+
+    from rich.console import Console
+
+    from smallvit import probing
+    from smallvit.files import write_text
+
+    found = probing.probe(name, config)
+    console = Console()
+    what = f"{found['features']:,} features at {found['img_size']} pixels"
+    console.print(f"{found['name']} on {found['data']}: {what}", markup=False)
+    console.print(table(found))
+    if path is not None:
+        write_text(path, json.dumps(found, indent=2) + "\n")
+        print(path)
+    return 0
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Top-1 accuracies in per cent."""
+    from rich.table import Table
+
+    shown = Table("probe", "", "val top-1 %", "test top-1 %")
+    val = found["linear_val_top1"]
+    shown.add_row("linear", f"C {found['C']:g}", "" if val is None else f"{val:.2f}", f"{found['linear_top1']:.2f}")
+    shown.add_row("neighbours", f"k {found['k']}", "", f"{found['knn_top1']:.2f}")
+    return shown
+
+
+def _add_name(parser: Parser) -> None:
+    what = "a run's folder, a weights file (.safetensors), or a timm model with pretrained weights"
+    parser.add_argument("name", metavar="NAME", help=what)

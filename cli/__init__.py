@@ -12,6 +12,8 @@ from smallvit.errors import DivergedError, InputError, OthersEndedError, Trainin
 VERBS = {
     "train": "train a model and write its run folder",
     "watch": "draw a run's curves in the terminal while it trains",
+    "compare": "train what is missing, and set models side by side: accuracy, size, speed",
+    "probe": "judge a trained model's features on other data: linear classifier, nearest neighbours",
     "show": "write a picture of augmented training images, as the model sees them",
     "list": "list what has a name: data sets, augmentation presets, recipes",
     "coverage": "show which of timm's models SPT and LSA can patch",
@@ -29,6 +31,8 @@ Vision Transformers that learn from small image sets.
   smallvit train --arch vit --spt --lsa               the embedded handwritten digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
   smallvit watch runs/vit-spt-lsa-digits              its curves, live
+  smallvit compare --arch vit --ablation --seeds 2    plain, with each plugin, with both
+  smallvit probe runs/vit-spt-lsa-digits --data DIR   its features on other data
   smallvit show --data cifar100 --aug paper           what training images look like
   smallvit list data                                  data sets by name
   smallvit coverage 'swin*'                           what SPT and LSA find in timm's models

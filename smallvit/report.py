@@ -1,13 +1,18 @@
-"""Run folders to pictures. Reads plain records, imports no torch."""
+"""Run folders to pictures and tables. Reads plain records, imports no torch."""
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
-from smallvit.files import replacing
+from smallvit.files import replacing, write_text
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -37,3 +42,69 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
+
+
+TITLES = {
+    "model": "model",
+    "test_top1": "test top-1 (%)",
+    "seeds": "seeds",
+    "parameters": "parameters",
+    "macs": "MACs (M)",
+    "train_images_per_second": "train images/s",
+    "inference_images_per_second": "inference images/s",
+    "latency_ms": "latency (ms)",
+    "peak_memory_bytes": "memory (MB)",
+    "images_seen": "images seen",
+}
+"""A comparison's columns for people, by the figure that each shows."""
+
+
+def comparison_table(records: list[dict[str, Any]]) -> Table:
+    """A comparison for the terminal; `records` are those of `Standing.record`."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name, title in TITLES.items():
+        table.add_column(title.replace(" ", "\n", 1), justify="left" if name == "model" else "right", no_wrap=True)
+    for record in records:
+        table.add_row(*(Text(_cell(record, name)) for name in TITLES))
+    return table
+
+
+def comparison_page(records: list[dict[str, Any]], lines: list[str], title: str, picture: str | None) -> str:
+    """A comparison in Markdown: the table, lines that say how it came about, and a picture, if there is one."""
+    rows = [list(TITLES.values()), ["---", *["---:"] * (len(TITLES) - 1)]]
+    rows += [[_cell(record, name).replace("|", "\\|") for name in TITLES] for record in records]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    said = "\n".join(f"- {line}" for line in lines)
+    return f"# {title}\n\n{table}\n\n{said}\n" + (f"\n![accuracy against speed]({picture})\n" if picture else "")
+
+
+def write_csv(records: list[dict[str, Any]], path: Path) -> None:
+    """Plain numbers, one line a record; what is not known is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, text.getvalue())
+
+
+def _cell(record: dict[str, Any], name: str) -> str:
+    """A figure in words."""
+    value = record[name]
+    if value is None:
+        return "–"
+    match name:
+        case "model":
+            return value
+        case "test_top1":
+            spread = record["test_top1_std"]
+            return f"{value:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        case "seeds":
+            return str(value) if value == record["seeds_wanted"] else f"{value} of {record['seeds_wanted']}"
+        case "macs":
+            return f"{value / 1e6:,.1f}"
+        case "peak_memory_bytes":
+            return f"{value / 1e6:,.0f}"
+        case "latency_ms":
+            return f"{value:.2f}"
+        case _:
+            return f"{value:,.0f}"

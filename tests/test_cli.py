@@ -130,14 +130,14 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "split names": (["train", "--data", f"{folder}/dark/000.png/x"], "no such folder"),
         "long name": (["train", "--data", "x" * 5000], "no such data set or folder"),
         "memory": (["train", "--img-size", "30000"], "GiB of memory"),
-        "tag": (["train", "--arch", "vit_tiny_patch16_224.nonsense"], "starts from scratch"),
+        "tag": (["train", "--arch", "vit_tiny_patch16_224.nonsense"], "give --init vit_tiny_patch16_224.nonsense"),
         "resume of no run": (["train", "--resume", str(folder)], "not the folder of a run"),
         "resume of nothing": (["train", "--resume", "nothing"], "not the folder of a run"),
         "device": (["train", "--device", "cuda:99"], "this machine has cpu"),
         "device without numbers": (["train", "--device", "meta"], "this machine has cpu"),
         "device name": (["train", "--device", "gpu"], "this machine has cpu"),
         "plugin": (["train", "--arch", "resnet18", "--spt"], "cannot patch this ResNet"),
-        "size for the model": (["train", "--arch", "convnext_atto"], "8-pixel images"),
+        "size for the model": (["train", "--arch", "convnext_atto", "--no-fit"], "8-pixel images"),
     }
 
 

@@ -12,6 +12,8 @@ from smallvit.trained import Card
 
 ARCH = "vit"
 """The architecture where none is named."""
+ALIASES = {"vit96": "vit"}
+"""Architectures that another name stands for at some image sizes."""
 
 
 def inherited(config: Config) -> Config:
@@ -50,7 +52,7 @@ def _model(wanted: ModelConfig, card: Card) -> dict[str, Any]:
         if name.partition("_")[0] in added or (name == "plugin_init" and not (has["spt"] or has["lsa"])):
             options[name] = asked  # of a plugin that is new
             continue
-        if asked not in (field.default, has[name]) and (name != "plugin_init" or added):
+        if asked not in (field.default, has[name], ALIASES.get(has[name])) and (name != "plugin_init" or added):
             raise card.error(f"has {flag(name)} {has[name]}, not {asked}; leave it out")
         options[name] = has[name]
     return options

@@ -56,6 +56,7 @@ def test_the_model_is_that_of_the_weights_unless_said_otherwise(runs: dict[str, 
     assert (model.spt_shift, model.lsa_temperature) == (0.25, "layer")
     assert (config.data.img_size, model.patch_size) == (8, 2)
     assert inherited(config) == config
+    assert inherited(Config.build(init=str(runs["patched"]), arch="vit")) == config
     assert inherited(Config.build(init=str(runs["plain"]), img_size=24)).data.img_size == 24
     assert inherited(Config.build()).model.arch == "vit"
 

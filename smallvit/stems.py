@@ -53,8 +53,8 @@ def fit_for(arch: str, img_size: int) -> Fit | None:
     if timm.get_pretrained_cfg(arch).fixed_input_size:
         return None
     try:
+        model = _empty(arch)
         with torch.no_grad(), torch.device("meta"):
-            model = timm.create_model(arch, pretrained=False).eval()
             return None if any(site.plugin == "lsa" for site in sites(model)) else _checked_fit(model, img_size)
     except Exception:  # whatever one of a thousand models raises at sizes and strides not foreseen
         return None
@@ -74,6 +74,16 @@ def apply(model: nn.Module, fit: Fit) -> None:
             layer.stride = stride
     for info in model.feature_info:
         info["reduction"] = max(1, info["reduction"] * fit.stride // fit.own)
+
+
+def _empty(arch: str) -> nn.Module:
+    """A model of timm's without memory, made without drawing a random number."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(arch, pretrained=False).eval()
+    except NotImplementedError:  # the RegNets of timm 1.0.26 compute their widths by tensors
+        with torch.random.fork_rng(devices=()):
+            return timm.create_model(arch, pretrained=False).to("meta").eval()
 
 
 def _checked_fit(model: nn.Module, img_size: int) -> Fit | None:

@@ -101,6 +101,8 @@ class ImageDataset:
     """AutoAugment's policy that suits it: cifar10, svhn or imagenet."""
     fingerprint: str
     """Changes when the files do: a run is resumed on the very images it was started with."""
+    drew_test: bool = False
+    """Whether the test was held out here (--split-seed, --test-fraction), as the data brings none."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the data was read and split."""
 

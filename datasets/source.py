@@ -145,6 +145,7 @@ def assemble(
     missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
     if len(missing):
         raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
+    drew_test = "test" not in parts
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split not in parts:
             train = parts["train"]
@@ -173,6 +174,7 @@ def assemble(
         mean=mean,
         std=std,
         fingerprint=fingerprint,
+        drew_test=drew_test,
         notes=tuple(notes),
         **suits,
     )

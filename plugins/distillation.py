@@ -43,9 +43,10 @@ class TwoHeads:
     """Classes that can be given a token, and what they become."""
     average: Literal["logits", "probabilities"] = "logits"
 
-    def __init_subclass__(cls, plain: tuple[type[nn.Module], ...], **arguments: Any) -> None:
+    def __init_subclass__(cls, plain: tuple[type[nn.Module], ...] = (), **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        TwoHeads.kinds |= dict.fromkeys((*plain, cls), cls)
+        if plain:  # not what others derive, such as FSDP
+            TwoHeads.kinds |= dict.fromkeys((*plain, cls), cls)
 
     @staticmethod
     def refusal(model: nn.Module) -> str | None:

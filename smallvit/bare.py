@@ -8,12 +8,11 @@ from typing import Any
 
 import timm
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from smallvit import models, pretrained, trained
+from smallvit.inherit import PLUGINS
 from smallvit.trained import Card
-
-PLUGINS = ("spt", "lsa", "dist_token")
 
 
 def identified(card: Card, spec: dict[str, Any]) -> Card:
@@ -25,13 +24,13 @@ def identified(card: Card, spec: dict[str, Any]) -> Card:
     """
     if card.spec is not None:
         return card
-    shapes = trained.shapes(card.path)
+    shapes, sizes = trained.shapes(card.path), trained.sizes(card.path, spec["patch_size"])
     misfits = []
-    for candidate in _candidates(spec):
+    for candidate in _candidates(spec | sizes):
         model = models.create_model(**candidate)
         state = model.state_dict()
         if not (odd := sorted(state.keys() ^ shapes.keys())):
-            return replace(card, spec=candidate | _sizes(model, state, shapes, candidate))
+            return replace(card, spec=candidate | _classes(model, shapes))
         misfits.append((len(odd), odd[0], odd[0] in state))
     if timm.is_model(spec["arch"]):
         return pretrained.of_file(card, spec["arch"])
@@ -50,7 +49,10 @@ def load(card: Card) -> nn.Module:
     try:
         model.load_state_dict(load_file(card.path))
     except RuntimeError as error:
-        raise card.error(f"does not fit --arch {card.spec['arch']} ({str(error).splitlines()[-1].strip()})") from None
+        raise card.error(
+            f"does not fit --arch {card.spec['arch']} ({str(error).splitlines()[-1].strip()}); give --arch, "
+            "--img-size and --patch-size as they were"
+        ) from None
     return model
 
 
@@ -60,21 +62,7 @@ def _candidates(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield spec | dict.fromkeys(PLUGINS, False)
 
 
-def _sizes(
-    model: nn.Module, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], spec: dict[str, Any]
-) -> dict[str, int]:
-    """Image size and number of classes, by the tensors that depend on them: position embeddings and heads."""
-    head = next((name for name in models.head_names(model) if name.endswith("weight")), None)
-    found = {"num_classes": shapes[head][0]} if head else {}
-    for name, value in state.items():
-        if name.endswith("pos_embed") and shapes[name] != tuple(value.shape):
-            ratio = _tokens(shapes[name], model) / _tokens(tuple(value.shape), model)
-            found["img_size"] = round(spec["img_size"] * ratio**0.5)
-    return found
-
-
-def _tokens(shape: tuple[int, ...], model: nn.Module) -> int:
-    """Places for an image's tokens in a position embedding: (1, n, c), (1, i, j, c) or (1, c, i, j)."""
-    if len(shape) == 3:
-        return shape[1] - (model.pos_embed.shape[1] - model.patch_embed.num_patches)
-    return shape[1] * shape[2] if shape[1] == shape[2] else shape[2] * shape[3]
+def _classes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many there are, by the head."""
+    head = next((name for name in models.head_names(model) if len(shapes[name]) == 2), None)
+    return {"num_classes": shapes[head][0]} if head else {}

@@ -22,9 +22,7 @@ from smallvit.distributed import spread_like, whole
 from smallvit.errors import InputError, first_line
 from smallvit.files import replacing
 from smallvit.models import create_model
-from smallvit.trained import ENTRY
-
-FORMAT = 1
+from smallvit.trained import ENTRY, FORMAT
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

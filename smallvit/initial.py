@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smallvit import bare, models, trained
 from smallvit.datasets.images import ImageDataset
 from smallvit.errors import InputError, first_line
+from smallvit.inherit import PLUGINS
+from smallvit.options import DataConfig
 from smallvit.plugins import set_input_size
 from smallvit.trained import Card
 
@@ -21,26 +23,27 @@ BACKBONE = "backbone"
 """What `--freeze` calls all but the heads."""
 
 
-def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDataset) -> str:
+def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDataset, config: DataConfig) -> str:
     """Give a model, made from `spec`, the weights that `name` stands for; returns what was done, in words.
 
     Position embeddings and tables of relative positions are interpolated for the model's image size; plugins that the
     weights have not begin as `spec` says, and heads as they are where the classes are others.
 
     Raises:
-        InputError: the weights are another model's, or take other images.
+        InputError: the weights are another model's, take other images, or may have learnt the test's.
     """
     card = bare.identified(trained.card(name, "--init"), spec)
     own = card.spec
     if own["in_chans"] != spec["in_chans"]:
         raise card.error(f"takes images of {own['in_chans']} channels, {dataset.name} has {spec['in_chans']}")
+    trained.require_same_test(card, dataset, config)
     source = trained.load(card) if card.class_names or card.tagged else bare.load(card)
     notes = [own["arch"]]
     if own["img_size"] != spec["img_size"]:
         _resize(source, model, spec["img_size"], card)
         notes.append(f"from {own['img_size']} to {spec['img_size']} pixels")
     models.equip(source, spec["arch"], **{each: spec[each] for each in models.EQUIPMENT})
-    notes += [f"{plugin} added" for plugin in bare.PLUGINS if spec[plugin] and not own.get(plugin)]
+    notes += [f"{plugin} added" for plugin in PLUGINS if spec[plugin] and not own.get(plugin)]
     heads = models.head_names(model)
     if _same_classes(card, own, dataset):
         heads = {each for each in heads if each not in source.state_dict()}

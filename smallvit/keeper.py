@@ -42,7 +42,8 @@ class Keeper:
 
     def __init__(self, run: Run, setup: Setup, signals: Signals, display: TrainingProgress) -> None:
         self.run, self.setup, self.signals, self.display = run, setup, signals, display
-        self.state = RunState(images=setup.dataset.fingerprint)
+        teacher = None if setup.teacher is None else setup.teacher.fingerprint
+        self.state = RunState(images=setup.dataset.fingerprint, teacher=teacher)
         """How far the run has come."""
         self.losses = torch.zeros(len(setup.batches), device=setup.device)
         self.best: dict[str, Tensor] | None = None  # weights better than those in the last checkpoint
@@ -88,6 +89,9 @@ class Keeper:
         if saved.get("images") != self.state.images:
             data = setup.config.data.data
             raise InputError(f"--resume {self.run.folder}: the images in {data} are not those it began with")
+        if saved.get("teacher") != self.state.teacher:
+            teacher = setup.config.distill.teacher
+            raise InputError(f"--resume {self.run.folder}: the teacher {teacher} is not the one it began with")
         try:
             self.state = RunState(**saved)
             self.state.require_sense(setup.config.optim.epochs, len(self.losses))

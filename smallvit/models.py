@@ -140,6 +140,8 @@ def equip(
             patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
     except UnsupportedModelError as error:
         raise InputError(f"--arch {arch}: {error}") from None
+    if dist_average != "logits" and not dist_token:
+        raise InputError(f"--dist-average {dist_average} is of no use without --dist-token, or --distill token")
     try:
         if dist_token:
             add_distillation_token(model, dist_average)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from smallvit import trained
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.files import partial_name
@@ -36,19 +37,19 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
     """
     if is_follower():
         return Run(Path(), config, new=False)
-    config = config.replace(data=_absolute(config.data.data))
+    own = {name: path and trained.absolute(path) for name, path in _weights(config).items()}
+    config = config.replace(data=_absolute(config.data.data), **own)
     if config.run.resume is not None:
         return _resume(Path(os.path.expanduser(config.run.resume)), config, given)
-    config = inherited(config)
     if _is_restartable() and (config.run.out is None or config.run.overwrite):
         raise InputError(
             "torchrun --max-restarts: give --out DIR, without --overwrite: a restart goes on with the run there"
         )
     if config.run.out is None:
-        return _create_numbered(config)
+        return _create_numbered(inherited(config, given))
     folder = Path(os.path.expanduser(config.run.out))
     if not os.path.isdir(folder) or _is_empty(folder):
-        return _create(folder, config)
+        return _create(folder, inherited(config, given))
     try:
         _read_config(folder)
     except (OSError, ValueError):
@@ -57,9 +58,17 @@ def open_run(config: Config, given: Collection[str] | None = None) -> Run:
         return _resume(folder, config, given, PATIENCE)
     if not config.run.overwrite:
         raise _taken(folder)
-    run = Run(folder, config, new=False, replaces=True)
+    for name, path in _weights(config).items():
+        if path is not None and Path(path).is_relative_to(os.path.realpath(folder)):
+            raise InputError(f"--{name} {path}: would be replaced by --out {folder} --overwrite; choose another --out")
+    run = Run(folder, inherited(config, given), new=False, replaces=True)
     run.lock()
     return run
+
+
+def _weights(config: Config) -> dict[str, str | None]:
+    """The trained weights that a run needs."""
+    return {"init": config.init.init, "teacher": config.distill.teacher}
 
 
 def _is_restartable() -> bool:

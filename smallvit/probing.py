@@ -160,7 +160,7 @@ def _require_fit(card: Card, config: Config, dataset: datasets.ImageDataset) -> 
     takes, has = card.spec["in_chans"], dataset.in_chans
     if takes != has:
         raise card.error(f"the model takes images of {takes} channels, those of {dataset.name} have {has}")
-    trained.require_same_split(card, dataset.source, config.options())
+    trained.require_same_test(card, dataset, config.data)
 
 
 def _require_sound(card: Card, splits: dict[str, Features]) -> None:

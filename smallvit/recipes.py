@@ -64,7 +64,7 @@ def paper(**options: Any) -> dict[str, Any]:
         "batch_size": 128,
         "loss": "ce",
         "opt": "adamw",
-        "lr": 3e-3 if options.get("arch", "vit") in ("vit", "t2t") else 1e-3,
+        "lr": 3e-3 if (options.get("arch") or "vit") in ("vit", "t2t") else 1e-3,
         "sched": "cosine",
         "min_lr": 1e-6,
         "warmup": 0.1,
@@ -261,7 +261,7 @@ def cnn(**options: Any) -> dict[str, Any]:
 
 def _baseline(options: dict[str, Any]) -> dict[str, str]:
     """The architecture of recipes for CNNs, where none is given."""
-    return {} if "arch" in options else {"arch": "resnet56"}
+    return {} if options.get("arch") or options.get("init") else {"arch": "resnet56"}
 
 
 @recipe

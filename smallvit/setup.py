@@ -25,6 +25,7 @@ from smallvit import (
     objectives,
     optim,
     teachers,
+    trained,
 )
 from smallvit.config import Config
 from smallvit.datasets.augment import Augment
@@ -132,6 +133,7 @@ class Setup:
     def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """What a weights file says about itself."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
+        data["test"] = trained.held_out(self.dataset, self.config.data)
         return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
 
     def announce(self, console: Console) -> None:
@@ -161,7 +163,7 @@ def prepare(config: Config, world: World = World(), *, begins: bool = True) -> S
     Raises:
         InputError: something that the configuration names is not there or does not fit.
     """
-    config = regularised(config if config.model.arch is not None else inherited(config))
+    config = regularised(config if config.model.arch is not None else inherited(config))  # for a direct call
     device = world.device(hardware.pick_device(config.compute.device))
 
     if not world.main:  # the main process downloads, decodes, checks and decides before the others begin
@@ -174,7 +176,7 @@ def prepare(config: Config, world: World = World(), *, begins: bool = True) -> S
     torch.manual_seed(config.run.seed)  # the initial weights
     model = models.create_model(**spec)
     origin = config.init.init
-    notes = [initial.begin(model, spec, origin, dataset)] if origin is not None and begins else []
+    notes = [initial.begin(model, spec, origin, dataset, config.data)] if origin is not None and begins else []
     macs = count_macs(model, dataset.in_chans, dataset.img_size)
     _require_images(config, batches, model, world)
     dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
@@ -247,6 +249,7 @@ def _spec(config: Config, dataset: datasets.ImageDataset) -> dict[str, Any]:
         "img_size": dataset.img_size,
         "in_chans": dataset.in_chans,
         "num_classes": len(dataset.class_names),
+        "dist_token": model.dist_token or config.distill.distill == "token",
         "patch_size": model.patch_size or models.patch_for(model.arch, dataset.img_size, fit=model.fit),
     }
 

@@ -13,6 +13,8 @@ class RunState:
 
     images: str
     """Fingerprint of the data set."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights."""
     epoch: int = 0
     """Epochs completed."""
     step: int = 0

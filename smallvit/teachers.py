@@ -8,8 +8,9 @@ Axes: b batch, c channels, h w image, k classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from smallvit.config import Config
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.memory import free_memory
 from smallvit.errors import InputError
-from smallvit.hardware import autocast
+from smallvit.hardware import autocast, pick_dtype
 from smallvit.options import DistillConfig
 from smallvit.plugins import set_fused_attention
-from smallvit.precision import sound_dtype
 from smallvit.profile import count_parameters
 from smallvit.trained import Card
 
@@ -51,6 +51,8 @@ class Teacher:
     dtype: torch.dtype
     memory: dict[tuple[int, ...], Tensor] | None
     """Answers by place, where views come again."""
+    fingerprint: str
+    """Of the weights: a student is resumed with the teacher that it began with."""
 
     def __call__(self, images: Float[Tensor, "b c h w"], place: tuple[int, ...] = ()) -> Float[Tensor, "b k"]:
         """Logits for the student's images; `place` tells views apart, where they come again."""
@@ -94,15 +96,15 @@ def engage(config: Config, dataset: ImageDataset, device: torch.device, how: str
     _require_memory(distill.teacher_views, views, len(dataset.class_names))
     model = trained.load(card)
     parameters = count_parameters(model)
-    size, channels = card.spec["img_size"], dataset.in_chans
-    dtype = sound_dtype(device, config.compute.amp, model, channels, size)
+    size = card.spec["img_size"]
+    dtype = pick_dtype(device, config.compute.amp)
     set_fused_attention(model, device.type, dtype)
     model.requires_grad_(False).to(device)
     if is_convolutional(model):
         model.to(memory_format=torch.channels_last)
     mean, std = dataset.statistics(device)
     own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in (card.mean, card.std))
-    return Teacher(
+    teacher = Teacher(
         card=card,
         forward=compiling.compiled(model, how),
         parameters=parameters,
@@ -112,7 +114,20 @@ def engage(config: Config, dataset: ImageDataset, device: torch.device, how: str
         order=None if order == list(range(len(order))) else torch.tensor(order, device=device),
         dtype=dtype,
         memory={} if distill.teacher_views else None,
+        fingerprint=_fingerprint(card),
     )
+    grey = torch.zeros(2, dataset.in_chans, dataset.img_size, dataset.img_size, device=device)
+    if not replace(teacher, forward=model, memory=None)(grey).isfinite().all():
+        raise card.error("its answers are not finite: these weights are of no use")
+    return teacher
+
+
+def _fingerprint(card: Card) -> str:
+    """Changes when the weights do."""
+    if card.path is None:
+        return str(card.tagged)
+    with open(card.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_fit(card: Card, config: Config, dataset: ImageDataset) -> list[int]:
@@ -121,7 +136,7 @@ def _require_fit(card: Card, config: Config, dataset: ImageDataset) -> list[int]
         raise card.error("its file does not say which model it holds; give a run's folder or weights")
     if card.spec["in_chans"] != dataset.in_chans:
         raise card.error(f"takes images of {card.spec['in_chans']} channels, {dataset.name} has {dataset.in_chans}")
-    trained.require_same_split(card, dataset.source, config.options())
+    trained.require_same_test(card, dataset, config.data)
     classes = card.class_names or ()
     if set(classes) != set(dataset.class_names):
         raise card.error(

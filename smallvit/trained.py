@@ -7,28 +7,36 @@ themselves is read without torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallvit.errors import InputError
 from smallvit.options import flag
-from smallvit.runs import Run, read_options
+from smallvit.runs import Run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-ENTRY = "smallvit"
-"""Of a file's metadata, where smallvit wrote it."""
+    from smallvit.datasets.images import ImageDataset
+    from smallvit.options import DataConfig
+
+ENTRY, FORMAT = "smallvit", 2
+"""Of a file's metadata, where smallvit wrote it; and the version of their form."""
 SUFFIX = ".safetensors"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz")
 PRETRAINED = ":pretrained"
 """What may stand behind the name of a timm model."""
 LONGEST_HEADER = 10**8
 """Bytes; safetensors' own limit."""
+PATCHES = ("patch_embed.proj.weight", "patch_embed.conv.weight")
+POSITIONS = ("pos_embed", "patch_embed.pos_embed")
+"""Names of the convolution that cuts patches, and of position embeddings."""
 SPLIT = ("split_seed", "test_fraction")
 """Options that decide which images are the test, where the data brings none."""
 
@@ -52,8 +60,8 @@ class Card:
     """Name of the data set that was learnt."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    options: dict[str, Any] | None = None
-    """The options of the run, where the name is a run's folder."""
+    test: dict[str, Any] | None = None
+    """What `held_out` says of the data that was learnt."""
 
     def error(self, message: str) -> InputError:
         """An error that names the option and the weights."""
@@ -129,7 +137,10 @@ def header(path: Path) -> dict[str, Any]:
             raise ValueError("it has no header")
         found = json.loads(file.read(length))
     try:
-        end = max((entry["data_offsets"][1] for name, entry in found.items() if name != "__metadata__"), default=0)
+        entries = [entry for name, entry in found.items() if name != "__metadata__"]
+        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        if not all(type(side) is int for entry in entries for side in entry["shape"]):
+            raise TypeError
         complete = 8 + length + end == size
     except (AttributeError, KeyError, IndexError, TypeError):
         raise ValueError("its header is of another form") from None
@@ -147,39 +158,63 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in header(path).items() if name != "__metadata__"}
 
 
-def require_same_split(card: Card, source: str, options: dict[str, Any]) -> None:
-    """Check that a run that learnt from the same data has held out the same images for the test.
+def sizes(path: Path, patch_size: int | None) -> dict[str, int]:
+    """Channels, patch and image size in pixels, as far as a weights file's tensors tell.
 
-    `source` is the data's, as `ImageDataset` has it; `options` say how it is split now.
+    Position embeddings may be (1, n, c), with up to two tokens that are none of the image's, (1, i, j, c) or
+    (1, c, i, j). `patch_size` is what they are multiplied by where the file does not say.
+
+    Raises:
+        OSError, ValueError: as `header` does.
+    """
+    found = shapes(path)
+    kernel = next((found[name] for name in PATCHES if len(found.get(name, ())) == 4), None)
+    known = {"in_chans": kernel[1], "patch_size": kernel[-1]} if kernel else {}
+    patch = known.get("patch_size", patch_size)
+    side = _side(next((found[name] for name in POSITIONS if name in found), ()))
+    return known | ({"img_size": side * patch} if side and patch else {})
+
+
+def _side(positions: tuple[int, ...]) -> int:
+    """Tokens along an image's side; 0 where that cannot be told."""
+    if len(positions) == 4:
+        return positions[1] if positions[1] == positions[2] else positions[3]
+    counts = range(positions[1], max(0, positions[1] - 3), -1) if len(positions) == 3 else ()
+    return next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), 0)
+
+
+def held_out(dataset: ImageDataset, config: DataConfig) -> dict[str, Any] | None:
+    """What tells which images of which data are the test, where the data brings none."""
+    if not dataset.drew_test:
+        return None
+    source = hashlib.sha256(dataset.source.encode()).hexdigest()[:16]  # no path in a file that may be shared
+    return {"source": source, **{name: getattr(config, name) for name in SPLIT}}
+
+
+def require_same_test(card: Card, dataset: ImageDataset, config: DataConfig) -> None:
+    """Check that a model that learnt from the same data has held out the same images for the test.
 
     Raises:
         InputError: it may have learnt images of the test.
     """
-    theirs = card.options or {}
-    if theirs.get("data") != source:
+    now, then = held_out(dataset, config), card.test
+    if now is None or then is None or now["source"] != then["source"]:
         return
     for name in SPLIT:
-        if name in theirs and theirs[name] != options[name]:
+        if now[name] != then[name]:
             raise card.error(
-                f"it was trained with {flag(name)} {theirs[name]}, so images of the test may be among those that it "
-                f"learnt; give the same here ({flag(name)} {theirs[name]})"
+                f"it was trained with {flag(name)} {then[name]}, so images of the test may be among those that it "
+                f"learnt; give the same here ({flag(name)} {then[name]})"
             )
 
 
 def _run_card(name: str, option: str, folder: Path) -> Card:
     bare = Card(name=name, option=option, path=folder / Run.BEST)
-    options = None
-    if os.path.exists(folder / Run.CONFIG):
-        try:
-            options = read_options(folder / Run.CONFIG)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise bare.error(f"its {Run.CONFIG} cannot be used ({reason})") from None
     if not os.path.exists(bare.path):
-        if options is None:
-            raise bare.error(f"not the folder of a run: it holds neither {Run.CONFIG} nor {Run.BEST}")
-        raise bare.error(f"this run has not finished its first epoch: there is no {Run.BEST} yet")
-    return _described(bare, options)
+        if os.path.exists(folder / Run.CONFIG):
+            raise bare.error(f"this run has not finished its first epoch: there is no {Run.BEST} yet")
+        raise bare.error(f"not the folder of a run: it holds neither {Run.CONFIG} nor {Run.BEST}")
+    return _described(bare)
 
 
 def _file_card(name: str, option: str, path: Path) -> Card:
@@ -188,10 +223,10 @@ def _file_card(name: str, option: str, path: Path) -> Card:
         raise bare.error("no such file or folder")
     if path.suffix != SUFFIX:
         raise bare.error(f"only {SUFFIX} files are read, since others may run code; convert it where you trust it")
-    return _described(bare, None)
+    return _described(bare)
 
 
-def _described(bare: Card, options: dict[str, Any] | None) -> Card:
+def _described(bare: Card) -> Card:
     """The card of a file, with what its metadata say; nothing, where another program wrote it."""
     try:
         entry = (header(bare.path).get("__metadata__") or {}).get(ENTRY)
@@ -202,17 +237,23 @@ def _described(bare: Card, options: dict[str, Any] | None) -> Card:
         return bare
     try:
         metadata = json.loads(entry)
+        if metadata["format"] != FORMAT:
+            raise ValueError
         model, data = metadata["model"], metadata["data"]
-        known = {"class_names": data["class_names"], "mean": data["mean"], "std": data["std"]}
         spec = model | {name: int(model[name]) for name in ("img_size", "in_chans", "num_classes")}
-        return Card(
-            name=bare.name,
-            option=bare.option,
-            path=bare.path,
+        mean, std = (tuple(map(float, data[name])) for name in ("mean", "std"))
+        if not len(mean) == len(std) == spec["in_chans"] or not all(0 < each < math.inf for each in std):
+            raise ValueError
+        return replace(
+            bare,
             spec=spec | {"arch": str(model["arch"])},
-            data=data["name"],
-            options=options,
-            **{name: tuple(values) for name, values in known.items()},
+            class_names=tuple(map(str, data["class_names"])),
+            data=str(data["name"]),
+            mean=mean,
+            std=std,
+            test=data.get("test"),
         )
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise bare.error(f"{bare.path.name} does not describe a model; it may be another version's") from None
+    except (KeyError, TypeError, ValueError, RecursionError, AttributeError):
+        raise bare.error(
+            f"{bare.path.name} does not describe a model in format {FORMAT}; it may be another version's"
+        ) from None

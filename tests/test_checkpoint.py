@@ -65,11 +65,11 @@ def rewrite(path: Path, entry: str) -> None:
         (lambda path: save_file({"x": torch.zeros(1)}, path), "not a smallvit checkpoint"),
         (lambda path: rewrite(path, "{"), "damaged"),
         (lambda path: rewrite(path, "[]"), "format"),
-        (lambda path: rewrite(path, json.dumps({"format": 2})), "format"),
-        (lambda path: rewrite(path, json.dumps({"format": 1})), "do not fit"),
-        (lambda path: rewrite(path, json.dumps({"format": 1, "model": SPEC | {"no": 1}, "data": DATA})), "do not fit"),
-        (lambda path: rewrite(path, json.dumps({"format": 1, "model": SPEC | {"lsa": False}, "data": DATA})), "fit"),
-        (lambda path: rewrite(path, json.dumps({"format": 1, "model": SPEC | {"arch": "os.system"}})), "no such arch"),
+        (lambda path: rewrite(path, json.dumps({"format": 3})), "format"),
+        (lambda path: rewrite(path, json.dumps({"format": 2})), "do not fit"),
+        (lambda path: rewrite(path, json.dumps({"format": 2, "model": SPEC | {"no": 1}, "data": DATA})), "do not fit"),
+        (lambda path: rewrite(path, json.dumps({"format": 2, "model": SPEC | {"lsa": False}, "data": DATA})), "fit"),
+        (lambda path: rewrite(path, json.dumps({"format": 2, "model": SPEC | {"arch": "os.system"}})), "no such arch"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(saved: tuple[Path, torch.nn.Module], spoil, message: str) -> None:

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import smallvit
-from smallvit import InputError, checkpoint, pretrained, trained
+from smallvit import InputError, checkpoint, datasets, pretrained, trained
+from smallvit.options import DataConfig
 from smallvit.runs import Run
 
 SPEC = {"arch": "vit", "img_size": 8, "in_chans": 3, "num_classes": 2, "patch_size": 2, "spt": True, "lsa": True}
@@ -56,17 +57,17 @@ def same_weights(one: torch.nn.Module, other: dict[str, torch.Tensor]) -> bool:
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in other)
 
 
-def test_a_run_says_what_it_holds_and_how_it_was_trained(run: Path) -> None:
+def test_a_run_says_what_it_holds(run: Path) -> None:
     card = trained.card(str(run), "--init")
     assert (card.name, card.path, card.spec) == (str(run), run / "best.safetensors", SPEC)
     assert (card.class_names, card.data) == (("a", "b"), "x")
     assert (card.mean, card.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert card.options["epochs"] == 7
+    assert card.test is None
 
 
-def test_a_weights_file_says_the_same_but_for_the_options(run: Path) -> None:
+def test_a_weights_file_says_the_same_as_its_folder(run: Path) -> None:
     folder, file = (trained.card(str(path), "--init") for path in (run, run / "best.safetensors"))
-    assert replace(folder, name=file.name, options=None) == file
+    assert replace(folder, name=file.name) == file
 
 
 def test_the_model_comes_as_it_was_saved(run: Path) -> None:
@@ -93,7 +94,7 @@ def test_the_header_is_the_one_that_safetensors_reads(run: Path) -> None:
 def test_another_programs_file_does_not_say_what_it_is_of(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2, 3)}, tmp_path / "plain.safetensors")
     card = trained.card(str(tmp_path / "plain.safetensors"), "--init")
-    assert (card.spec, card.class_names, card.data, card.mean, card.options) == (None,) * 5
+    assert (card.spec, card.class_names, card.data, card.mean, card.test) == (None,) * 5
     assert "does not say what model it holds" in refused(tmp_path / "plain.safetensors")
 
 
@@ -131,7 +132,7 @@ def test_damaged_files_get_one_line(run: Path, case: str) -> None:
         "{}",
         '{"model": 1, "data": 2}',
         json.dumps({"model": SPEC, "data": {"name": "x"}}),
-        json.dumps({"format": 1, "model": SPEC | {"img_size": "large"}, "data": DATA}),
+        json.dumps({"format": 2, "model": SPEC | {"img_size": "large"}, "data": DATA}),
     ],
 )
 def test_metadata_of_another_form_get_one_line(run: Path, entry: str) -> None:
@@ -141,7 +142,7 @@ def test_metadata_of_another_form_get_one_line(run: Path, entry: str) -> None:
 
 def test_weights_that_do_not_fit_their_metadata_get_one_line(run: Path) -> None:
     save_file(
-        {"x": torch.zeros(1)}, run / Run.BEST, {"smallvit": json.dumps({"format": 1, "model": SPEC, "data": DATA})}
+        {"x": torch.zeros(1)}, run / Run.BEST, {"smallvit": json.dumps({"format": 2, "model": SPEC, "data": DATA})}
     )
     assert "do not fit" in refused(run)
 
@@ -149,8 +150,6 @@ def test_weights_that_do_not_fit_their_metadata_get_one_line(run: Path) -> None:
 def test_a_folder_that_is_no_run_and_a_run_without_weights_are_told_apart(run: Path) -> None:
     (run / Run.BEST).unlink()
     assert "has not finished its first epoch" in refused(run)
-    (run / Run.CONFIG).write_text("{")
-    assert "its config.json cannot be used" in refused(run)
     (run / Run.CONFIG).unlink()
     assert "not the folder of a run" in refused(run)
 
@@ -264,14 +263,16 @@ def test_what_a_head_leaves_unpooled_is_averaged() -> None:
     torch.testing.assert_close(maps, images.flatten()[:40].reshape(2, 5, 4).mean(2))
 
 
-def test_a_test_split_that_a_run_may_have_learnt_from_is_refused(run: Path) -> None:
-    card = trained.card(str(run), "--teacher")
-    options = smallvit.Config().options()
-    trained.require_same_split(card, "digits", options)
-    trained.require_same_split(card, "cifar10", options | {"split_seed": 1})
-    for changed in ({"split_seed": 1}, {"test_fraction": 0.5}):
+def test_images_of_the_test_that_weights_may_have_learnt_are_refused() -> None:
+    dataset, config = datasets.load(DataConfig()), DataConfig()
+    card = trained.Card(name="x", option="--teacher", path=None, test=trained.held_out(dataset, config))
+    trained.require_same_test(card, dataset, config)
+    for changed in (DataConfig(split_seed=1), DataConfig(test_fraction=0.5)):
         with pytest.raises(InputError, match="images of the test may be among those that it learnt"):
-            trained.require_same_split(card, "digits", options | changed)
+            trained.require_same_test(card, dataset, changed)
+        trained.require_same_test(card, replace(dataset, source="others"), changed)
+        trained.require_same_test(card, replace(dataset, drew_test=False), changed)
+        trained.require_same_test(replace(card, test=None), dataset, changed)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -37,11 +37,14 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
     if own["in_chans"] != spec["in_chans"]:
         raise card.error(f"takes images of {own['in_chans']} channels, {dataset.name} has {spec['in_chans']}")
     trained.require_same_test(card, dataset, config)
-    source = trained.load(card) if card.class_names or card.tagged else bare.load(card)
+    source = trained.load(card)
     notes = [own["arch"]]
     if own["img_size"] != spec["img_size"]:
         _resize(source, model, spec["img_size"], card)
         notes.append(f"from {own['img_size']} to {spec['img_size']} pixels")
+    strides = [models.fitted_stride(each["arch"], each["img_size"], fit=each.get("fit", True)) for each in (own, spec)]
+    if strides[0] != strides[1]:
+        notes.append(f"stride {strides[0] or 'of its own'} becomes {strides[1] or 'its own'}, as fits the images")
     models.equip(source, spec["arch"], **{each: spec[each] for each in models.EQUIPMENT})
     notes += [f"{plugin} added" for plugin in PLUGINS if spec[plugin] and not own.get(plugin)]
     heads = models.head_names(model)

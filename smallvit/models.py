@@ -202,6 +202,12 @@ def describe_choice(arch: str, img_size: int, patch_size: int | None, *, fit: bo
     return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else stride)
 
 
+def fitted_stride(arch: str, img_size: int, *, fit: bool = True) -> int | None:
+    """The stride of one of timm's CNNs whose stem is made fit for images of this size; None where it is not."""
+    undone = _stem(arch, img_size) if fit else None
+    return undone and undone.stride
+
+
 def _published(
     arch: str, img_size: int, patch_size: int, drop_path: float | None, num_classes: int, in_chans: int
 ) -> nn.Module:

@@ -97,8 +97,10 @@ def load(card: Card) -> nn.Module:
         from smallvit import pretrained
 
         return pretrained.load(card)
-    from smallvit import checkpoint
+    from smallvit import bare, checkpoint
 
+    if card.class_names is None:
+        return bare.load(card)
     try:
         return checkpoint.load(card.path)
     except InputError as error:

@@ -101,11 +101,12 @@ def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two" / Run.SUMMARY).read_text())["processes"] == 2
 
 
-def test_two_processes_learn_from_a_teacher_as_one_does(alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_learn_from_a_teacher_as_one_does(alone: Path, tmp_path: Path, fsdp: bool) -> None:
     options = RICH | {"epochs": 6, "teacher": str(alone), "distill": "token", "teacher_views": 2, "init": str(alone)}
     options = {name: value for name, value in options.items() if name not in ("spt", "lsa", "plugin_init")}
     one = engine.train(Config.build(**options, out=str(tmp_path / "one"))).folder
-    finish(torchrun(tmp_path / "two", options))
+    finish(torchrun(tmp_path / "two", options | ({"fsdp": True} if fsdp else {})))
     assert_alike(tmp_path / "two", one)
 
 

@@ -7,7 +7,8 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # files of tests side by side: a thread for each, and for what they start
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,31 @@ def smallvit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which training is interrupted at the n-th display of a step or an epoch, checkpoints being due."""
+
+    @contextmanager
+    def at(calls: int) -> Iterator[None]:
+        from smallvit import keeper
+        from smallvit.progress import TrainingProgress
+
+        left = calls
+
+        def interrupt(*_: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper, "EPOCH_SECONDS", 0)
+            patch.setattr(keeper, "LOOK_SECONDS", 0)
+            patch.setattr(TrainingProgress, "step", interrupt)
+            patch.setattr(TrainingProgress, "epoch", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return at

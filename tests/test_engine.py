@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -112,24 +114,11 @@ def test_the_ablations_of_the_paper_reach_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("calls", [1, 3, 6])
 def test_resuming_after_an_interrupt_gives_the_same_bytes(
-    finished: engine.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+    finished: engine.Result, tmp_path: Path, interrupted: Callable[[int], AbstractContextManager[None]], calls: int
 ) -> None:
     """Interrupted in the n-th display of a step or an epoch: in mid-epoch, or between epoch and checkpoint."""
-    left = calls
-
-    def interrupt(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(keeper, "EPOCH_SECONDS", 0)
-        patch.setattr(keeper, "LOOK_SECONDS", 0)
-        patch.setattr(TrainingProgress, "step", interrupt)
-        patch.setattr(TrainingProgress, "epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "run")
+    with interrupted(calls):
+        train(tmp_path / "run")
     assert not (tmp_path / "run" / Run.SUMMARY).exists()
     result = engine.train(Config.build(resume=str(tmp_path / "run")))
     assert weights(result.folder) == weights(finished.folder)

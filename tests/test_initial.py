@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 import smallvit as package
-from smallvit import Config, checkpoint, engine, initial, keeper, models, trained
+from smallvit import Config, checkpoint, engine, initial, models, trained
 from smallvit.config import option_homes
 from smallvit.errors import InputError
 from smallvit.inherit import inherited
-from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
 from smallvit.setup import prepare
 
@@ -221,25 +221,14 @@ def test_patterns_freeze_what_they_name(runs: dict[str, Path], tmp_path: Path) -
 
 
 def test_an_interrupted_fine_tuning_goes_on_without_the_weights_it_began_with(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, interrupted: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(runs["plain"], source)
     options = {"init": str(source), "img_size": 12, "epochs": 3, "freeze": "patch_embed.*"}
     whole = train(tmp_path / "whole", **options)
-    left = 2
-
-    def interrupt(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(keeper, "EPOCH_SECONDS", 0)
-        patch.setattr(TrainingProgress, "epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "broken", **options)
+    with interrupted(5):
+        train(tmp_path / "broken", **options)
     shutil.rmtree(source)
     engine.train(Config.build(resume=str(tmp_path / "broken")))
     assert (tmp_path / "broken" / Run.LAST).read_bytes() == (whole / Run.LAST).read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, normalize, resize
 
 import smallvit as package
-from smallvit import Config, checkpoint, engine, keeper, teachers, trained
+from smallvit import Config, checkpoint, engine, teachers, trained
 from smallvit.engine import train_step
-from smallvit.progress import TrainingProgress
 from smallvit.runs import Run
 from smallvit.setup import prepare
 from smallvit.teachers import Teacher
@@ -174,24 +174,13 @@ def test_views_that_come_again_are_the_same_and_their_answers_right(cnn: Path) -
 
 @pytest.mark.parametrize("views", [0, 2])
 def test_resuming_a_student_gives_the_same_bytes(
-    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+    cnn: Path, tmp_path: Path, interrupted: Callable[[int], AbstractContextManager[None]], views: int
 ) -> None:
     """Answers that were remembered are asked for again, and are the same."""
     options = {"epochs": 4, "teacher_views": views, "distill": "soft"}
     whole = student(tmp_path / "whole", cnn, **options)
-    left = 3
-
-    def interrupt(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(keeper, "EPOCH_SECONDS", 0)
-        patch.setattr(TrainingProgress, "epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            student(tmp_path / "broken", cnn, **options)
+    with interrupted(13):
+        student(tmp_path / "broken", cnn, **options)
     resumed = engine.train(Config.build(resume=str(tmp_path / "broken")))
     assert (resumed.folder / Run.LAST).read_bytes() == (whole.folder / Run.LAST).read_bytes()
 

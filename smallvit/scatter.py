@@ -62,6 +62,8 @@ def _draw(axes: Axes, points: list[tuple[str, dict[str, Any]]], name: str) -> li
         drawn.append((record, at, wide))
     axes.set(xscale="log", xlabel=f"{PANELS[name]} (log scale)", ylabel="test top-1 (%)")
     axes.margins(0.2)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, -0.5), min(top, 100.5))  # of what an accuracy can be
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

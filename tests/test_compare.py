@@ -319,7 +319,7 @@ def test_rows_that_begin_with_trained_weights_see_the_same_images(mine: Path) ->
     assert fits.options["init"] == str(mine.resolve() / "vit-seed0")
     assert fits.options["img_size"] == 12
     fits.check()
-    with pytest.raises(InputError, match=rf"row cait,init={begun}: .* has --arch vit96, not cait"):
+    with pytest.raises(InputError, match=rf"row cait,init={begun}: .* has --arch vit96, not --arch cait"):
         contradicts.check()
 
 

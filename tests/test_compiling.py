@@ -149,8 +149,8 @@ def test_activations_that_are_computed_again_are_the_same(
     calls: list[str] = []
     original = engine.prepare
 
-    def prepare(*arguments: Any) -> Setup:
-        setup = original(*arguments)
+    def prepare(*arguments: Any, **options: Any) -> Setup:
+        setup = original(*arguments, **options)
         for layer in setup.model.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_pre_hook(lambda *_: calls.append(arch))

@@ -408,8 +408,8 @@ def with_a_hook(monkeypatch: pytest.MonkeyPatch, hook: Callable[..., None]) -> N
     """Have every forward pass of the model that is trained call this."""
     original = engine.prepare
 
-    def prepare(*arguments: Any) -> Setup:
-        setup = original(*arguments)
+    def prepare(*arguments: Any, **options: Any) -> Setup:
+        setup = original(*arguments, **options)
         setup.model.register_forward_hook(hook)
         return setup
 

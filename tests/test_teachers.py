@@ -270,7 +270,7 @@ def test_data_that_bring_their_own_test_may_be_split_anew(tmp_path: Path, image_
         shutil.copytree(image_folder, tmp_path / "data" / split)
     common = {"data": str(tmp_path / "data"), "epochs": 1, "train_fraction": 1.0}
     first = engine.train(Config.build(arch="resnet20", out=str(tmp_path / "a"), **TINY | common)).folder
-    student(tmp_path / "b", first, split_seed=1, **common)
+    assert student(tmp_path / "b", first, split_seed=1, **common).summary["epochs"] == 1
 
 
 ERRORS = {

@@ -10,7 +10,7 @@ import timm
 from safetensors.torch import load_file
 from torch import nn
 
-from smallvit import models, pretrained, trained
+from smallvit import headers, models, pretrained
 from smallvit.inherit import PLUGINS
 from smallvit.trained import Card
 
@@ -24,7 +24,7 @@ def identified(card: Card, spec: dict[str, Any]) -> Card:
     """
     if card.spec is not None:
         return card
-    shapes, sizes = trained.shapes(card.path), trained.sizes(card.path, spec["patch_size"])
+    shapes, sizes = headers.shapes(card.path), headers.sizes(card.path, spec["patch_size"])
     misfits = []
     for candidate in _candidates(spec | sizes):
         model = models.create_model(**candidate)
@@ -40,7 +40,7 @@ def identified(card: Card, spec: dict[str, Any]) -> Card:
 
 
 def load(card: Card) -> nn.Module:
-    """The model of an identified card, with its weights.
+    """The model of an identified card, with its weights, in evaluation mode.
 
     Raises:
         InputError: they do not fit.
@@ -53,7 +53,7 @@ def load(card: Card) -> nn.Module:
             f"does not fit --arch {card.spec['arch']} ({str(error).splitlines()[-1].strip()}); give --arch, "
             "--img-size and --patch-size as they were"
         ) from None
-    return model
+    return model.eval()
 
 
 def _candidates(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from smallvit import trained
+from smallvit import headers, trained
 from smallvit.config import Config
 from smallvit.options import ModelConfig, flag
 from smallvit.trained import Card
@@ -34,7 +34,7 @@ def inherited(config: Config, given: Collection[str] | None = None) -> Config:
     if card is None:
         return config if config.model.arch is not None else config.replace(arch=ARCH)
     if card.spec is None:  # of a bare file, tensors alone tell
-        sizes = trained.sizes(card.path, config.model.patch_size)
+        sizes = headers.sizes(card.path, config.model.patch_size)
         patch = config.model.patch_size or sizes.get("patch_size")
         size = config.data.img_size or sizes.get("img_size")
         return config.replace(arch=config.model.arch or ARCH, patch_size=patch, img_size=size)

@@ -21,6 +21,8 @@ PLACE = (
     *("compile", "grad_checkpointing", "fsdp", "checkpoint_minutes", "keep", "log", "profile"),
 )
 """Options that a resumed run takes over where they are given: how it is computed, kept and shown, and on what."""
+BY_INIT = ("arch", "plugin_init", "diagonal_until")
+"""Options that trained weights may have decided otherwise than they were given."""
 PATIENCE = 20.0
 """Seconds that a run which is started again waits for what is left of the one before."""
 MAY_DIFFER = (*PLACE, "out", "overwrite", "resume", "auto_resume")
@@ -143,7 +145,7 @@ def _resume(folder: Path, config: Config, given: Collection[str] | None, patienc
     old, new, defaults = stored.options(), config.options(), Config().options()
     on_purpose = given if given is not None else [name for name in new if new[name] != defaults[name]]
     for name in on_purpose:
-        decided = name == "streaming" and new[name] == "auto"
+        decided = (name == "streaming" and new[name] == "auto") or (name in BY_INIT and old["init"] is not None)
         if name not in MAY_DIFFER and new[name] != old[name] and not decided:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {new[name]}: the run in {folder} has {old[name]}, and goes on as it began")

@@ -17,8 +17,9 @@ from torch import nn
 
 from smallvit import models
 from smallvit.errors import InputError, first_line, nearest
+from smallvit.headers import shapes
 from smallvit.published import PUBLISHED
-from smallvit.trained import PRETRAINED, SUFFIX, Card, shapes
+from smallvit.trained import PRETRAINED, SUFFIX, Card
 
 IMAGENET = "imagenet-1k"
 """timm's name of the data set that is `imagenet` here."""

@@ -182,12 +182,12 @@ def prepare(config: Config, world: World = World(), *, begins: bool = True) -> S
     dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
     work = config.optim.epochs * batches.sampling.views // world.size
     how = compiling.decide(config.compute.compile, device, macs, work)
+    teacher = teachers.engage(config, dataset, device, how, batches.sampling.views // world.size)
+    parameters = count_parameters(model)
+    initial.freeze(model, config.init.frozen)
     if world.main:
         world.send({"streaming": streaming, "compile": how})
 
-    teacher = teachers.engage(config, dataset, device, how, len(batches) * batches.sampling.size // world.size)
-    parameters = count_parameters(model)
-    initial.freeze(model, config.init.frozen)
     set_distilled_training(model, enable=config.distill.distill == "token")
     set_fused_attention(model, device.type, dtype)
     model, average = _place(model, config, device, world)

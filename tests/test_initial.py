@@ -245,6 +245,15 @@ def test_the_command_of_the_documentation_fine_tunes(smallvit: Command, runs: di
     assert package.load(out)(torch.zeros(1, 1, 12, 12)).shape == (1, 10)
 
 
+def test_the_same_command_goes_on_after_a_restart(smallvit: Command, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Though --init decided otherwise what vit and the recipe's exact plugins are."""
+    again = ("--arch", "vit", "--spt", "--recipe", "finetune", "--epochs", 1, "--train-fraction", 0.3, "--auto-resume")
+    for _ in range(2):
+        code, shown, err = smallvit("train", "--init", runs["patched"], *again, "--out", tmp_path / "run")
+        assert (code, err) == (0, "")
+    assert "is finished already" in shown
+
+
 ERRORS: dict[str, tuple[Callable[[dict[str, Path]], list[object]], str]] = {
     "another architecture": (lambda r: ["--init", r["plain"], "--arch", "swin"], "has --arch vit96, not --arch swin"),
     "another patch": (lambda r: ["--init", r["plain"], "--patch-size", 4], "has --patch-size 2, not --patch-size 4"),

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import smallvit
-from smallvit import InputError, checkpoint, datasets, pretrained, trained
+from smallvit import InputError, checkpoint, datasets, headers, pretrained, trained
 from smallvit.options import DataConfig
 from smallvit.runs import Run
 
@@ -87,8 +87,8 @@ def test_the_header_is_the_one_that_safetensors_reads(run: Path) -> None:
     path = run / "best.safetensors"
     with safe_open(path, "pt") as file:
         expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        assert trained.header(path)["__metadata__"] == file.metadata()
-    assert trained.shapes(path) == expected
+        assert headers.header(path)["__metadata__"] == file.metadata()
+    assert headers.shapes(path) == expected
 
 
 def test_another_programs_file_does_not_say_what_it_is_of(tmp_path: Path) -> None:

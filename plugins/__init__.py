@@ -10,7 +10,7 @@ parameter names and everything else of timm stay as they are.
 
 from smallvit.plugins.describe import Change, Description, describe
 from smallvit.plugins.distillation import add_distillation_token, set_distilled_training
-from smallvit.plugins.locality import Locality, LocalitySelfAttention, set_fused_attention, set_openness
+from smallvit.plugins.locality import Locality, LocalitySelfAttention, set_fused_attention, set_openness, temperatures
 from smallvit.plugins.lsa import LSAConfig, locality_attention
 from smallvit.plugins.patching import UnsupportedModelError, patch, unpatch
 from smallvit.plugins.resize import set_input_size
@@ -36,5 +36,6 @@ __all__ = [
     "set_fused_attention",
     "set_input_size",
     "set_openness",
+    "temperatures",
     "unpatch",
 ]

@@ -244,6 +244,15 @@ def in_compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
+def temperatures(model: nn.Module) -> dict[str, Float[Tensor, " h"]]:
+    """The learnt temperatures of every patched layer, by the layer's name: one for each head, or one for the layer."""
+    return {
+        name: module.temperature.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, Locality) and module.temperature is not None
+    }
+
+
 def set_openness(model: nn.Module, openness: float) -> None:
     """How much a token's own weight counts, from 1 (plain attention) to 0 (LSA), in layers patched with init="exact".
 

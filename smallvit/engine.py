@@ -20,7 +20,7 @@ from smallvit.loggers import open_loggers
 from smallvit.opening import open_run
 from smallvit.optim import openness
 from smallvit.outcome import Result, show, summarise
-from smallvit.plugins import set_openness
+from smallvit.plugins import set_openness, temperatures
 from smallvit.progress import TrainingProgress
 from smallvit.report import plot_curves
 from smallvit.runs import Run
@@ -164,12 +164,14 @@ def judge(setup: Setup, keeper: Keeper) -> dict[str, Any]:
         state.best_epoch = state.epoch + 1
     if best and val is not None:
         state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
+    learnt = {name: distributed.whole(each).tolist() for name, each in temperatures(setup.judged).items()}
     figures = {
         "epoch": state.epoch + 1,
         "train_loss": train_loss,
         "val_loss": val and val["loss"],
         "val_top1": val and val["top1"],
         **({"val_top1_raw": raw["top1"]} if raw else {}),
+        **({"temperatures": learnt} if learnt else {}),
         "lr": setup.optimizer.param_groups[0]["lr"],
         "images_per_second": setup.batches.sampling.views / state.epoch_seconds,
         "seconds": keeper.seconds,

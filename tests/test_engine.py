@@ -62,6 +62,16 @@ def test_a_run_leaves_everything_that_is_promised(finished: engine.Result) -> No
     assert (finished.folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_metrics_hold_the_learnt_temperatures_of_every_epoch(finished: engine.Result) -> None:
+    lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    tensors, _ = checkpoint.load_weights(finished.folder / Run.LAST)
+    saved = {name.removesuffix(".temperature"): t for name, t in tensors.items() if name.endswith(".temperature")}
+    assert len(saved) == 6
+    assert lines[-1]["temperatures"] == {name: tensor.tolist() for name, tensor in saved.items()}
+    first = lines[0]["temperatures"]
+    assert any(first[name] != lines[-1]["temperatures"][name] for name in saved)
+
+
 def test_the_loaded_model_reproduces_the_reported_test_accuracy(finished: engine.Result) -> None:
     model = smallvit.load(finished.folder)
     assert not model.training

@@ -25,14 +25,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from smallvit import datasets, hardware, pretrained, trained
+from smallvit import datasets, hardware, trained
 from smallvit.config import Config
 from smallvit.datasets.loaders import evaluation_batches
 from smallvit.datasets.sampling import UNJUDGED
-from smallvit.errors import InputError, first_line
-from smallvit.plugins import set_fused_attention, set_input_size
-from smallvit.precision import sound_dtype
-from smallvit.setup import EVALUATION_BATCH
+from smallvit.errors import InputError
+from smallvit.evaluate import batch_size
+from smallvit.ready import described, prepared
 from smallvit.trained import Card
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -60,24 +59,16 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     Raises:
         InputError: there is no such model or data, or they do not fit each other.
     """
-    card = trained.card(name, "probe")
-    if card.spec is None:
-        if config.model.arch is None:
-            raise card.error("another program's file, which does not say what model it holds; give --arch")
-        card = pretrained.of_file(card, config.model.arch)
-    elif config.model.arch is not None:
-        raise InputError(f"--arch {config.model.arch}: {name} says itself what model it holds; leave --arch out")
-    device = hardware.pick_device(config.compute.device)
+    card = described(name, "probe", config.model.arch)
+    hardware.pick_device(config.compute.device)
     size = config.data.img_size or card.spec["img_size"]
     dataset = datasets.load(replace(config.data, img_size=size))
     _require_fit(card, config, dataset)
-    model = _resized(card, size)
-    dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, size)
-    set_fused_attention(model, device.type, dtype)
-    model.to(device)
+    answering = prepared(card, size, config.compute.device, config.compute.amp)
+    device, dtype = answering.device, answering.dtype
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        splits = extract(model, replace(dataset, mean=card.mean, std=card.std), device, dtype, bar)
+        splits = extract(answering.model, replace(dataset, mean=card.mean, std=card.std), device, dtype, bar)
         _require_sound(card, splits)
         judged = classify(splits, bar, balanced=config.data.balanced)
     return {
@@ -87,7 +78,7 @@ def probe(name: str, config: Config) -> dict[str, Any]:
         "features": splits["train"].values.shape[1],
         "images": {"val": 0} | {split: len(found) for split, found in splits.items()},
         "img_size": size,
-        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "precision": answering.precision,
         "hardware": hardware.describe_hardware(device),
         "versions": hardware.versions() | {"scikit-learn": sklearn.__version__},
         "git_revision": hardware.git_revision(),
@@ -98,10 +89,10 @@ def extract(
     model: nn.Module, dataset: datasets.ImageDataset, device: torch.device, dtype: torch.dtype, bar: Progress
 ) -> dict[str, Features]:
     """The features of the images of train, val (where there are any) and test, normalised as the data set says."""
-    batch_size, found = EVALUATION_BATCH["cpu" if device.type == "cpu" else "gpu"], {}
+    size, found = batch_size(device), {}
     for split in ("train", "val", "test"):
-        if count := -(-len(getattr(dataset, split)) // batch_size):
-            batches = evaluation_batches(dataset, split, device, batch_size)
+        if count := -(-len(getattr(dataset, split)) // size):
+            batches = evaluation_batches(dataset, split, device, size)
             found[split] = compute(model, bar.track(batches, count, description=f"features of {split}"), device, dtype)
     return found
 
@@ -169,18 +160,3 @@ def _require_sound(card: Card, splits: dict[str, Features]) -> None:
             raise InputError(f"none of the images of {split} can be decoded")
         if not np.isfinite(found.values).all():
             raise card.error("its features are not finite: these weights are of no use")
-
-
-def _resized(card: Card, size: int) -> nn.Module:
-    """The model, taking images of this size."""
-    model = trained.load(card)
-    if size == card.spec["img_size"]:
-        return model
-    try:
-        if hasattr(model, "pos_embed") or hasattr(model, "set_input_size"):  # convolutions take any
-            set_input_size(model, size)
-        with torch.inference_mode():
-            trained.features(model, torch.zeros(1, card.spec["in_chans"], size, size))
-    except Exception as error:  # whatever a thousand models raise at sizes not foreseen
-        raise InputError(f"--img-size {size}: {card.name} cannot take it ({first_line(error)})") from None
-    return model

@@ -35,16 +35,13 @@ from smallvit.datasets.sampling import share
 from smallvit.datasets.streaming import Files, StreamedBatches
 from smallvit.distributed import World
 from smallvit.errors import InputError
-from smallvit.evaluate import evaluate
+from smallvit.evaluate import batch_size, evaluate
 from smallvit.inherit import inherited
 from smallvit.plugins import describe, set_distilled_training, set_fused_attention
 from smallvit.precision import sound_dtype
 from smallvit.profile import count_macs, count_parameters
 from smallvit.regularise import regularised
 from smallvit.teachers import Teacher
-
-EVALUATION_BATCH = {"cpu": 128, "gpu": 1024}
-"""Images at once; on CPUs the cache decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +100,7 @@ class Setup:
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the images of val or test, as they are."""
-        size = EVALUATION_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
+        size = batch_size(self.device)
         return evaluation_batches(self.dataset, split, self.device, size, self.world.rank, self.world.size)
 
     @property

@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smallvit.compiling import is_convolutional
+from smallvit import evaluate
 from smallvit.hardware import autocast
-from smallvit.plugins import set_fused_attention
 from smallvit.precision import sound_dtype
-from smallvit.setup import EVALUATION_BATCH
+from smallvit.ready import settled
 
 ROUNDS = 9
 WARM_UP = 3
@@ -85,7 +84,7 @@ def measure(models: Sequence[nn.Module], device: torch.device, amp: Literal["aut
     sizes = [model.pretrained_cfg["input_size"] for model in models]
     sound = {sound_dtype(device, amp, model, *size[:2]) for model, size in zip(models, sizes, strict=True)}
     dtype = sound.pop() if len(sound) == 1 else torch.float32
-    batch_size = EVALUATION_BATCH["cpu" if device.type == "cpu" else "gpu"]
+    batch_size = evaluate.batch_size(device)
     pairs = [
         [_timed(model, size, batch, device, dtype) for batch in (batch_size, 1)]
         for model, size in zip(models, sizes, strict=True)
@@ -100,10 +99,7 @@ def measure(models: Sequence[nn.Module], device: torch.device, amp: Literal["aut
 
 def _timed(model: nn.Module, size: tuple[int, int, int], batch: int, device: torch.device, dtype: torch.dtype) -> Timed:
     """A model as the trainer judges it."""
-    set_fused_attention(model, device.type, dtype)
-    model.eval().to(device)
-    if is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
+    model = settled(model, device, dtype)
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device)
     return Timed(model, images, dtype, alone=batch == 1)
 

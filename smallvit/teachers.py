@@ -19,15 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smallvit import compiling, trained
-from smallvit.compiling import is_convolutional
 from smallvit.config import Config
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.memory import free_memory
 from smallvit.errors import InputError
 from smallvit.hardware import autocast, pick_dtype
 from smallvit.options import DistillConfig
-from smallvit.plugins import set_fused_attention
 from smallvit.profile import count_parameters
+from smallvit.ready import settled
 from smallvit.trained import Card
 
 KEPT = torch.float16
@@ -98,10 +97,7 @@ def engage(config: Config, dataset: ImageDataset, device: torch.device, how: str
     parameters = count_parameters(model)
     size = card.spec["img_size"]
     dtype = pick_dtype(device, config.compute.amp)
-    set_fused_attention(model, device.type, dtype)
-    model.requires_grad_(False).to(device)
-    if is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
+    model = settled(model.requires_grad_(False), device, dtype)
     mean, std = dataset.statistics(device)
     own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in (card.mean, card.std))
     teacher = Teacher(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallvit import rows
-from smallvit.cli.options import Parser, parse_options
+from smallvit.cli.options import Parser, options_parser, parsed
 from smallvit.config import Config, option_homes
 from smallvit.errors import InputError
 from smallvit.options import flag, require
@@ -33,6 +33,11 @@ FOR_RUNS = ("out", "device", "amp", "speed", "runs")
 """What serves for runs that are there."""
 
 
+def parser() -> Parser:
+    """The arguments."""
+    return options_parser("smallvit compare", DESCRIPTION, rows.COMMON, _own)
+
+
 def main(argv: list[str]) -> int:
     """Compare rows, training what is missing (1 if a training failed), or runs that are there."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> int:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         if argument.startswith("--") and name in option_homes() and name != "arch":
             rows.require_common(name)
-    given = parse_options(argv, "smallvit compare", DESCRIPTION, rows.COMMON, _own)
+    given = parsed(parser(), argv)
     command = shlex.join(["smallvit", "compare", *argv])
     return _runs(given, command) if given["runs"] else _rows(given, command)
 

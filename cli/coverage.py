@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,18 @@ if TYPE_CHECKING:
 DESCRIPTION = "Show which of timm's models SPT and LSA can patch, by patching every one of them."
 
 
-def main(argv: list[str]) -> int:
-    """Survey the models that fit the pattern and print a line for each, then the totals."""
-    parser = Parser(prog="smallvit coverage", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+def parser() -> Parser:
+    """The arguments."""
+    parser = Parser("smallvit coverage", DESCRIPTION)
     parser.add_argument("pattern", nargs="?", default="*", help="names of models, such as 'swin*' [all that attend]")
     parser.add_argument("--all", action="store_true", help="convolutional families too")
     parser.add_argument("--totals", action="store_true", help="only the totals of each family")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Survey the models that fit the pattern and print a line for each, then the totals."""
+    options = parser().parse_args(argv)
 
     from rich.console import Console
     from rich.progress import track

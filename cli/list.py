@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 DESCRIPTION = "List what has a name: data (data sets), aug (augmentation presets), recipes; and their values."
 
 
+def parser() -> Parser:
+    """The arguments."""
+    parser = Parser("smallvit list", DESCRIPTION)
+    parser.add_argument("what", metavar="WHAT", help=", ".join(TABLES))
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """Print one table."""
     from rich.console import Console
 
-    parser = Parser(prog="smallvit list", description=DESCRIPTION)
-    parser.add_argument("what", metavar="WHAT", help=", ".join(TABLES))
-    what = parser.parse_args(argv).what
+    what = parser().parse_args(argv).what
     if what not in TABLES:
         raise InputError(f"smallvit list {what}: expected one of {', '.join(TABLES)}{nearest(what, TABLES)}")
     Console().print(TABLES[what]())

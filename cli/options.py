@@ -10,8 +10,8 @@ import argparse
 import ast
 import inspect
 import os
-from collections.abc import Callable, Collection
-from dataclasses import fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -31,7 +31,24 @@ BEGINNINGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument is an InputError of one line."""
+    """argparse, but texts keep their lines, and a bad argument is an InputError of one line.
+
+    Raises:
+        InputError: an unknown flag (the nearest is named), a value of the wrong type, an argument that is missing.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        )
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(args)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = nearest(unknown[0].split("=")[0], flags)
+            raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {self.prog} --help")
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -44,17 +61,21 @@ def parse_options(
     only: Collection[str] | None = None,
     own: Callable[[Parser], None] | None = None,
 ) -> dict[str, Any]:
-    """The options that these arguments give, for `Config.build`: a recipe's or a file's values, and the flags.
+    """The options that arguments give to the parser that `options_parser` makes."""
+    return parsed(options_parser(prog, description, only, own), argv)
 
-    `only` names those that serve, or groups of them; by default all do. `own` adds arguments that are no options; their
-    values come among the others.
 
-    Raises:
-        InputError: an unknown flag or recipe (the nearest is named), a value of the wrong type, an unusable file.
+def options_parser(
+    prog: str,
+    description: str,
+    only: Collection[str] | None = None,
+    own: Callable[[Parser], None] | None = None,
+) -> Parser:
+    """A parser with a flag for every option of the configuration.
+
+    `only` names those that serve, or groups of them; by default all do. `own` adds arguments that are no options.
     """
-    parser = Parser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog, description)
     if own is not None:
         own(parser)
     beginnings = [name for name in BEGINNINGS if only is None or name in only]
@@ -66,24 +87,33 @@ def parse_options(
         either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
     for group, group_class in get_type_hints(Config).items():
         chosen = [o for o in fields(group_class) if only is None or group in only or o.name in only]
-        if not chosen:
-            continue
-        section = parser.add_argument_group(group, group_class.__doc__)
-        sentences, kinds = field_sentences(group_class), get_type_hints(group_class)
-        for option in chosen:
-            shown = "" if option.default in (None, False) else f" [{option.default}]"
-            section.add_argument(
-                _flag(option.name),
-                default=argparse.SUPPRESS,
-                help=(sentences[option.name] + shown).replace("%", "%%"),
-                **_value(kinds[option.name]),
-            )
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        hint = nearest(unknown[0].split("=")[0], flags)
-        raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {prog} --help")
-    return _begin(**vars(options))
+        if chosen:
+            _add_group(parser, group, group_class, chosen)
+    return parser
+
+
+def _add_group(parser: Parser, group: str, group_class: type, chosen: list[Field[Any]]) -> None:
+    section = parser.add_argument_group(group, group_class.__doc__)
+    sentences, kinds = field_sentences(group_class), get_type_hints(group_class)
+    for option in chosen:
+        shown = "" if option.default in (None, False) else f" [{option.default}]"
+        section.add_argument(
+            _flag(option.name),
+            default=argparse.SUPPRESS,
+            help=(sentences[option.name] + shown).replace("%", "%%"),
+            **_value(kinds[option.name]),
+        )
+
+
+def parsed(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """The options that arguments give, for `Config.build`: a recipe's or a file's values, and the flags.
+
+    The values of arguments that are no options come among the others.
+
+    Raises:
+        InputError: an unknown flag or recipe (the nearest is named), a value of the wrong type, an unusable file.
+    """
+    return _begin(**vars(parser.parse_args(argv)))
 
 
 def _begin(recipe: str | None = None, config: str | None = None, **flags: Any) -> dict[str, Any]:

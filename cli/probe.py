@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.options import Parser, new_file, parse_options
+from smallvit.cli.options import Parser, new_file, options_parser, parsed
 from smallvit.config import Config
 
 if TYPE_CHECKING:
@@ -23,9 +23,14 @@ files of other programs: the timm model, with or without a tag, that they hold.
 SERVES = ("arch", "data", "device", "amp", "out", "overwrite")
 
 
+def parser() -> Parser:
+    """The arguments."""
+    return options_parser("smallvit probe", DESCRIPTION, SERVES, _add_name)
+
+
 def main(argv: list[str]) -> int:
     """Probe the model, print a table, and write the figures to --out."""
-    options = parse_options(argv, "smallvit probe", DESCRIPTION, SERVES, own=_add_name)
+    options = parsed(parser(), argv)
     name, config = options.pop("name"), Config.build(**options)
     path = None if config.run.out is None else new_file(config.run.out, ".json", overwrite=config.run.overwrite)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smallvit.cli.options import new_file, parse_options
+from smallvit.cli.options import Parser, new_file, options_parser, parsed
 from smallvit.config import Config
 
 DESCRIPTION = """\
@@ -12,10 +12,17 @@ Write a picture of training images as the model sees them: in each row an image,
 """
 
 
+SERVES = ("recipe", "config", "data", "augment", "seed", "out", "overwrite")
+
+
+def parser() -> Parser:
+    """The arguments."""
+    return options_parser("smallvit show", DESCRIPTION, SERVES)
+
+
 def main(argv: list[str]) -> int:
     """Load the data, augment some of it, write the PNG (augmented.png, unless --out names another)."""
-    serve = ("recipe", "config", "data", "augment", "seed", "out", "overwrite")
-    config = Config.build(**parse_options(argv, "smallvit show", DESCRIPTION, serve))
+    config = Config.build(**parsed(parser(), argv))
     path = new_file(config.run.out or "augmented.png", ".png", overwrite=config.run.overwrite)
 
     from smallvit import sheet

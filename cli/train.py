@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from smallvit.cli.options import parse_options
+from smallvit.cli.options import Parser, options_parser, parsed
 from smallvit.config import Config
 from smallvit.opening import open_run
 
 DESCRIPTION = "Train a model and write its run folder (weights, metrics, curves, summary)."
 
 
+def parser() -> Parser:
+    """The arguments."""
+    return options_parser("smallvit train", DESCRIPTION)
+
+
 def main(argv: list[str]) -> int:
     """Parse the flags, train, and show where the results are."""
-    options = parse_options(argv, "smallvit train", DESCRIPTION)
+    options = parsed(parser(), argv)
     with open_run(Config.build(**options), given=options) as run:
         try:
             from smallvit import engine  # only now: help, bad flags and a new run's folder need no torch

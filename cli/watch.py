@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -15,14 +14,17 @@ Draw a run's loss, accuracy and learning rate in the terminal, anew after every 
 """
 
 
-def main(argv: list[str]) -> int:
-    """Watch the run, or print one frame of it where that is asked for or nothing can move."""
-    parser = Parser(
-        prog="smallvit watch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    """The arguments."""
+    parser = Parser("smallvit watch", DESCRIPTION)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--once", action="store_true", help="print the curves as they are, and exit")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Watch the run, or print one frame of it where that is asked for or nothing can move."""
+    options = parser().parse_args(argv)
 
     from rich.console import Console
 

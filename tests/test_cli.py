@@ -226,7 +226,7 @@ def test_coverage_tells_what_is_patched_and_why_not(smallvit: Command) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["resnet18"], "no model of timm's fits 'resnet18'"), (["--nonsense"], "unrecognized arguments: --nonsense")],
+    [(["resnet18"], "no model of timm's fits 'resnet18'"), (["--nonsense"], "unknown argument '--nonsense'")],
 )
 def test_coverage_refuses_what_it_does_not_know(smallvit: Command, arguments: list[str], message: str) -> None:
     code, out, err = smallvit("coverage", *arguments)

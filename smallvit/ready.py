@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from smallvit import hardware, pretrained, trained
@@ -126,6 +127,9 @@ def _resized(card: Card, size: int) -> nn.Module:
     model = trained.load(card)
     if size == card.spec["img_size"]:
         return model
+    embedding = getattr(model, "patch_embed", None)
+    if isinstance(embedding, PatchEmbed) and size % embedding.patch_size[0]:  # timm would cut off what is too much
+        raise InputError(f"--img-size {size}: {card.name} takes multiples of its patch size {embedding.patch_size[0]}")
     try:
         if hasattr(model, "pos_embed") or hasattr(model, "set_input_size"):  # convolutions take any
             set_input_size(model, size)

@@ -10,6 +10,7 @@ resume.safetensors   weights and optimiser state to go on from
 curves.png           loss, accuracy and learning rate over the epochs
 trace.json, profile.txt   where the time of a few steps goes, with --profile
 summary.json         the outcome; present when the run is finished
+eval/, attend/, export/, report.html   what the verbs of these names write
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -43,6 +45,7 @@ class Run:
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
     CURVES, TRACE, PROFILE = "curves.png", "trace.json", "profile.txt"
     RESULTS = (STATE, SUMMARY, METRICS, LAST, BEST, CURVES, TRACE, PROFILE)
+    EVAL, ATTEND, EXPORT, REPORT = "eval", "attend", "export", "report.html"
 
     def __init__(self, folder: Path, config: Config, *, new: bool, replaces: bool = False) -> None:
         self.folder, self.config = folder, config
@@ -146,10 +149,17 @@ class Run:
         if self._replaces:
             for file in (*(self / name for name in self.RESULTS), *self.epoch_files()):
                 file.unlink(missing_ok=True)
+            self._remove_what_judged_it()
             self._replaces = False
         self.config = config
         alone = {"out": None, "overwrite": False, "resume": None, "auto_resume": False}
         self.write_json(self.CONFIG, config.options() | alone)
+
+    def _remove_what_judged_it(self) -> None:
+        """What was said of weights that are no more; exports are weights of their own, and stay."""
+        for folder in (self.EVAL, self.ATTEND):
+            shutil.rmtree(self / folder, ignore_errors=True)
+        (self / self.REPORT).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the run."""

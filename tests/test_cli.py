@@ -98,7 +98,13 @@ def test_overwriting_replaces_a_run_only_once_the_input_has_proved_good(smallvit
     assert smallvit("train", *quick, "--overwrite", "--arch", "vti")[0] == 2
     assert Path("run/best.safetensors").read_bytes() == before
     assert smallvit("train", "--resume", "run")[0] == 0
+    for made in ("eval/test/metrics.json", "attend/overview.png", "export/model.onnx", "report.html"):
+        Path("run", made).parent.mkdir(parents=True, exist_ok=True)
+        Path("run", made).write_text("of the weights before")
     assert smallvit("train", *quick, "--overwrite", "--seed", 5)[0] == 0
+    left = {path.name for path in Path("run").iterdir()}
+    assert not {"eval", "attend", "report.html"} & left
+    assert Path("run/export/model.onnx").exists()
     assert json.loads(Path("run/config.json").read_text())["seed"] == 5
     assert Path("run/best.safetensors").read_bytes() != before
 

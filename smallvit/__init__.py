@@ -27,6 +27,7 @@ _HOMES = {
 }
 
 _ROOMS = (
+    "attention",
     "checkpoint",
     "config",
     "datasets",
@@ -38,6 +39,7 @@ _ROOMS = (
     "recipes",
     "registry",
     "report",
+    "rollout",
 )
 
 __all__ = ["__version__", *_HOMES]

@@ -1,0 +1,280 @@
+"""Rollout and relevance: against loops over tokens, one by one, and attention computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import smallvit
+from smallvit.attention import AttentionMap, record
+from smallvit.errors import InputError
+from smallvit.models import create_model
+from smallvit.rollout import relevance, rollout
+
+from .plugins.naive import join, linear, probabilities, split, temperature
+from .plugins.zoo import build, images, shaken
+
+Token = tuple[str, int] | tuple[int, int]
+
+
+def ours(arch: str, patch_size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(create_model(arch, img_size=16, patch_size=patch_size, num_classes=5)).eval()
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: build("vit"),
+    "deit distilled": lambda: build("deit distilled"),
+    "vit average pool": lambda: build("vit average pool"),
+    "cait": lambda: ours("cait", 4),
+    "cait of timm": lambda: build("cait"),
+    "pit": lambda: build("pit distilled"),
+    "swin": lambda: build("swin to one token"),
+    "t2t": lambda: ours("t2t", 4),
+}
+"""All of images of 16 pixels, whose grids are halved from stage to stage, if they change."""
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+# Loops over tokens
+
+
+def names(prefix: int, grid: tuple[int, int]) -> list[Token]:
+    """Tokens as they stand side by side."""
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    return [*(("prefix", index) for index in range(prefix)), *places]
+
+
+def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, given: float) -> Tensor:
+    """What is read at last if each token that asks keeps `kept` of itself and is given `given` of what it attends to.
+
+    `matrices` (n, m) are those of one image.
+    """
+    first, grid = maps[0].grid, maps[0].grid
+    holds: dict[Token, Tensor] = {}
+    for index, token in enumerate(names(0, first)):
+        holds[token] = F.one_hot(torch.tensor(index), first[0] * first[1]).float()
+    for each, matrix in zip(maps, matrices, strict=True):
+        if each.grid != grid:
+            holds = merged(holds, grid, each.grid)
+            grid = each.grid
+        keys = names(each.prefix, grid)
+        queries = [("prefix", 0)] if len(matrix) == 1 < len(keys) else keys
+        for query in queries:
+            holds.setdefault(query, torch.zeros(first[0] * first[1]))
+        new = dict(holds)
+        for i, query in enumerate(queries):
+            new[query] = kept * holds[query]
+            for j, key in enumerate(keys):
+                new[query] = new[query] + given * matrix[i, j] * holds[key]
+        holds = new
+    read = holds.get(("prefix", 0), sum(holds.values()) / len(holds))
+    return read.view(first)
+
+
+def merged(holds: dict[Token, Tensor], finer: tuple[int, int], grid: tuple[int, int]) -> dict[Token, Tensor]:
+    """Each token of the coarser grid, in equal parts of those that it covers."""
+    down, right = finer[0] // grid[0], finer[1] // grid[1]
+    new = {token: value for token, value in holds.items() if token[0] == "prefix"}
+    for row, column in names(0, grid):
+        parts = [holds[row * down + y, column * right + x] for y in range(down) for x in range(right)]
+        new[row, column] = sum(parts) / len(parts)
+    return new
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_rollout_is_that_of_a_loop_over_layers_and_tokens(name: str, patched: bool) -> None:
+    model = FAMILIES[name]()
+    if patched:
+        smallvit.patch(model, lsa=True)
+    _, maps = record(model, X)
+    found = rollout(maps)
+    assert found.shape == (2, *maps[0].grid)
+    for image in range(2):
+        matrices = [each.full()[image].mean(dim=0) for each in maps]
+        torch.testing.assert_close(found[image], followed(maps, matrices, 0.5, 0.5), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("swin", 32), ("swin odd", 20), ("swin v2", 32), ("caformer", 64)])
+@torch.inference_mode()
+def test_shares_sum_to_one_where_there_is_no_class_token(name: str, size: int) -> None:
+    _, maps = record(build(name), torch.randn(2, 3, size, size))
+    shares = rollout(maps)
+    assert (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(dim=(1, 2)), torch.ones(2))
+
+
+@torch.inference_mode()
+def test_shares_that_are_not_the_images_are_the_class_tokens_own() -> None:
+    weights = torch.zeros(1, 2, 5, 5)
+    weights[:, 0, :, 0] = weights[:, 1, :, 1] = 1.0  # one head looks at the class token, one at the first patch
+    each = AttentionMap(layer="attn", weights=weights, prefix=1, query_prefix=1, grid=(2, 2))
+    assert rollout([each])[0].tolist() == [[0.25, 0.0], [0.0, 0.0]]
+    # twice: the class token, ¾ itself and ¼ patch; the patch, ¾ itself and ¼ class token
+    assert rollout([each, each])[0].tolist() == [[0.75 * 0.25 + 0.25 * 0.75, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["pvt v2", "levit", "crossvit"])
+def test_layers_that_cannot_be_followed_are_named(name: str) -> None:
+    _, maps = record(build(name), images(name))
+    with pytest.raises(InputError, match=r"attn") as error:
+        rollout(maps)
+    assert "\n" not in str(error.value)
+
+
+# Relevance
+
+
+def transformer(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The forward pass of a ViT, written out: logits, and the maps in their graph."""
+    tokens = model.patch_embed(x)
+    x = torch.cat([model.cls_token.expand(len(x), -1, -1), tokens], dim=1) + model.pos_embed
+    maps = []
+    for block in model.blocks:
+        layer = block.attn
+        q, k, v = split(linear(block.norm1(x), layer.qkv), layer.num_heads)
+        hidden = getattr(layer, "masked", False)
+        t = temperature(layer) if hidden else q.shape[-1] ** -0.5
+        maps.append(probabilities(q @ k.mT * t, hidden))
+        x = x + linear(join(maps[-1] @ v), layer.proj)
+        x = x + block.mlp(block.norm2(x))
+    return linear(model.norm(x)[:, 0], model.head), maps
+
+
+def gains(maps: list[Tensor], score: Tensor) -> list[Tensor]:
+    """(∇A ⊙ A)⁺ of every map."""
+    return [(a * g).clamp(min=0).detach() for a, g in zip(maps, torch.autograd.grad(score, maps), strict=True)]
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("classes", [None, [3, 1]], ids=["predicted", "chosen"])
+def test_relevance_is_that_of_a_transformer_written_out(patched: bool, classes: list[int] | None) -> None:
+    model = build("vit")
+    if patched:
+        smallvit.patch(model, spt=True, lsa=True)
+        shaken(model)
+    logits, weights = transformer(model, X)
+    torch.testing.assert_close(logits, model(X), rtol=1e-4, atol=1e-4)
+    wanted = logits.argmax(dim=1) if classes is None else torch.tensor(classes)
+    matrices = [gain.mean(dim=1) for gain in gains(weights, logits[range(2), wanted].sum())]
+    found = relevance(model, X, classes and torch.tensor(classes))
+    _, maps = record(model, X)
+    for image in range(2):
+        expected = followed(maps, [matrix[image] for matrix in matrices], 1.0, 1.0)
+        torch.testing.assert_close(found[image], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_relevance_goes_through_swins_windows() -> None:
+    model = build("swin to one token")
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        for module in model.modules()
+        if isinstance(module, nn.Softmax)
+    ]
+    score = model(X).max(dim=1).values.sum()
+    for hook in hooks:
+        hook.remove()
+    found = relevance(model, X)
+    _, maps = record(model, X)
+    by_window = [gain.unflatten(0, (2, -1)).mean(dim=2) for gain in gains(seen, score)]
+    for image in range(2):
+        matrices = [in_place(each, gain[image]) for each, gain in zip(maps, by_window, strict=True)]
+        torch.testing.assert_close(found[image], followed(maps, matrices, 1.0, 1.0), rtol=1e-3, atol=1e-6)
+
+
+def in_place(each: AttentionMap, windows: Tensor) -> Tensor:
+    """The windows' values (w, n, n) between the tokens of an image that they divide."""
+    (rows, columns), (high, wide) = each.grid, each.window
+    matrix = torch.zeros(rows * columns, rows * columns)
+    for window, values in enumerate(windows):
+        tokens = []
+        for place in range(high * wide):
+            row = window // (columns // wide) * high + place // wide + each.shift[0]
+            column = window % (columns // wide) * wide + place % wide + each.shift[1]
+            tokens.append(row % rows * columns + column % columns)
+        for i, query in enumerate(tokens):
+            for j, key in enumerate(tokens):
+                matrix[query, key] = values[i, j]
+    return matrix
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_relevance_leaves_the_model_as_it_is(name: str) -> None:
+    model = FAMILIES[name]()
+    before = model(X)
+    found = relevance(model, X)
+    assert (found >= 0).all()
+    assert found.max() > 0
+    assert not found.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(X), before)
+
+
+def test_relevance_asks_for_no_gradients_of_the_model_or_the_caller() -> None:
+    model = build("vit")
+    expected = relevance(model, X)
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        assert torch.equal(relevance(model, X.clone()), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(X)
+            half = relevance(model, X)
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(half.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_relevance_is_the_same_compiled_and_with_gradient_checkpointing() -> None:
+    model = build("vit")
+    expected = relevance(model, X)
+    assert torch.equal(relevance(torch.compile(model, backend="eager"), X), expected)
+    model.set_grad_checkpointing(True)
+    assert torch.equal(relevance(model, X), expected)
+    assert model.grad_checkpointing
+    model.head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        relevance(model, X)
+    assert model.grad_checkpointing
+
+
+def test_relevance_of_one_layer_by_hand() -> None:
+    """All look at all alike, and the logit is the first value of what the class token then holds."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1, "num_classes": 2}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    model.norm, model.blocks[0].mlp = nn.Identity(), Nothing()
+    layer = model.blocks[0].attn
+    layer.proj = nn.Identity()
+    with torch.no_grad():
+        layer.qkv.weight[:16], layer.qkv.bias[:16] = 0, 0
+        model.head.weight.copy_(torch.eye(2, 8).flip(0))
+    values = []
+    layer.qkv.register_forward_hook(lambda _, inputs, output: values.append(output[..., 16]))
+    found = relevance(model, X[..., :8, :8], torch.tensor([1, 1]))
+    assert (values[0] > 0).any()
+    assert (values[0] < 0).any()
+    torch.testing.assert_close(found.flatten(1), values[0][:, 1:].detach().clamp(min=0) / 5)
+
+
+class Nothing(nn.Module):
+    """Adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_a_class_that_is_none_is_named() -> None:
+    with pytest.raises(InputError, match=r"classes \[0, 5\]: the model's are 0 to 4"):
+        relevance(build("vit"), X, torch.tensor([0, 5]))
+
+
+def test_a_cnn_has_no_relevance() -> None:
+    with pytest.raises(InputError, match="has no attention between tokens"):
+        relevance(build("resnet"), images("resnet"))

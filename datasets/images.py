@@ -28,6 +28,8 @@ class Images:
 
     pixels: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, " n"]
+    paths: tuple[str, ...] | None = None
+    """The file of each, relative to the data's folder or in its zip file; None where they were not read from files."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +49,8 @@ class Images:
         if np.array_equal(indices, np.arange(len(self))):
             return self
         chosen = torch.from_numpy(indices)
-        return Images(self.pixels[chosen], self.labels[chosen])
+        paths = None if self.paths is None else tuple(self.paths[index] for index in indices)
+        return Images(self.pixels[chosen], self.labels[chosen], paths)
 
     def content(self) -> str:
         """A hash of the images and their labels."""
@@ -64,7 +67,7 @@ class Images:
         for here, there in zip(self.pixels.split(1000), pixels.split(1000), strict=True):
             resized = F.interpolate(here.float(), (size, size), mode="bicubic", antialias=True)
             there.copy_(resized.round_().clamp_(0, 255))
-        return Images(pixels, self.labels)
+        return Images(pixels, self.labels, self.paths)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, of pixel values in [0, 1]."""

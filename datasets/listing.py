@@ -39,6 +39,10 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def named(self, index: int) -> str:
+        """An image's path in the folder or the zip file."""
+        return self.paths[index] if self.zipped else os.path.relpath(self.paths[index], self.root)
+
     def open(self, index: int) -> str | BinaryIO:
         """What Pillow opens to read an image."""
         path = self.paths[index]

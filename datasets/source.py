@@ -109,7 +109,7 @@ def _load_files(config: DataConfig, files: Listing, entry: Entry | None = None) 
         notes.append("images are decoded anew each epoch, by worker processes")
     else:
         pixels, bad, cached = decode_cached(files, size, config.skip_corrupt)
-        images = Images(pixels, labels)
+        images = Images(pixels, labels, tuple(files.named(index) for index in range(len(files))))
         notes += ["decoded images read from the cache"] if cached else []
         if bad:
             notes.append("left out: " + describe_bad(files, bad))

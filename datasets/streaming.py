@@ -66,6 +66,11 @@ class Files:
         """Always colour."""
         return 3
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The file of each, relative to the data's folder or in its zip file."""
+        return tuple(self.listing.named(position) for position in self.positions)
+
     def content(self) -> str:
         """A hash of the files' names and sizes, and which of them are meant."""
         return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}"

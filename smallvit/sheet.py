@@ -60,18 +60,25 @@ def _one_line(name: str) -> str:
     return " ".join(name.split())
 
 
-def grid(pictures: Float[Tensor, "n c h w"], captions: list[str], columns: int) -> Image.Image:
-    """Pictures of values in [0, 1] in rows of `columns`, enlarged by whole factors, a caption under each."""
+def grid(
+    pictures: Float[Tensor, "n c h w"], captions: list[str], columns: int, *, title: str | None = None
+) -> Image.Image:
+    """Pictures of values in [0, 1] in rows of `columns`, enlarged by whole factors, a caption under each.
+
+    A title stands above them, in as many lines as it has.
+    """
     factor = max(1, round(CELL / pictures.shape[-1]))
     pixels = (pictures.expand(-1, 3, -1, -1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pixels.shape[1] * factor, pixels.shape[2] * factor
     rows = -(-len(pixels) // columns)
-    size = (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN + 2 * LINE) + MARGIN)
+    above = MARGIN + (0 if title is None else LINE * len(title.split("\n")) + MARGIN)
+    size = (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN + 2 * LINE) + above)
     page = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(LINE - 3)
+    draw.multiline_text((MARGIN, MARGIN), title or "", "black", font)
     for index, (picture, text) in enumerate(zip(pixels, captions, strict=True)):
         left = MARGIN + index % columns * (width + MARGIN)
-        top = MARGIN + index // columns * (height + MARGIN + 2 * LINE)
+        top = above + index // columns * (height + MARGIN + 2 * LINE)
         page.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
         for number, line in enumerate(text.split("\n")[:2]):
             while draw.textlength(line, font) > width and len(line) > 1:

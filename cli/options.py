@@ -31,7 +31,7 @@ BEGINNINGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but texts keep their lines, and a bad argument is an InputError of one line.
+    """argparse, but texts keep their lines, flags may stand anywhere, and a bad argument is an InputError of one line.
 
     Raises:
         InputError: an unknown flag (the nearest is named), a value of the wrong type, an argument that is missing.
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
-        options, unknown = self.parse_known_args(args)
+        options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = nearest(unknown[0].split("=")[0], flags)

@@ -65,14 +65,14 @@ def comparison_table(records: list[dict[str, Any]]) -> Table:
     for name, title in TITLES.items():
         table.add_column(title.replace(" ", "\n", 1), justify="left" if name == "model" else "right", no_wrap=True)
     for record in records:
-        table.add_row(*(Text(_cell(record, name)) for name in TITLES))
+        table.add_row(*(Text(cell(record, name)) for name in TITLES))
     return table
 
 
 def comparison_page(records: list[dict[str, Any]], lines: list[str], title: str, picture: str | None) -> str:
     """A comparison in Markdown: the table, lines that say how it came about, and a picture, if there is one."""
     rows = [list(TITLES.values()), ["---", *["---:"] * (len(TITLES) - 1)]]
-    rows += [[_cell(record, name).replace("|", "\\|") for name in TITLES] for record in records]
+    rows += [[cell(record, name).replace("|", "\\|") for name in TITLES] for record in records]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     said = "\n".join(f"- {line}" for line in lines)
     return f"# {title}\n\n{table}\n\n{said}\n" + (f"\n![accuracy against speed]({picture})\n" if picture else "")
@@ -87,7 +87,7 @@ def write_csv(records: list[dict[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def _cell(record: dict[str, Any], name: str) -> str:
+def cell(record: dict[str, Any], name: str) -> str:
     """A figure in words."""
     value = record[name]
     if value is None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint install clean
+.PHONY: demo test test-oldest lint docs install clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,10 @@ test-oldest: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The site, into build/site; NO_MKDOCS_2_WARNING spares a notice about a future release of mkdocs
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -28,6 +28,11 @@ Set models side by side: accuracy over seeds, parameters, speed and memory, as a
 Runs that are missing are trained, one after the other, and the same command goes on after an interruption.
 Rows have one budget and the same data, splits and test. A row's own options win over flags, and these over a recipe's;
 convolutional rows take the recipe cnn where none is named.
+
+Written into --out, by default compare/<data>: compare.md (table and picture), compare.csv, compare.png, and a run's
+folder for each row and seed. With folders of runs files are written only if --out is given.
+Exit codes: 0 done, 1 a training failed, 2 bad input, 130 interrupted.
+See also: smallvit train, smallvit profile, smallvit eval; docs/comparing.md.
 """
 FOR_RUNS = ("out", "device", "amp", "speed", "runs")
 """What serves for runs that are there."""

@@ -13,13 +13,26 @@ if TYPE_CHECKING:
 
     from smallvit.plugins.coverage import Coverage
 
-DESCRIPTION = "Show which of timm's models SPT and LSA can patch, by patching every one of them."
+DESCRIPTION = """\
+Show which of timm's models SPT and LSA can patch, by patching every one of them.
+
+  smallvit coverage                        # every model that attends, a line each, and the totals
+  smallvit coverage 'swin*'                # those of that name
+  smallvit coverage --totals 'vit_*'       # the totals of each family alone
+  smallvit coverage --all 'convnext*'      # convolutional families too
+
+A line says how many layers each plugin takes, how many it has to leave, or why it takes none. Models are built without
+memory for their weights, and nothing is downloaded or written.
+See also: smallvit list archs, smallvit list plugins; docs/patching.md.
+"""
 
 
 def parser() -> Parser:
     """The arguments."""
     parser = Parser("smallvit coverage", DESCRIPTION)
-    parser.add_argument("pattern", nargs="?", default="*", help="names of models, such as 'swin*' [all that attend]")
+    parser.add_argument(
+        "pattern", metavar="PATTERN", nargs="?", default="*", help="names of models, such as 'swin*' [all that attend]"
+    )
     parser.add_argument("--all", action="store_true", help="convolutional families too")
     parser.add_argument("--totals", action="store_true", help="only the totals of each family")
     return parser

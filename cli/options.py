@@ -42,7 +42,18 @@ class Parser(argparse.ArgumentParser):
             prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
         )
 
+    def format_help(self) -> str:
+        self.usage = self.usage or self._synopsis()
+        return super().format_help()
+
+    def _synopsis(self) -> str:
+        """The verb and what stands without a flag; flags have their own lines."""
+        forms = {"*": "[{} ...]", "+": "{} ...", "?": "[{}]"}
+        bare = [action for action in self._actions if not action.option_strings]
+        return " ".join(["%(prog)s", *(forms.get(each.nargs, "{}").format(each.metavar) for each in bare), "[OPTIONS]"])
+
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
+        self.usage = self._synopsis()  # now, as flags among other arguments make argparse forget these for a while
         options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

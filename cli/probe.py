@@ -16,9 +16,12 @@ Classify the features of a trained model, which stays as it is: by a linear clas
 
   smallvit probe runs/vit-spt-lsa-digits --data digits
   smallvit probe vit_small_patch14_dinov2:pretrained --img-size 224 --data DIR --out probe.json
+  smallvit probe model.safetensors --arch vit_small_patch16_224.dino --data DIR
 
 Images are normalised as the model wants them, at its own size unless --img-size names another. --arch is for weights
-files of other programs: the timm model, with or without a tag, that they hold.
+files of other programs: the timm model, with or without a tag, that they hold. Accuracies are top-1 in per cent;
+nothing is written but --out, a JSON file.
+See also: smallvit eval, smallvit train --init; docs/probing.md.
 """
 SERVES = ("arch", "data", "device", "amp", "out", "overwrite")
 

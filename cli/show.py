@@ -9,6 +9,12 @@ DESCRIPTION = """\
 Write a picture of training images as the model sees them: in each row an image, then seven augmented views of it.
 
   smallvit show --data cifar100 --aug paper --out sheet.png
+  smallvit show --data DIR --img-size 64 --aug mix --flip 0 --overwrite --out sheet.png
+  smallvit show --recipe deit --data DIR
+
+One PNG is written, augmented.png unless --out names another. Below each image stands its label, or the two that it is
+mixed from with their shares. --seed draws other images and views.
+See also: smallvit list aug; docs/data.md.
 """
 
 

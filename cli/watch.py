@@ -11,6 +11,11 @@ DESCRIPTION = """\
 Draw a run's loss, accuracy and learning rate in the terminal, anew after every checkpoint, until it is finished.
 
   smallvit watch runs/vit-spt-lsa-digits
+  smallvit watch --once runs/vit-spt-lsa-digits > curves.txt
+
+It reads the run's folder and writes nothing there. Ctrl-C ends it (exit code 130); the training goes on. Where the
+output is no terminal it prints one frame, as with --once.
+See also: smallvit train --log tensorboard, smallvit report; docs/training.md.
 """
 
 

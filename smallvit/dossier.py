@@ -12,7 +12,7 @@ from typing import Any
 
 from smallvit import headers, learnt, standings, trained, watching
 from smallvit.errors import InputError
-from smallvit.runs import Run
+from smallvit.runs import Run, best_epoch
 from smallvit.trained import Card
 from smallvit.watching import View
 
@@ -51,8 +51,7 @@ class Dossier:
     @cached_property
     def best(self) -> dict[str, Any] | None:
         """The epoch with the best validation accuracy; None where none was validated."""
-        validated = [line for line in self.view.history if line["val_top1"] is not None]
-        return max(validated, key=lambda line: line["val_top1"]) if validated else None
+        return best_epoch(self.view.history)
 
 
 def read(folder: Path, reasons: dict[str, str] | None = None) -> Dossier:

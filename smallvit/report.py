@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smallvit.files import replacing, write_text
+from smallvit.runs import best_epoch
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -28,8 +29,7 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
     loss.set(ylabel="cross-entropy")
     loss.legend()
     accuracy.plot(tested, [line["val_top1"] for line in validated], color="C1", label="validation", **style)
-    if validated:
-        best = max(validated, key=lambda line: line["val_top1"])
+    if (best := best_epoch(history)) is not None:
         accuracy.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
     accuracy.set(ylabel="top-1 accuracy (%)")
     accuracy.legend(loc="lower right")

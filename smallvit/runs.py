@@ -185,6 +185,12 @@ def is_follower() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
+def best_epoch(history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line of metrics of the epoch whose weights are the best: by accuracy, then loss, on validation images."""
+    validated = [line for line in history if line["val_top1"] is not None]
+    return max(validated, key=lambda line: (line["val_top1"], -line["val_loss"]), default=None)
+
+
 def read_options(file: Path) -> dict[str, Any]:
     """The options in a run's config.json, or in a file like it.
 

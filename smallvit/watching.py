@@ -21,7 +21,7 @@ from rich.text import Text
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.inherit import ARCH
-from smallvit.runs import Run, read_options
+from smallvit.runs import Run, best_epoch, read_options
 
 POLL_SECONDS = 1.0
 NARROWEST, LOWEST, HIGHEST = 38, 7, 16
@@ -112,8 +112,7 @@ def headline(view: View) -> Text:
         return words.append(f"no epoch of {epochs} is finished yet")
     last = history[-1]
     figures = [f"epoch {last['epoch']}/{epochs}"]
-    if validated := [line for line in history if line["val_top1"] is not None]:
-        best = max(validated, key=lambda line: line["val_top1"])
+    if (best := best_epoch(history)) is not None:
         figures.append(f"best val {best['val_top1']:.2f} % (epoch {best['epoch']})")
     figures.append(f"{last['images_per_second']:,.0f} images/s")
     if view.summary is not None:

@@ -12,7 +12,7 @@ from smallvit.profile import count_parameters
 
 
 def test_timm_lists_every_model_with_and_without_each_plugin() -> None:
-    assert set(timm.list_models("smallvit_*")) == set(registry.NAMES)
+    assert set(timm.list_models("smallvit_*")) == {*registry.NAMES, registry.ANY}
     assert len(registry.NAMES) == 20
 
 
@@ -63,3 +63,11 @@ def test_what_means_nothing_to_them_is_refused(arguments: dict, message: str) ->
 def test_there_are_no_trained_weights_to_load() -> None:
     with pytest.raises(ValueError, match="no trained weights"):
         timm.create_model("smallvit_vit", pretrained=True)
+
+
+def test_any_architecture_is_created_by_its_arguments() -> None:
+    arguments = {"arch": "resnet20", "in_chans": 1, "num_classes": 4}
+    model = timm.create_model("smallvit_model", img_size=28, drop_path_rate=0.1, **arguments)
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 4)
+    assert count_parameters(model) == count_parameters(create_model(img_size=28, **arguments))
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 28, 28)

@@ -1,0 +1,110 @@
+"""Trained models for other programs: written aside, tried there against the model, and only then given their names.
+
+onnx   an ONNX file: onnxruntime, and what is built on it
+pt2    a program of torch.export: torch, without smallvit or timm
+timm   a folder that timm loads
+hub    the same with a model card, as the Hugging Face Hub has it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from smallvit import graphs, model_card, timm_folder
+from smallvit.errors import InputError
+from smallvit.files import partial_name, write_text
+from smallvit.ready import Ready
+from smallvit.runs import Run
+
+FILES = {"onnx": graphs.write_onnx, "pt2": graphs.write_pt2}
+"""Forms that are one file, by their suffix."""
+FOLDERS = ("timm", "hub")
+README = "README.md"
+OURS = {timm_folder.WEIGHTS, timm_folder.CONFIG, README}
+"""What an exported folder holds."""
+
+
+def destination(name: str, form: str, out: str | None, *, overwrite: bool) -> Path:
+    """Where an exported model goes: to `out`, or into the folder of the run that `name` is.
+
+    Raises:
+        InputError: `name` is no run's folder and there is no `out`, its name does not fit, its folder is not there, or
+            something is there that is not to be replaced.
+    """
+    run = Path(os.path.expanduser(name))
+    if out is None and not os.path.isdir(run):
+        raise InputError(f"export {name}: not a run's folder, so nothing says where to; give --out")
+    own = f"{os.path.basename(os.path.realpath(run))}.{form}" if form in FILES else form
+    path = run / Run.EXPORT / own if out is None else Path(os.path.expanduser(out))
+    shown = f"--out {path}"
+    if form in FILES and path.suffix.lower() != f".{form}":
+        raise InputError(f"{shown}: expected a name that ends in .{form}")
+    if out is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{shown}: no such folder as {path.absolute().parent}")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise InputError(f"{shown}: exists already; choose another name, or --overwrite")
+        _require_replaceable(path, shown, folder=form in FOLDERS)
+    return path
+
+
+def export(
+    model: Ready,
+    form: str,
+    path: Path,
+    *,
+    run: Path | None = None,
+    terms: str | None = None,
+    repository: str | None = None,
+) -> None:
+    """Write a model, which is on the CPU in fp32, whole or not at all.
+
+    The card of `hub` tells of the folder of its `run`, of `terms`, the identifier of its weights' license, and of its
+    `repository`.
+
+    Raises:
+        InputError: the model cannot be exported, answers otherwise in its new form, or there is no run to tell of.
+    """
+    path.parent.mkdir(exist_ok=True)  # RUN/export
+    if form in FILES:
+        FILES[form](model, path)
+        return
+    card = model_card.text(model, run, terms, repository) if form == "hub" else None
+    with _replacing_folder(path) as partial:
+        timm_folder.write(model, partial)
+        if card is not None:
+            write_text(partial / README, card)
+
+
+def _require_replaceable(path: Path, shown: str, *, folder: bool) -> None:
+    """Check that only what was exported before would be lost.
+
+    Raises:
+        InputError: something else would be.
+    """
+    if os.path.isdir(path) != folder or os.path.islink(path):
+        raise InputError(f"{shown}: {'not a' if folder else 'a'} folder, or a link; choose another name")
+    if folder and (others := sorted({*os.listdir(path)} - OURS)):
+        raise InputError(f"{shown}: holds {others[0]}, which is not of an export; choose another folder")
+
+
+@contextmanager
+def _replacing_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; at the end it takes the place of `path`."""
+    around = path.with_name(partial_name(path.name))
+    partial, former = around / path.name, around / "former"
+    shutil.rmtree(around, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if os.path.exists(path):
+            os.rename(path, former)
+        os.rename(partial, path)
+    finally:
+        if os.path.exists(former) and not os.path.exists(path):
+            os.rename(former, path)
+        shutil.rmtree(around, ignore_errors=True)

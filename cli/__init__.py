@@ -12,11 +12,18 @@ from smallvit.errors import DivergedError, InputError, OthersEndedError, Trainin
 VERBS = {
     "train": "train a model and write its run folder",
     "watch": "draw a run's curves in the terminal while it trains",
+    "eval": "judge a trained model: accuracy with its interval, each class, calibration, robustness",
+    "predict": "classify images: the likeliest classes and their probabilities",
+    "attend": "draw where a trained model looks: attention maps, rollout, relevance, temperatures",
+    "report": "write a run, or several, as one HTML page",
     "compare": "train what is missing, and set models side by side: accuracy, size, speed",
+    "profile": "measure what models cost: parameters, operations, memory, latency, throughput",
+    "export": "write a trained model for other programs: ONNX, torch.export, timm, the Hugging Face Hub",
     "probe": "judge a trained model's features on other data: linear classifier, nearest neighbours",
     "show": "write a picture of augmented training images, as the model sees them",
-    "list": "list what has a name: data sets, augmentation presets, recipes",
+    "list": "list what has a name: architectures, recipes, data sets, plugins, augmentation presets",
     "coverage": "show which of timm's models SPT and LSA can patch",
+    "completion": "print what makes a shell complete smallvit's verbs and options",
 }
 
 _VERB_LINES = "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items())
@@ -31,13 +38,16 @@ Vision Transformers that learn from small image sets.
   smallvit train --arch vit --spt --lsa               the embedded handwritten digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
   smallvit watch runs/vit-spt-lsa-digits              its curves, live
+  smallvit eval runs/vit-spt-lsa-digits               how good it is, and how sure that is
+  smallvit attend runs/vit-spt-lsa-digits             where it looks
+  smallvit predict runs/vit-spt-lsa-digits DIR        what it says to images
+  smallvit report runs/vit-spt-lsa-digits             all of it as one page
   smallvit compare --arch vit --ablation --seeds 2    plain, with each plugin, with both
-  smallvit probe runs/vit-spt-lsa-digits --data DIR   its features on other data
-  smallvit show --data cifar100 --aug paper           what training images look like
-  smallvit list data                                  data sets by name
-  smallvit coverage 'swin*'                           what SPT and LSA find in timm's models
-  smallvit VERB --help                                a verb's options
+  smallvit list archs                                 what --arch takes
+  smallvit VERB --help                                a verb's options, and examples
   smallvit --version
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line says what, where and what to do), 130 interrupted, 143 terminated.
 """
 
 

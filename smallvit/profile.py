@@ -14,7 +14,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@torch.no_grad()
 def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
     """Multiply-accumulates of one image's forward pass, by torch's FLOP counter (two FLOPs each).
 
@@ -22,6 +21,16 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
         InputError: the model takes no such images.
 
     Counts what is computed: matrix products, convolutions and attention, not norms or activations.
+    """
+    return macs_by_layer(model, in_chans, img_size)[""]
+
+
+@torch.no_grad()
+def macs_by_layer(model: nn.Module, in_chans: int, img_size: int) -> dict[str, int]:
+    """What `count_macs` counts, of every layer that computes any, by its name; the whole model's is ''.
+
+    Raises:
+        InputError: the model takes no such images.
     """
     weight = next(model.parameters())
     image = torch.zeros(1, in_chans, img_size, img_size, device=weight.device, dtype=weight.dtype)
@@ -37,4 +46,6 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
         model.train(training)
         for parameter in learnt:
             parameter.requires_grad_(True)
-    return counter.get_total_flops() // 2
+    root = type(model).__name__ + "."
+    layers = {name.removeprefix(root): sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    return layers | {"": counter.get_total_flops() // 2}

@@ -25,6 +25,8 @@ from smallvit.ready import settled
 
 ROUNDS = 9
 WARM_UP = 3
+LONG = 1.0
+"""Seconds of a pass that is warm-up enough."""
 SAMPLE_SECONDS = 0.05
 """A sample lasts that long at least, in as many passes as it takes."""
 
@@ -49,8 +51,7 @@ class Timed:
     def __init__(self, model: nn.Module, images: Float[Tensor, "b c h w"], dtype: torch.dtype, *, alone: bool) -> None:
         self.model, self.images, self.dtype, self.alone = model, images, dtype, alone
         self.seconds: list[float] = []
-        self._time(WARM_UP)
-        self.passes = max(1, math.ceil(SAMPLE_SECONDS / self._time(1)))
+        self.passes = max(1, math.ceil(SAMPLE_SECONDS / self._warm_up()))
 
     def round(self) -> None:
         """Take samples."""
@@ -58,6 +59,23 @@ class Timed:
             self.seconds += [self._time(1) for _ in range(self.passes)]
         else:
             self.seconds.append(self._time(self.passes) / self.passes)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images a second, of each sample."""
+        return [len(self.images) / seconds for seconds in self.seconds]
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """An image's, of each sample."""
+        return [1e3 * seconds / len(self.images) for seconds in self.seconds]
+
+    def _warm_up(self) -> float:
+        """Seconds of the last pass of some."""
+        for _ in range(WARM_UP + 1):
+            if (seconds := self._time(1)) >= LONG:
+                break
+        return seconds
 
     @torch.inference_mode()
     def _time(self, passes: int) -> float:
@@ -105,16 +123,10 @@ def _timed(model: nn.Module, size: tuple[int, int, int], batch: int, device: tor
 
 
 def _figures(batches: Timed, single: Timed) -> dict[str, float]:
-    rates = [len(batches.images) / seconds for seconds in batches.seconds]
-    times = [1e3 * seconds for seconds in single.seconds]
-    return {
-        "inference_images_per_second": statistics.median(rates),
-        "inference_images_per_second_iqr": _iqr(rates),
-        "latency_ms": statistics.median(times),
-        "latency_ms_iqr": _iqr(times),
-    }
+    return spread("inference_images_per_second", batches.rates) | spread("latency_ms", single.milliseconds)
 
 
-def _iqr(samples: Sequence[float]) -> float:
+def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
+    """The median of samples by a figure's name, and the range of their middle half by this name with _iqr."""
     first, _, third = statistics.quantiles(samples, n=4)
-    return third - first
+    return {name: statistics.median(samples), f"{name}_iqr": third - first}

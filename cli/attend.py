@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit import attending, learnt, trained
+    from smallvit import learnt, trained
+    from smallvit.attention import attending
 
     config = Config.build(**(options if images else learnt.with_learnt_data(trained.card(name, "attend"), options)))
     names = [name] if own["compare"] is None else [name, own["compare"]]

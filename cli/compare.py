@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smallvit import rows
 from smallvit.cli.options import Parser, options_parser, parsed
+from smallvit.comparison import rows
 from smallvit.config import Config, option_homes
 from smallvit.errors import InputError
 from smallvit.options import flag, require
 
 if TYPE_CHECKING:
-    from smallvit.comparing import Showing
+    from smallvit.comparison.comparing import Showing
 
 DESCRIPTION = """\
 Set models side by side: accuracy over seeds, parameters, speed and memory, as a table and a picture.
@@ -83,7 +83,7 @@ def _rows(given: dict[str, Any], command: str) -> int:
     first = given.pop("seed", 0)
     out = Path(os.path.expanduser(given.pop("out", os.path.join("compare", _data_name(config.data.data)))))
 
-    from smallvit import comparing, contest  # only now: help and bad flags need no torch
+    from smallvit.comparison import comparing, contest  # only now: help and bad flags need no torch
 
     plan = contest.Contest(
         rows=chosen,
@@ -116,7 +116,7 @@ def _runs(given: dict[str, Any], command: str) -> int:
         if not os.path.isdir(os.path.expanduser(run)):
             raise InputError(f"{run}: no such folder of a run; a row to train is given as --arch {run}")
 
-    from smallvit import comparing
+    from smallvit.comparison import comparing
 
     out = Path(os.path.expanduser(given["out"])) if "out" in given else None
     comparing.compare_runs([Path(os.path.expanduser(run)) for run in given["runs"]], _showing(given, out, command))
@@ -126,7 +126,7 @@ def _runs(given: dict[str, Any], command: str) -> int:
 def _showing(given: dict[str, Any], out: Path | None, command: str) -> Showing:
     from rich.console import Console
 
-    from smallvit import comparing
+    from smallvit.comparison import comparing
 
     return comparing.Showing(
         console=Console(highlight=False, markup=False, soft_wrap=True),

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit import evidence, judging, learnt, trained, verdict
+    from smallvit import learnt, trained
+    from smallvit.judgement import evidence, judging, verdict
 
     config = Config.build(**learnt.with_learnt_data(trained.card(name, "eval"), options))
     folder = evidence.destination(name, config.data.data, own["split"], own["out"])

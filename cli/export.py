@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit import exporting, graphs, hub
+    from smallvit.exports import exporting, graphs, hub
     from smallvit.ready import ready
 
     if options.format == "onnx":

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smallvit import rows
 from smallvit.cli.options import Parser, options_parser, parsed
+from smallvit.comparison import rows
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.options import require
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit import profiling, subjects
+    from smallvit.costs import profiling, subjects
 
     plan = profiling.Plan(
         subjects=subjects.subjects(own["rows"] or list(ROWS), own["classes"]),
@@ -122,9 +122,9 @@ def _show(found: dict[str, Any], console: Console, out: Path | None) -> None:
     """Write the files, and print a table and how it came about."""
     from rich.measure import Measurement
 
-    from smallvit import costs
+    from smallvit.costs import tables
 
-    table, lines = costs.table(found), costs.notes(found)
+    table, lines = tables.table(found), tables.notes(found)
     written = [] if out is None else _write(found, lines, out)
     needed = Measurement.get(console, console.options.update(width=1000), table).maximum
     console.width = max(console.width, needed)  # no figure is cut
@@ -138,7 +138,8 @@ def _show(found: dict[str, Any], console: Console, out: Path | None) -> None:
 
 def _write(found: dict[str, Any], lines: list[str], out: Path) -> list[Path]:
     """Write a profile's files; returns them."""
-    from smallvit import costs, loglog, report
+    from smallvit import report
+    from smallvit.costs import loglog, tables
     from smallvit.files import write_text
 
     out.mkdir(parents=True, exist_ok=True)
@@ -150,5 +151,5 @@ def _write(found: dict[str, Any], lines: list[str], out: Path) -> list[Path]:
     if grown:
         report.write_csv(grown, out / GROWTH)
         loglog.plot_growth(grown, out / PICTURE, f"Growth with the image: {found['hardware']}, {found['precision']}")
-    write_text(out / PAGE, costs.page(found, lines, PICTURE if grown else None))
+    write_text(out / PAGE, tables.page(found, lines, PICTURE if grown else None))
     return [out / name for name in (PAGE, CSV, JSON, *([GROWTH, PICTURE] if grown else []))]

@@ -37,13 +37,13 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit import dossier, page
+    from smallvit.pages import dossier, page
 
     dossier.require_apart(folders)
     runs = [dossier.read(folder) for folder in folders]
     path = new_file(out, ".html", overwrite=given.overwrite)
     if given.compute and any(run.notes for run in runs):
-        from smallvit import lacking  # only now: what is all there needs no torch
+        from smallvit.pages import lacking  # only now: what is all there needs no torch
 
         console = Console(stderr=True)
         runs = [lacking.completed(run, config.compute.device, console) if run.notes else run for run in runs]

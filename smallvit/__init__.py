@@ -39,7 +39,6 @@ _ROOMS = (
     "recipes",
     "registry",
     "report",
-    "rollout",
 )
 
 __all__ = ["__version__", *_HOMES]

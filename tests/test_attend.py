@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import smallvit as package
-from smallvit import attending, checkpoint, datasets, examples, gaze, heads
+from smallvit import checkpoint, datasets
+from smallvit.attention import attending, examples, gaze, heads
 from smallvit.cli import main
 from smallvit.files import partial_name
 from smallvit.options import DataConfig

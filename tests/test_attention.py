@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import smallvit
-from smallvit.attention import AttentionMap, record
+from smallvit.attention.maps import AttentionMap, record
 from smallvit.errors import InputError
 from smallvit.models import create_model
 from smallvit.plugins import Locality

@@ -24,9 +24,10 @@ from matplotlib.text import Annotation
 from PIL import Image
 from torch import nn
 
-from smallvit import Config, InputError, TrainingError, apart, contest, engine, recipes, scatter, speed
+from smallvit import Config, InputError, TrainingError, engine, recipes, speed
 from smallvit.cli import main
-from smallvit.rows import Row, ablation, label, parse
+from smallvit.comparison import apart, contest, scatter
+from smallvit.comparison.rows import Row, ablation, label, parse
 from smallvit.runs import Run
 
 Command = Callable[..., tuple[int, str, str]]

@@ -48,7 +48,7 @@ def completed(path: Path, *words: str, folder: Path | None = None) -> set[str]:
         (["list", "pl"], {"plugins"}),
         (["completion", "z"], {"zsh"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
 )
 def test_bash_completes_verbs_options_and_values(bash_script: Path, words: list[str], offered: set[str]) -> None:
     found = completed(bash_script, *words)

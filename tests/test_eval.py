@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import smallvit as package
-from smallvit import checkpoint, datasets, evidence, judging, pictures
+from smallvit import checkpoint, datasets
 from smallvit.cli import main
 from smallvit.config import Config
 from smallvit.datasets.corruptions import corrupt
+from smallvit.judgement import evidence, judging, pictures
 from smallvit.learnt import learnt_data
 from smallvit.options import DataConfig
 

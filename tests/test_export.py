@@ -20,9 +20,10 @@ import yaml
 from torch import Tensor, nn
 
 import smallvit as package
-from smallvit import checkpoint, datasets, exporting, graphs, models, timm_folder
-from smallvit.chance import accuracy_interval
+from smallvit import checkpoint, datasets, models
 from smallvit.cli import main
+from smallvit.exports import exporting, graphs, timm_folder
+from smallvit.judgement.chance import accuracy_interval
 from smallvit.learnt import weights_sha256
 from smallvit.models import create_model
 from smallvit.options import DataConfig

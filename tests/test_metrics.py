@@ -10,9 +10,9 @@ import torch
 from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import accuracy_score, f1_score, log_loss, top_k_accuracy_score
 
-from smallvit import chance, metrics
 from smallvit.errors import InputError
-from smallvit.metrics import Answers
+from smallvit.judgement import chance, metrics
+from smallvit.judgement.metrics import Answers
 
 CLASSES = tuple("abcdefg")
 

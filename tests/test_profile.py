@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import smallvit as package
-from smallvit import growth, loglog, memory, models, profiling, speed
+from smallvit import models, speed
 from smallvit.cli import main
 from smallvit.cli import profile as verb
+from smallvit.costs import growth, loglog, memory, profiling
+from smallvit.costs.subjects import built, subject
 from smallvit.profile import count_macs, count_parameters, macs_by_layer
-from smallvit.subjects import built, subject
 
 Command = Callable[..., tuple[int, str, str]]
 

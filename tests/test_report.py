@@ -31,7 +31,7 @@ from smallvit.ready import ready
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--train-fraction", "0.3", "--batch-size", "64", "--device", "cpu", "--amp", "off")
 VOID = {"meta", "link", "img", "br", "input"}
-STYLE = Path(__file__).parents[1] / "smallvit" / "page.css.jinja"
+STYLE = Path(__file__).parents[1] / "smallvit" / "pages" / "page.css.jinja"
 
 
 class Page(HTMLParser):

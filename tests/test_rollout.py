@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.attention import AttentionMap, record
+from smallvit.attention.flow import relevance, rollout
+from smallvit.attention.maps import AttentionMap, record
 from smallvit.errors import InputError
 from smallvit.models import create_model
-from smallvit.rollout import relevance, rollout
 
 from .plugins.naive import join, linear, probabilities, split, temperature
 from .plugins.zoo import build, images, shaken

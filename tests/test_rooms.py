@@ -12,6 +12,15 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"smallvit": "smallvit", "plugins": "smallvit.plugins", "datasets": "smallvit.datasets", "cli": "smallvit.cli"}
 PLAIN = ("smallvit/config.py", "smallvit/options", "smallvit/errors.py")
 """What leans on the standard library alone."""
+TORCHLESS = (
+    *(f"smallvit/{name}.py" for name in ("report", "watching", "runs", "opening", "files", "learnt")),
+    *(f"smallvit/attention/{name}.py" for name in ("gaze", "heads", "mosaic")),
+    *(f"smallvit/judgement/{name}.py" for name in ("chance", "pictures", "verdict")),
+    *(f"smallvit/pages/{name}.py" for name in ("page", "dossier", "telling", "charts", "drawings", "illustrations")),
+    *(f"smallvit/comparison/{name}.py" for name in ("rows", "standings", "scatter")),
+    *(f"smallvit/costs/{name}.py" for name in ("loglog", "tables")),
+)
+"""What reads records and draws, and what must be there at once."""
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -45,18 +54,14 @@ def test_rooms_lean_only_on_what_they_may(path: Path) -> None:
         assert ours == of(names, "smallvit.datasets") | of(names, "smallvit.errors") | of(names, "smallvit.options")
     if path.name in ("models.py", "objectives.py", "optim.py"):
         assert not of(names, "smallvit.datasets")
-    if path.name in (
-        "report.py",
-        "watching.py",
-        "runs.py",
-        "opening.py",
-        "files.py",
-        *("page.py", "dossier.py", "telling.py", "charts.py", "drawings.py", "illustrations.py"),
-        *("pictures.py", "chance.py", "verdict.py", "learnt.py", "gaze.py", "heads.py", "mosaic.py"),
-    ):
+    if str(path.relative_to(ROOT)).startswith(TORCHLESS):
         assert not of(names, "torch")
     if str(path.relative_to(ROOT)).startswith(PLAIN):
         assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "smallvit"}
+
+
+def test_what_is_to_need_no_torch_is_there() -> None:
+    assert all((ROOT / name).exists() for name in TORCHLESS)
 
 
 def test_the_heart_is_imported_by_its_own_names_only() -> None:

@@ -23,8 +23,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from smallvit.layouts import nearest_grid
-from smallvit.recorder import Seen, recording
+from smallvit.attention.layouts import nearest_grid
+from smallvit.attention.recorder import Seen, recording
 
 
 @dataclass(frozen=True, kw_only=True)

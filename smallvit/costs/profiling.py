@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from smallvit import hardware, memory
+from smallvit import hardware
+from smallvit.costs import memory
+from smallvit.costs.memory import unless_short
+from smallvit.costs.subjects import Case, Subject
 from smallvit.errors import InputError
-from smallvit.memory import unless_short
 from smallvit.precision import sound_dtype
 from smallvit.ready import settled
 from smallvit.speed import ROUNDS, Timed, spread
-from smallvit.subjects import Case, Subject
 
 IMG_SIZE = 32
 """Of rows that no run is behind."""

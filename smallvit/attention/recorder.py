@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from smallvit.attention.layouts import Call, Layout, layout
 from smallvit.errors import InputError
-from smallvit.layouts import Call, Layout, layout
 
 SOFTMAXES = (Tensor.softmax, torch.softmax, F.softmax)
 

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int64
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
-from smallvit.chance import accuracy_interval
 from smallvit.errors import InputError
+from smallvit.judgement.chance import accuracy_interval
 
 BINS = 15
 """Of equal width, of the largest probability: as many as Guo et al. have."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from smallvit import graphs, model_card, timm_folder
 from smallvit.errors import InputError
+from smallvit.exports import graphs, model_card, timm_folder
 from smallvit.files import partial_name, write_text
 from smallvit.ready import Ready
 from smallvit.runs import Run

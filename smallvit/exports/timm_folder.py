@@ -22,7 +22,7 @@ from smallvit import models, registry
 from smallvit.checkpoint import snapshot
 from smallvit.convnets import CIFAR_RESNETS
 from smallvit.errors import first_line
-from smallvit.exported import require_same
+from smallvit.exports.exported import require_same
 from smallvit.files import replacing, write_text
 from smallvit.headers import header
 from smallvit.ready import Ready

@@ -12,15 +12,16 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from smallvit import datasets, examples, gaze, hardware, heads, trained
+from smallvit import datasets, hardware, trained
+from smallvit.attention import examples, gaze, heads
+from smallvit.attention.examples import Example
+from smallvit.attention.sight import Sight, require_attention, see
 from smallvit.config import Config
 from smallvit.datasets.listing import SPLITS
 from smallvit.errors import InputError, nearest
-from smallvit.examples import Example
 from smallvit.files import write_text
 from smallvit.options import require
 from smallvit.ready import Ready, described, prepared
-from smallvit.sight import Sight, require_attention, see
 
 OVERVIEW, HEADS, TEMPERATURES, FIGURES = "overview.png", "heads.png", "temperatures.png", "attention.json"
 LAYERS = "layers-{}.png"

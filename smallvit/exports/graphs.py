@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smallvit.errors import InputError, first_line
-from smallvit.exported import description, example, require_same
+from smallvit.exports.exported import description, example, require_same
 from smallvit.files import replacing
 from smallvit.ready import Ready
 

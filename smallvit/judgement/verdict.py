@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from smallvit.chance import in_words
+from smallvit.judgement.chance import in_words
 
 FEW = 20
 """Most classes that are all shown; of more, the worst."""

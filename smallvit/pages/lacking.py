@@ -6,10 +6,13 @@ import shlex
 
 from rich.console import Console
 
-from smallvit import attending, dossier, hardware, judging, learnt
+from smallvit import hardware, learnt
+from smallvit.attention import attending
 from smallvit.config import Config
-from smallvit.dossier import ATTENTION, METRICS, Dossier
 from smallvit.errors import InputError
+from smallvit.judgement import judging
+from smallvit.pages import dossier
+from smallvit.pages.dossier import ATTENTION, METRICS, Dossier
 
 IMAGES = 4
 """Of the test, whose attention is drawn."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from smallvit import datasets, models
+from smallvit.comparison.rows import Row, spelt
 from smallvit.compiling import is_convolutional
 from smallvit.config import Config
 from smallvit.datasets.images import ImageDataset
@@ -19,7 +20,6 @@ from smallvit.inherit import inherited
 from smallvit.opening import MAY_DIFFER
 from smallvit.options import OptimConfig, flag
 from smallvit.regularise import regularised
-from smallvit.rows import Row, spelt
 from smallvit.runs import Run
 from smallvit.setup import prepare
 from smallvit.watching import read

@@ -14,7 +14,7 @@ from jaxtyping import Int64, UInt8
 from rich.progress import Progress
 from torch import Tensor
 
-from smallvit import metrics, trained
+from smallvit import trained
 from smallvit.datasets.corruptions import corrupt
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.images import ImageDataset, Images
@@ -22,7 +22,8 @@ from smallvit.datasets.loaders import evaluation_batches
 from smallvit.datasets.sampling import UNJUDGED
 from smallvit.datasets.streaming import Files
 from smallvit.errors import nearest
-from smallvit.metrics import Answers
+from smallvit.judgement import metrics
+from smallvit.judgement.metrics import Answers
 from smallvit.options import DataConfig
 from smallvit.ready import Ready
 from smallvit.trained import Card

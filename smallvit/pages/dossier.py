@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from smallvit import headers, learnt, standings, trained, watching
+from smallvit import headers, learnt, trained, watching
+from smallvit.comparison import standings
 from smallvit.errors import InputError
 from smallvit.runs import Run, best_epoch
 from smallvit.trained import Card

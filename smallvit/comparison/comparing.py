@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.measure import Measurement
 
-from smallvit import apart, checkpoint, hardware, report, scatter, speed
-from smallvit.contest import Contest, Entry, entries
+from smallvit import checkpoint, hardware, report, speed
+from smallvit.comparison import apart, scatter
+from smallvit.comparison.contest import Contest, Entry, entries
+from smallvit.comparison.standings import Standing, finished, gathered, notes
 from smallvit.errors import InputError
 from smallvit.files import write_text
 from smallvit.runs import Run
-from smallvit.standings import Standing, finished, gathered, notes
 
 WIDEST = 1000
 """Columns of a table in the terminal."""

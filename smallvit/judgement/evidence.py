@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from smallvit import learnt, pictures, trained
-from smallvit.case import Case
+from smallvit import learnt, trained
 from smallvit.errors import InputError
 from smallvit.files import partial_name
-from smallvit.metrics import Answers
+from smallvit.judgement import pictures
+from smallvit.judgement.case import Case
+from smallvit.judgement.metrics import Answers
 from smallvit.report import write_csv
 from smallvit.runs import Run
 from smallvit.sheet import grid

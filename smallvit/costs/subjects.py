@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from smallvit import growth, models, rows, trained
+from smallvit import models, trained
+from smallvit.comparison import rows
 from smallvit.config import Config
+from smallvit.costs import growth
+from smallvit.costs.memory import bounded
 from smallvit.errors import InputError, first_line
-from smallvit.memory import bounded
 from smallvit.options import ModelConfig
 from smallvit.plugins import set_input_size
 from smallvit.profile import count_parameters, macs_by_layer

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from smallvit import drawings
-from smallvit.dossier import Dossier
-from smallvit.drawings import DASHES, SERIES, Chart, Curve
+from smallvit.pages import drawings
+from smallvit.pages.dossier import Dossier
+from smallvit.pages.drawings import DASHES, SERIES, Chart, Curve
 
 MOST = 8
 """Pairs of classes that are named as the most frequent confusions."""

@@ -7,12 +7,12 @@ import os
 import shlex
 from typing import Any
 
-from smallvit import chance
+from smallvit.comparison.rows import spelt
 from smallvit.config import Config, option_homes
-from smallvit.dossier import Dossier
 from smallvit.inherit import ARCH
+from smallvit.judgement import chance
 from smallvit.options import flag
-from smallvit.rows import spelt
+from smallvit.pages.dossier import Dossier
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 APART = ("out", "overwrite", "resume", "auto_resume")

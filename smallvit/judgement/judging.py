@@ -12,14 +12,15 @@ import sklearn
 from rich.console import Console
 from rich.progress import Progress
 
-from smallvit import chance, datasets, evidence, hardware, learnt, metrics
-from smallvit.case import Case, Condition, matched
+from smallvit import datasets, hardware, learnt
 from smallvit.config import Config
 from smallvit.datasets.corruptions import CORRUPTIONS, STRENGTHS
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.listing import SPLITS
 from smallvit.errors import InputError, nearest
-from smallvit.metrics import Answers
+from smallvit.judgement import chance, evidence, metrics
+from smallvit.judgement.case import Case, Condition, matched
+from smallvit.judgement.metrics import Answers
 from smallvit.options import require
 from smallvit.ready import Ready, described, prepared
 from smallvit.trained import Card

@@ -9,13 +9,14 @@ from typing import Any
 
 import jinja2
 
-from smallvit import __version__, charts, illustrations, telling
-from smallvit.dossier import Dossier
-from smallvit.drawings import Chart
+from smallvit import __version__
+from smallvit.comparison.standings import gathered, notes
 from smallvit.errors import InputError
 from smallvit.files import write_text
+from smallvit.pages import charts, illustrations, telling
+from smallvit.pages.dossier import Dossier
+from smallvit.pages.drawings import Chart
 from smallvit.report import TITLES, cell
-from smallvit.standings import gathered, notes
 
 TEMPLATE = "page.html.jinja"
 DASHES = {"-": "", "--": "6 3", ":": "2 3", "-.": "7 3 2 3"}
@@ -37,7 +38,7 @@ def write(runs: Sequence[Dossier], path: Path) -> None:
 def render(runs: Sequence[Dossier], day: str) -> str:
     """The page as text; `day` is when it was written."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("smallvit", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("smallvit.pages", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     names = _names(runs)
     several = _several(names, runs) if len(runs) > 1 else {}

@@ -18,13 +18,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smallvit import attention, learnt, watching
+from smallvit.attention.examples import Example
+from smallvit.attention.flow import relevance, rollout
+from smallvit.attention.gaze import View
 from smallvit.errors import InputError
-from smallvit.examples import Example
-from smallvit.gaze import View
 from smallvit.hardware import autocast
 from smallvit.plugins import temperatures
 from smallvit.ready import Ready
-from smallvit.rollout import relevance, rollout
 from smallvit.runs import Run
 
 AT_ONCE = 8

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from smallvit.dossier import ATTENTION, METRICS, Dossier
+from smallvit.pages.dossier import ATTENTION, METRICS, Dossier
 
 MISTAKES, PREDICTIONS = (Path(METRICS).with_name(name) for name in ("mistakes.png", "predictions.csv"))
 QUALITY = 88

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import smallvit
-from smallvit import papers
-from smallvit.chance import accuracy_interval
 from smallvit.config import Config
 from smallvit.datasets.table import DATASETS
-from smallvit.exported import preprocessing
+from smallvit.exports import papers
+from smallvit.exports.exported import preprocessing
+from smallvit.exports.timm_folder import is_timms
+from smallvit.judgement.chance import accuracy_interval
 from smallvit.learnt import weights_sha256
 from smallvit.options import flag
 from smallvit.ready import Ready
 from smallvit.runs import Run, read_options
-from smallvit.timm_folder import is_timms
 
 ON_THE_HUB = {
     "cifar10": "uoft-cs/cifar10",

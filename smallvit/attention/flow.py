@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smallvit.attention import AttentionMap, attention_map, uncompiled
+from smallvit.attention.maps import AttentionMap, attention_map, uncompiled
+from smallvit.attention.recorder import recording
 from smallvit.errors import InputError
-from smallvit.recorder import recording
 
 
 def rollout(maps: list[AttentionMap]) -> Float[Tensor, "b i j"]:

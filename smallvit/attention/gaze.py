@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from PIL import Image
 
-from smallvit.mosaic import LETTER, Mosaic, shortened
+from smallvit.attention.mosaic import LETTER, Mosaic, shortened
 
 COLOURS, SHARE = "inferno", 0.65
 """The scale, and its share in what is seen; the image has the rest."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from smallvit import trained
+from smallvit.comparison.rows import PLUGINS, WEIGHTS, label, spelt
 from smallvit.errors import InputError
 from smallvit.opening import MAY_DIFFER
-from smallvit.rows import PLUGINS, WEIGHTS, label, spelt
 from smallvit.runs import Run
 from smallvit.watching import View, read
 

@@ -47,16 +47,36 @@ Vision Transformers that learn from small image sets.
   smallvit VERB --help                                a verb's options, and examples
   smallvit --version
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line says what, where and what to do), 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 failed, 2 bad input (one line says what, where and what to do), 130 interrupted, 141 nobody
+reads the output, 143 terminated.
 """
+UNREAD = 141
+"""What a shell says of programs that end so."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated."""
-    argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 unread, 143 terminated."""
+    _open_streams()
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # now, while what goes wrong can be told
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's answer to it
+            return UNREAD
+        raise
+    except OSError as error:  # of standard output or error; others have been told
+        _give_up_streams()
+        if isinstance(error, BrokenPipeError):
+            return UNREAD
+        print(f"smallvit: standard output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    """Run a verb, and say in one line what goes wrong."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -76,8 +96,37 @@ def main(argv: list[str] | None = None) -> int:
         if not rank:  # one of torchrun's processes says it for all
             print(f"{speaker} {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
     except (TrainingError, OSError) as error:
         print(f"{speaker} {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "number", 2)
+
+
+def _open_streams() -> None:
+    """Have the standard streams take any text, and keep the numbers of closed ones from the files that are opened next.
+
+    A closed standard error becomes the null device, as libraries write there unasked; the others stay None.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+
+
+def _give_up_streams() -> None:
+    """Turn streams that cannot be written to the null device: Python tries to write what is in their buffers again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

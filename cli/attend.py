@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import shlex
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import fields
 from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any
 
 from smallvit.cli.options import Parser, options_parser, parsed
 from smallvit.config import Config
 from smallvit.errors import InputError
-from smallvit.runs import Run
+from smallvit.options import DataConfig, flag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,10 +27,13 @@ Draw where a trained transformer looks: attention of every layer and head, rollo
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. Without images it is shown some of its
 own test split, evenly spread over the classes. Written to RUN/attend or --out: overview.png, layers-<n>.png for each
-image, heads.png, temperatures.png where temperatures are learnt, and attention.json.
+image, heads.png, temperatures.png where temperatures are learnt, and attention.json. Maps of
+other images than the run's own test go to RUN/attend-files, RUN/attend-<split> or RUN/attend-<data>-<split>.
 See also: smallvit eval, smallvit report; docs/attention.md.
 """
 SERVES = ("arch", "data", "device", "amp")
+OF_A_SPLIT = ("count", "split", *(option.name for option in fields(DataConfig) if option.name != "img_size"))
+"""Options that say which images of which data are shown."""
 
 
 def parser() -> Parser:
@@ -40,26 +44,27 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Look, draw, print a table of the layers and where the files are."""
     options = parsed(parser(), argv)
-    own = {name: options.pop(name) for name in ("name", "images", "compare", "out", "overwrite", "count", "split")}
-    drawing = {name: options.pop(name) for name in ("layers", "classes_of")}
-    name, images = own["name"], own["images"]
-    out = _folder(name, own["out"])
+    name, images, compare, out = (options.pop(each) for each in ("name", "images", "compare", "out"))
+    if images:
+        _require_no_split(options)
+    given = {each: options.pop(each) for each in ("overwrite", "layers", "classes_of")}
+    chosen = {each: options.pop(each) for each in ("count", "split") if each in options}
 
     from rich.console import Console
 
     from smallvit import learnt, trained
-    from smallvit.attention import attending
+    from smallvit.attention import attending, folder
 
     config = Config.build(**(options if images else learnt.with_learnt_data(trained.card(name, "attend"), options)))
-    names = [name] if own["compare"] is None else [name, own["compare"]]
-    given = {each: own[each] for each in ("count", "split", "overwrite")}
+    place = folder.destination(name, None if images else config.data.data, chosen.get("split", "test"), out)
+    names = [name] if compare is None else [name, compare]
     command = shlex.join(["smallvit", "attend", *argv])
-    found = attending.attend(names, images, config, out=out, command=command, **given, **drawing)
-    console = Console()
+    found = attending.attend(names, images, config, out=place, command=command, **given, **chosen)
+    console = Console(emoji=False, markup=False)
     for record in (found, found["compared"]):
         if record is not None:
             console.print(table(record))
-    for file in attending.written(out, len(found["images"])):
+    for file in folder.written(place):
         print(file)
     return 0
 
@@ -70,9 +75,10 @@ def _own(parser: Parser) -> None:
     others = "Image files; by default some of the run's own data."
     parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help=others)
     group = parser.add_argument_group("attend", "What is looked at, and what is drawn.")
+    unset = {"default": argparse.SUPPRESS}
     group.add_argument("--compare", metavar="RUN", help="Another model, drawn beside it.")
-    group.add_argument("--count", type=int, default=8, metavar="N", help="Images of the split. [8]")
-    group.add_argument("--split", default="test", metavar="{train,val,test}", help="The split they are of. [test]")
+    group.add_argument("--count", type=int, metavar="N", help="Images of the split. [8]", **unset)
+    group.add_argument("--split", metavar="{train,val,test}", help="The split they are of. [test]", **unset)
     group.add_argument(
         "--classes-of",
         default="predicted",
@@ -84,22 +90,21 @@ def _own(parser: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help="Replace the files that are there.")
 
 
-def _folder(name: str, out: str | None) -> Path:
-    """Where files go."""
-    if out is not None:
-        return Path(os.path.expanduser(out))
-    run = Path(os.path.expanduser(name))
-    if os.path.isdir(run):
-        return run / Run.ATTEND
-    raise InputError(f"attend {name}: not the folder of a run, in which the files could lie; give --out DIR")
+def _require_no_split(options: Collection[str]) -> None:
+    """Check that nothing is said about the images of a split where files are shown."""
+    for name in OF_A_SPLIT:
+        if name in options:
+            raise InputError(f"{flag(name)}: image files are given, so no split is shown; leave it out")
 
 
 def table(record: dict[str, Any]) -> Table:
     """A row for each layer: means over heads, and the range of the temperatures."""
     from rich.table import Column, Table
+    from rich.text import Text
 
     names = ("tokens", "entropy", "distance px", "temperatures")
-    shown = Table(Column("layer", overflow="fold"), *names, title=record["name"], title_justify="left")
+    title = Text(record["name"], style="table.title")
+    shown = Table(Column("layer", overflow="fold"), *names, title=title, title_justify="left")
     for layer in record["layers"]:
         learnt = layer["temperature"]
         spread = f"{min(learnt):.3f} – {max(learnt):.3f}" if learnt else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from typing import Any
 
@@ -18,14 +19,18 @@ Judge a trained model: accuracy with its interval, each class, calibration, mist
   smallvit eval vit_tiny_patch16_224:pretrained --data imagenet
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. Without --data, the run's own data is
-judged as its options have it, and flags win over these. Classes of other data are matched by name.
+judged with the options that the run had, and flags win over these; the defaults in brackets are those of other data.
+Classes of other data are matched by name.
 
 Written into --out, by default RUN/eval/<split>, or RUN/eval/<data>-<split> for other data: metrics.json, classes.csv,
 confusion.csv, predictions.csv, confusion.png, reliability.png, mistakes.png. Without a run's folder files are written
 only if --out is given.
 See also: smallvit report, smallvit probe, smallvit predict; docs/evaluation.md.
 """
-SERVES = ("arch", "data", "device", "amp")
+SERVES = (
+    *("data_dir", "data_url", "streaming", "workers", "train_fraction", "val_fraction", "test_fraction", "split_seed"),
+    *("skip_corrupt", "device", "amp"),
+)
 OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 
 
@@ -66,6 +71,12 @@ def _own(parser: Parser) -> None:
     group = parser.add_argument_group("eval", "What is judged, and how.")
     what = "a run's folder, a weights file (.safetensors), or a timm model with pretrained weights"
     group.add_argument("name", metavar="RUN", help=what)
+    data = "Images other than the run's: a data set by name, a folder or zip file, or a source of timm's readers."
+    group.add_argument("--data", default=argparse.SUPPRESS, metavar="NAME", help=data)
+    size = "Image height and width in pixels; by default the model's."
+    group.add_argument("--img-size", default=argparse.SUPPRESS, type=int, metavar="N", help=size)
+    arch = "The timm model that another program's weights file holds; others say it themselves."
+    group.add_argument("--arch", default=argparse.SUPPRESS, metavar="NAME", help=arch)
     group.add_argument("--split", default="test", metavar="{test,val,train,all}", help="Which images. [test]")
     group.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
     group.add_argument("--robustness", action="store_true", help="Also with noise, blur, less contrast, and as JPEG.")

@@ -20,7 +20,9 @@ Write a trained model for other programs, after trying it there: its answers are
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. onnx is a file for onnxruntime, pt2 one
 of torch.export, timm a folder for timm.create_model("local-dir:FOLDER", pretrained=True), and hub the same with a model
-card. They go to RUN/export unless --out names another place; batches may have any size.
+card. They go to RUN/export unless --out names another place; batches may have any size. The exit code is 2, and nothing
+is left behind, where a model cannot be exported or answers otherwise in its new form; where --push fails it is 2 too,
+but what was exported stays.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """
 FORMATS = ("onnx", "pt2", "timm", "hub")
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
     _require_sense(options)
 
     from rich.console import Console
+    from rich.text import Text
 
     from smallvit.exports import exporting, graphs, hub
     from smallvit.ready import ready
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> int:
     if options.format == "onnx":
         graphs.require_onnx()
     path = exporting.destination(options.run, options.format, options.out, overwrite=options.overwrite)
-    with Console(stderr=True).status(f"exporting {options.run}"):
+    with Console(stderr=True).status(Text(f"exporting {options.run}")):
         arguments = {"arch": options.arch, "img_size": options.img_size, "device": "cpu", "amp": "off"}
         model = ready(options.run, "export", **arguments)
         card = {"run": Path(os.path.expanduser(options.run)), "terms": options.license, "repository": options.push}

@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from itertools import pairwise
@@ -163,15 +164,23 @@ def new_file(name: str, suffix: str, *, overwrite: bool) -> Path:
     """Where --out says that a single file goes.
 
     Raises:
-        InputError: it has another suffix, its folder is not there, or it exists and is not to be replaced.
+        InputError: it has another suffix, its folder is not there or cannot be written to, it is a folder itself, or
+            it exists and is not to be replaced.
     """
     path = Path(os.path.expanduser(name))
     if path.suffix.lower() != suffix:
         raise InputError(f"--out {path}: expected a name that ends in {suffix}")
-    if path.exists() and not overwrite:
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise InputError(f"--out {path}: a folder; choose another name")
+    if os.path.lexists(path) and not overwrite:
         raise InputError(f"--out {path}: exists already; choose another name, or --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path}: no such folder as {path.absolute().parent}")
+    if not os.path.isdir(folder):
+        raise InputError(f"--out {path}: no such folder as {folder}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--out {path}: {folder} cannot be written to ({error.strerror}); choose another") from None
     return path
 
 

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ Classify images: the likeliest classes of each, and their probabilities.
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. Images are decoded, resized and
 normalised as in training. Data goes to standard output, all else to standard error; files that cannot be read are
-named there and passed over.
+named there and passed over. The exit code is 0 if any could be read, and 2 if none could.
 See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")
@@ -73,20 +72,17 @@ def main(argv: list[str]) -> int:
     require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
     names = _names(options.images)
 
-    from smallvit.predicting import image_paths
-    from smallvit.ready import ready
+    from smallvit.predicting import image_paths, require_classifier
+    from smallvit.ready import described, prepared
 
-    arguments = {name: getattr(options, name) for name in ("arch", "img_size", "device", "amp")}
-    model = ready(options.run, "predict", **arguments)
+    card = described(options.run, "predict", options.arch)
+    require_classifier(card)
+    model = prepared(card, options.img_size or card.spec["img_size"], options.device, options.amp)
     paths = image_paths(names)
-    try:
-        with nullcontext() if path is None else replacing(path) as partial:
-            failed = _write(model, paths, options, partial)
-            if len(failed) == len(paths):
-                raise InputError(_described(failed, paths))
-    except BrokenPipeError:  # who reads standard output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    with nullcontext() if path is None else replacing(path) as partial:
+        failed = _write(model, paths, options, partial)
+        if len(failed) == len(paths):
+            raise InputError(_described(failed, paths))
     if failed:
         print(_described(failed, paths), file=sys.stderr)
     if path is not None:
@@ -100,6 +96,8 @@ def _out(options: Namespace) -> Path | None:
         options.format = options.format or FORMATS[0]
         if options.overwrite:
             raise InputError("--overwrite needs --out FILE: which file to replace")
+        if sys.stdout is None:
+            raise InputError("standard output is closed: give --out FILE")
         return None
     suffix = Path(options.out).suffix.lower()
     if suffix not in (".csv", ".jsonl"):
@@ -112,7 +110,7 @@ def _out(options: Namespace) -> Path | None:
 
 def _names(given: list[str]) -> list[str]:
     """Files and folders as they were given, and those that standard input names."""
-    if not given and sys.stdin.isatty():
+    if not given and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError("no images: give files or folders, or - for names on standard input")
     names = [name for each in given or ["-"] for name in (_listed() if each == "-" else [each])]
     if not names:
@@ -121,7 +119,7 @@ def _names(given: list[str]) -> list[str]:
 
 
 def _listed() -> Iterator[str]:
-    lines = (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
+    lines = (os.fsdecode(line).rstrip("\r\n") for line in (() if sys.stdin is None else sys.stdin.buffer))
     return (line for line in lines if line)
 
 
@@ -158,8 +156,10 @@ def _write_table(
     """A line for each image as it comes; on a terminal as many classes as fit, unless --top says how many."""
     from rich.cells import cell_len, set_cell_size
 
+    from smallvit.predicting import readable
+
     wide = min(WIDEST, max(map(cell_len, map(_shown, paths))))
-    name_wide = max(map(cell_len, map(_shown, model.class_names)))
+    name_wide = max(map(cell_len, map(_shown, readable(model.class_names))))
     fitting = TOP
     if top is None and file.isatty():
         fitting = max(1, (shutil.get_terminal_size().columns - wide) // (name_wide + len("  100.0 %  ")))

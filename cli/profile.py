@@ -28,6 +28,10 @@ Measure what models cost: parameters, operations, memory, latency, throughput, s
 
 A row is a model with its plugins and options, or a run's folder; without any they are vit and vit+spt+lsa. Patches
 follow the image size as in training, but for --growth, which keeps those of the smallest size. Models take turns.
+
+Written into --out: profile.md, profile.csv, profile.json; with --growth also growth.csv and growth.png. Without --out
+nothing is written.
+See also: smallvit compare, smallvit list, smallvit coverage; docs/profiling.md.
 """
 ROWS = ("vit", "vit+spt+lsa")
 """Where none are given."""

@@ -42,11 +42,11 @@ def main(argv: list[str]) -> int:
     dossier.require_apart(folders)
     runs = [dossier.read(folder) for folder in folders]
     path = new_file(out, ".html", overwrite=given.overwrite)
-    if given.compute and any(run.notes for run in runs):
+    if given.compute and any(run.lacking for run in runs):
         from smallvit.pages import lacking  # only now: what is all there needs no torch
 
         console = Console(stderr=True)
-        runs = [lacking.completed(run, config.compute.device, console) if run.notes else run for run in runs]
+        runs = [lacking.completed(run, config.compute.device, console) if run.lacking else run for run in runs]
     page.write(runs, path)
     for run in runs:
         for note in run.notes:

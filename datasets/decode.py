@@ -1,7 +1,8 @@
 """Image files of any size and mode to one uint8 tensor, decoded once, in parallel, and cached on disk.
 
 Decoding: EXIF orientation is applied, 16-bit grey is scaled to 8, transparency is laid on white, every mode ends
-as RGB; the shorter side is resized to the image size (bilinear, antialiased) and the centre is cut out.
+as RGB; the shorter side is resized to the image size (bilinear, antialiased) and the centre is cut out. What Pillow
+warns of is either harmless or an error a little later, so its warnings are silenced.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +30,9 @@ from smallvit.datasets.listing import Listing
 from smallvit.datasets.memory import require_memory
 from smallvit.errors import InputError, first_line
 
-DECODER = 2
+DECODER = 3
 """Raised when decoding changes, so that older caches are not used."""
+warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
 
 
 def default_size(files: Listing, largest: int = 64, sample: int = 512) -> int:
@@ -67,9 +70,15 @@ def fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB."""
+    """Any Pillow mode to RGB.
+
+    Raises:
+        ValueError: pixels are infinite or no numbers.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are infinite or no numbers")
         if image.mode != "F" and (values.max() > 255 or image.mode.startswith("I;16")):
             values = values / 257  # 16 bits to 8
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))

@@ -30,24 +30,24 @@ class File(NamedTuple):
     """Time of its last change in nanoseconds."""
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path, least: int = 2) -> Listing:
     """Find the images of a data folder.
 
     Raises:
-        InputError: no such folder, one that cannot be read, fewer than two classes, a class folder without images,
+        InputError: no such folder, one that cannot be read, fewer than `least` classes, a class folder without images,
             a split with classes that the training split lacks, or splits under other names.
     """
     try:
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder")
-        return _list_tiny_imagenet(root) if (root / ANNOTATIONS).is_file() else _list(root)
+        return _list_tiny_imagenet(root) if (root / ANNOTATIONS).is_file() else _list(root, least)
     except OSError as error:
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--data {root}: its lists of classes are damaged ({error})") from None
 
 
-def _list(root: Path) -> Listing:
+def _list(root: Path, least: int) -> Listing:
     top = _subfolders(root)
     has_splits = bool(_subfolders(root / "train"))
     if has_splits:
@@ -55,7 +55,7 @@ def _list(root: Path) -> Listing:
     folders = {split: root / split for split in SPLITS if split in top} if has_splits else {"all": root}
     first = next(iter(folders))
     class_names = _subfolders(folders[first])
-    require_classes(class_names, folders[first])
+    require_classes(class_names, folders[first], least)
     number = {name: label for label, name in enumerate(class_names)}
     files: list[tuple[File, int, str]] = []
     for split, folder in folders.items():

@@ -104,8 +104,12 @@ class ImageDataset:
     """AutoAugment's policy that suits it: cifar10, svhn or imagenet."""
     fingerprint: str
     """Changes when the files do: a run is resumed on the very images it was started with."""
+    content: str | None = None
+    """Tells the files from others, in any folder and at any image size; None where a name does."""
     drew_test: bool = False
     """Whether the test was held out here (--split-seed, --test-fraction), as the data brings none."""
+    drew_val: bool = False
+    """Whether the validation images were (--split-seed, --val-fraction)."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the data was read and split."""
 

@@ -59,15 +59,16 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def require_classes(class_names: tuple[str, ...], source: object) -> None:
-    """Check that there are several classes, and that they are no splits.
+def require_classes(class_names: tuple[str, ...], source: object, least: int = 2) -> None:
+    """Check that there are several classes (`least` of them), and that they are no splits.
 
     Raises:
         InputError: there are not, or they are.
     """
-    if len(class_names) < 2:
+    if len(class_names) < least:
         found = f"only {class_names[0]}/" if class_names else "none"
-        raise InputError(f"--data {source}: at least two class folders with images are needed, found {found}")
+        needed = "at least two class folders with images are" if least > 1 else "a class folder with images is"
+        raise InputError(f"--data {source}: {needed} needed, found {found}")
     if all(name.lower() in LIKE_SPLITS for name in class_names):
         raise InputError(f"--data {source}: {', '.join(class_names)} look like splits; call them train, val and test")
 

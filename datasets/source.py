@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,10 @@ def data_folder(config: DataConfig) -> Path:
     return Path(os.path.expanduser(given)) if given else cache_folder() / "data"
 
 
-def load(config: DataConfig) -> ImageDataset:
+def load(config: DataConfig, *, draw: bool = True) -> ImageDataset:
     """Read, split and describe the data set that `config` names; download it first, if it is one that can be.
+
+    Without `draw`, splits that the data does not bring have no images, and of a folder one class is enough.
 
     Raises:
         InputError: unknown data set, unusable folder, images that cannot be decoded, or a download that failed.
@@ -51,30 +54,32 @@ def load(config: DataConfig) -> ImageDataset:
     if config.data_url is not None and not (config.data in DATASETS and DATASETS[config.data].archives):
         raise InputError(f"--data-url: {config.data} is not downloaded; leave it out")
     if config.data in DATASETS:
-        return _load_named(config, DATASETS[config.data])
+        return _load_named(config, DATASETS[config.data], draw)
     if timm_source.is_source(config.data):
         parts, class_names, notes = timm_source.read(config, data_folder(config))
-        return assemble(replace(config, data=timm_source.absolute(config.data)), parts, class_names, notes)
+        config = replace(config, data=timm_source.absolute(config.data))
+        return assemble(config, parts, class_names, notes, content=_counted(config.data, parts), draw=draw)
     root = Path(os.path.expanduser(config.data))
     if not os.path.exists(root) and root.name == config.data:
         hint = nearest(config.data, DATASETS)
         raise InputError(f"--data {config.data}: no such data set{hint} or folder; named: {', '.join(DATASETS)}")
-    return _load_files(config, _list(list_zip if root.is_file() else list_folder, root))
+    lister = list_zip if root.is_file() else partial(list_folder, least=2 if draw else 1)
+    return _load_files(config, _list(lister, root), draw)
 
 
-def _load_named(config: DataConfig, entry: Entry) -> ImageDataset:
+def _load_named(config: DataConfig, entry: Entry, draw: bool) -> ImageDataset:
     folder, name = data_folder(config), config.data
     if name in ("tiny-imagenet", "imagenet"):
-        return _load_files(config, _named_files(name, folder, config.data_url), entry)
+        return _load_files(config, _named_files(name, folder, config.data_url), draw, entry)
     if config.streaming == "on":
         raise InputError(f"--streaming on: {name} is read into memory; only files of images are streamed")
     size = config.img_size or entry.img_size
     if name == "digits":
-        return assemble(config, {"all": _digits().resize(size)}, readers.DIGITS, [], entry)
+        return assemble(config, {"all": _digits().resize(size)}, readers.DIGITS, [], entry, draw=draw)
     read = readers.read(name, folder, config.data_url)
     parts = {"train": Images(read.train_pixels, read.train_labels), "test": Images(read.test_pixels, read.test_labels)}
     resized = {split: part.resize(size) for split, part in parts.items()}
-    return assemble(config, resized, read.class_names, [], entry)
+    return assemble(config, resized, read.class_names, [], entry, draw=draw)
 
 
 def _digits() -> Images:
@@ -99,11 +104,12 @@ def _list(lister: Callable[[Path], Listing], root: Path) -> Listing:
         return lister(root)
 
 
-def _load_files(config: DataConfig, files: Listing, entry: Entry | None = None) -> ImageDataset:
+def _load_files(config: DataConfig, files: Listing, draw: bool, entry: Entry | None = None) -> ImageDataset:
     """Decode a listing's images into memory, or leave them on disk where they do not fit there."""
     size = config.img_size or (entry.img_size if entry else default_size(files))
     labels, splits, notes = torch.tensor(files.labels), np.array(files.splits), []
     images: Split
+    content = files.content
     if config.streaming == "on" or (config.streaming == "auto" and not fits_memory(len(files), 3, size, IN_MEMORY)):
         images = Files(files, np.arange(len(files)), labels, size, config.skip_corrupt, config.workers)
         notes.append("images are decoded anew each epoch, by worker processes")
@@ -115,8 +121,10 @@ def _load_files(config: DataConfig, files: Listing, entry: Entry | None = None) 
             notes.append("left out: " + describe_bad(files, bad))
             good = np.setdiff1d(np.arange(len(images)), list(bad))
             images, splits = images.subset(good), splits[good]
+            content += f" without {sorted(bad)}"
     parts = {split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)}
-    return assemble(config, parts, files.class_names, notes, entry)
+    told = None if entry else hashlib.sha256(content.encode()).hexdigest()
+    return assemble(config, parts, files.class_names, notes, entry, content=told, draw=draw)
 
 
 def assemble(
@@ -125,8 +133,13 @@ def assemble(
     class_names: tuple[str, ...],
     notes: list[str],
     entry: Entry | None = None,
+    *,
+    content: str | None = None,
+    draw: bool = True,
 ) -> ImageDataset:
     """Draw the splits that the data does not bring (of train, val, test; or all), and describe the whole.
+
+    Without `draw` they are empty; `content` tells the images from others, where no name does.
 
     Raises:
         InputError: a class without training images, or with too few to hold some out.
@@ -145,16 +158,19 @@ def assemble(
     missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
     if len(missing):
         raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
-    drew_test = "test" not in parts
-    for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if split not in parts:
-            train = parts["train"]
-            stay, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split", class_names)
-            parts |= {"train": train.subset(stay), split: train.subset(held)}
-            if fraction:
-                notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")
-            else:
-                notes.append(f"no {split} split: the last epoch is taken")
+    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    drawn = [split for split in fractions if split not in parts]
+    if not draw:
+        parts |= {split: parts["train"].subset(np.arange(0)) for split in drawn}
+        drawn = []
+    for split in drawn:
+        train, fraction = parts["train"], fractions[split]
+        stay, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split", class_names)
+        parts |= {"train": train.subset(stay), split: train.subset(held)}
+        if fraction:
+            notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")
+        else:
+            notes.append(f"no {split} split: the last epoch is taken")
     train = parts["train"]
     if config.train_fraction < 1:
         train = train.subset(nested_share(train.labels.numpy(), config.train_fraction, config.split_seed))
@@ -174,10 +190,20 @@ def assemble(
         mean=mean,
         std=std,
         fingerprint=fingerprint,
-        drew_test=drew_test,
+        content=content,
+        drew_test="test" in drawn,
+        drew_val="val" in drawn,
         notes=tuple(notes),
         **suits,
     )
+
+
+def _counted(source: str, parts: dict[str, Split]) -> str:
+    """What tells a source's images from those that it held before, at any size: how many of which class."""
+    digest = hashlib.sha256(os.fsencode(source))
+    for split, part in sorted(parts.items()):
+        digest.update(f"{split} {len(part)}\n".encode() + part.labels.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(parts: dict[str, Split]) -> str:

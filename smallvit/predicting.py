@@ -7,11 +7,13 @@ about. Axes: c channels, s image size, k classes.
 from __future__ import annotations
 
 import os
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,15 +21,21 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from smallvit.datasets.decode import decode_image, reason, usable_cores
 from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.ready import Ready
+from smallvit.trained import Card
 
 AHEAD = 2**28
 """Bytes of decoded images that may wait for the model, about."""
 CHUNK = 16
 """Images that a thread decodes at a time."""
+WORDNET = re.compile(r"n\d{8}")
+"""What ImageNet's classes are called in files and by timm."""
+SUBSETS = ("imagenet-1k", "imagenet-21k-goog")
+"""Of timm's, those that have all of ImageNet's classes together."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Prediction:
 
     path: str
     classes: tuple[tuple[str, float], ...] = ()
-    """Names and probabilities, the likeliest first."""
+    """Names and probabilities, the likeliest first; names as `readable` has them."""
     error: str | None = None
     """Why the file cannot be read, if it cannot."""
 
@@ -57,10 +65,11 @@ def predict(model: Ready, paths: Sequence[str], *, top: int = 5, flip: bool = Fa
     Raises:
         InputError: the model's answers are not finite.
     """
+    names = readable(model.class_names)
     with closing(_decoded(model, paths)) as decoded:
         while batch := list(islice(decoded, model.batch_size)):
             good = [pixels for _, pixels, _ in batch if pixels is not None]
-            answers = iter(_likeliest(model, good, top, flip) if good else ())
+            answers = iter(_likeliest(model, names, good, top, flip) if good else ())
             for path, pixels, error in batch:
                 yield Prediction(path, () if pixels is None else next(answers), error)
 
@@ -68,9 +77,32 @@ def predict(model: Ready, paths: Sequence[str], *, top: int = 5, flip: bool = Fa
 def image_paths(names: Iterable[str]) -> list[str]:
     """Files as they are named; for a folder all below it that are named like images, sorted, hidden ones left out.
 
-    A folder without images stands for itself, so that it is told of among what cannot be read.
+    A folder without images stands for itself, and so does one that cannot be listed, so that they are told of among
+    what cannot be read.
     """
     return [path for name in names for path in (_below(name) if os.path.isdir(name) else [name])]
+
+
+def readable(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes, where they are WordNet's ids with the first word that timm has for them.
+
+    Words that several classes have are followed by the id.
+    """
+    if not any(map(WORDNET.fullmatch, names)):
+        return tuple(names)
+    words = [_words().get(name, name) for name in names]
+    often = Counter(words)
+    return tuple(word if often[word] == 1 else f"{word} ({name})" for name, word in zip(names, words, strict=True))
+
+
+def require_classifier(card: Card) -> None:
+    """Check that the model names classes.
+
+    Raises:
+        InputError: it gives features only.
+    """
+    if not card.spec["num_classes"]:
+        raise card.error("these weights have no classifier; smallvit probe judges their features")
 
 
 def decode(path: str, size: int, in_chans: int) -> UInt8[np.ndarray, "c s s"]:
@@ -82,9 +114,22 @@ def decode(path: str, size: int, in_chans: int) -> UInt8[np.ndarray, "c s s"]:
     return pixels if in_chans == 3 else np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
 
 
+@lru_cache(maxsize=1)
+def _words() -> dict[str, str]:
+    """The first word for each of ImageNet's classes, by its id."""
+    subsets = map(ImageNetInfo, SUBSETS)
+    told = [pair for subset in subsets for pair in subset.label_descriptions(as_dict=True).items()]
+    return {name: words.partition(",")[0] for name, words in told}
+
+
 def _below(folder: str) -> list[str]:
-    found, seen = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def refused(error: OSError) -> None:
+        found.append(error.filename)
+
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refused):
         if os.path.realpath(place) in seen:  # a link back
             subfolders.clear()
             continue
@@ -123,21 +168,20 @@ def _decode_some(paths: Sequence[str], size: int, in_chans: int) -> list[Decoded
 
 
 def _why(error: Exception, path: str) -> str:
-    """Why a file cannot be read, in a few words."""
-    if os.path.isdir(path):
+    """Why a file or folder cannot be read, in a few words."""
+    if isinstance(error, IsADirectoryError):
         return "a folder without images"
     return (error.strerror if isinstance(error, OSError) else None) or reason(error, path)
 
 
 def _likeliest(
-    model: Ready, pixels: list[UInt8[np.ndarray, "c s s"]], top: int, flip: bool
+    model: Ready, names: tuple[str, ...], pixels: list[UInt8[np.ndarray, "c s s"]], top: int, flip: bool
 ) -> list[tuple[tuple[str, float], ...]]:
     """Names and probabilities of the likeliest classes of each image."""
     images = model.normalised(torch.from_numpy(np.stack(pixels)))
     logits = model.logits(images, flip=flip).cpu()
     if not logits.isfinite().all():
         raise model.card.error("its answers are not finite")
-    names = model.class_names
     probabilities, classes = logits.double().softmax(dim=1).topk(min(top, len(names)))
     return [
         tuple((names[number], probability) for number, probability in zip(*row, strict=True))

@@ -130,7 +130,8 @@ class Setup:
     def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """What a weights file says about itself."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
-        data["test"] = trained.held_out(self.dataset, self.config.data)
+        data["learnt"] = trained.identity(self.dataset)
+        data |= {split: trained.held_out(self.dataset, self.config.data, split) for split in trained.DRAWN}
         return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
 
     def announce(self, console: Console) -> None:

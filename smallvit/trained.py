@@ -33,8 +33,8 @@ SUFFIX = ".safetensors"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz")
 PRETRAINED = ":pretrained"
 """What may stand behind the name of a timm model."""
-SPLIT = ("split_seed", "test_fraction")
-"""Options that decide which images are the test, where the data brings none."""
+DRAWN = {"test": ("split_seed", "test_fraction"), "val": ("split_seed", "val_fraction")}
+"""Options that decide which images are in a split, where the data brings none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,12 @@ class Card:
     """Name of the data set that was learnt."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    learnt: dict[str, Any] | None = None
+    """What `identity` says of the data that was learnt; None in older files."""
     test: dict[str, Any] | None = None
-    """What `held_out` says of the data that was learnt."""
+    """What `held_out` says of the test of this data."""
+    val: dict[str, Any] | None = None
+    """The same of its validation images; None in older files too."""
 
     def error(self, message: str) -> InputError:
         """An error that names the option and the weights."""
@@ -121,29 +125,63 @@ def absolute(name: str) -> str:
     return os.path.realpath(os.path.expanduser(name)) if is_path(name) else name
 
 
-def held_out(dataset: ImageDataset, config: DataConfig) -> dict[str, Any] | None:
-    """What tells which images of which data are the test, where the data brings none."""
-    if not dataset.drew_test:
+def identity(dataset: ImageDataset) -> dict[str, Any]:
+    """What tells data from other data: where it lies, and what it holds where that may change."""
+    source = os.fsencode(dataset.source)  # hashed: no path in a file that may be shared
+    return {"source": hashlib.sha256(source).hexdigest()[:16], "content": dataset.content}
+
+
+def has_learnt_from(card: Card, dataset: ImageDataset) -> bool:
+    """Whether a model was trained on this data, as far as that is known: on what lay there, or on a copy."""
+    now, then = identity(dataset), card.learnt or card.test
+    if then is None:
+        return card.data == dataset.source  # a name: other data is known by its absolute path
+    return now["source"] == then["source"] or (now["content"] is not None and now["content"] == then.get("content"))
+
+
+def held_out(dataset: ImageDataset, config: DataConfig, split: str = "test") -> dict[str, Any] | None:
+    """What tells which images of which data are the test (or val), where the data brings none."""
+    if not {"test": dataset.drew_test, "val": dataset.drew_val}[split]:
         return None
-    source = hashlib.sha256(dataset.source.encode()).hexdigest()[:16]  # no path in a file that may be shared
-    return {"source": source, **{name: getattr(config, name) for name in SPLIT}}
+    return identity(dataset) | {name: getattr(config, name) for name in DRAWN[split]}
 
 
-def require_same_test(card: Card, dataset: ImageDataset, config: DataConfig) -> None:
-    """Check that a model that learnt from the same data has held out the same images for the test.
+def require_same_test(card: Card, dataset: ImageDataset, config: DataConfig, split: str = "test") -> None:
+    """Check that a model that learnt from the same data has held out the same images for the test (or val).
 
     Raises:
-        InputError: it may have learnt images of the test.
+        InputError: it may have learnt images of the split.
     """
-    now, then = held_out(dataset, config), card.test
-    if now is None or then is None or now["source"] != then["source"]:
+    now, then = held_out(dataset, config, split), getattr(card, split)
+    if now is None or then is None or not has_learnt_from(card, dataset):
         return
-    for name in SPLIT:
+    for name in DRAWN[split]:
         if now[name] != then[name]:
-            raise card.error(
-                f"it was trained with {flag(name)} {then[name]}, so images of the test may be among those that it "
-                f"learnt; give the same here ({flag(name)} {then[name]})"
-            )
+            option = f"{flag(name)} {then[name]}"
+            held = then.get("val_fraction") != 0
+            way = f"give the same here ({option})" if held else "choose another split"
+            raise card.error(f"it was trained with {option}, {_may_be_learnt(split)}; {way}")
+
+
+def require_unchanged(card: Card, dataset: ImageDataset, config: DataConfig, split: str = "test") -> None:
+    """Check that what a test (or val) is drawn from has not changed since a model learnt from it.
+
+    Raises:
+        InputError: it has, so that the same options draw other images.
+    """
+    now, then = held_out(dataset, config, split), getattr(card, split)
+    if now is None or then is None or not has_learnt_from(card, dataset):
+        return
+    if now["content"] != then.get("content", now["content"]):
+        raise card.error(
+            f"the images of {dataset.name} are not those that it was trained with, {_may_be_learnt(split)}; restore "
+            f"them, or bring a {split}/ of new ones"
+        )
+
+
+def _may_be_learnt(split: str) -> str:
+    called = "the test" if split == "test" else split
+    return f"so images of {called} may be among those that it learnt"
 
 
 def _run_card(name: str, option: str, folder: Path) -> Card:
@@ -189,7 +227,7 @@ def _described(bare: Card) -> Card:
             data=str(data["name"]),
             mean=mean,
             std=std,
-            test=data.get("test"),
+            **{name: data.get(name) for name in ("learnt", "test", "val")},
         )
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError):
         raise bare.error(

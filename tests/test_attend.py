@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +18,16 @@ from PIL import Image
 
 import smallvit as package
 from smallvit import checkpoint, datasets
-from smallvit.attention import attending, examples, gaze, heads
+from smallvit.attention import attending, examples, gaze, heads, sight
+from smallvit.attention.mosaic import BAND, Mosaic
 from smallvit.cli import main
-from smallvit.files import partial_name
 from smallvit.options import DataConfig
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ["--epochs", "2", "--batch-size", "64", "--aug", "none", "--amp", "off", "--device", "cpu"]
 PICTURES = ["overview.png", "heads.png", "temperatures.png", "layers-1.png", "layers-2.png", "layers-3.png"]
 ON_CPU = ("--amp", "off", "--device", "cpu")
+HELD = "holds results already; choose another folder by --out, or replace by --overwrite"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,11 @@ def test_figures_are_possible_ones(compared: Path) -> None:
 def test_even_attention_has_the_mean_distance_between_tokens(compared: Path) -> None:
     centres = np.array([(2 * row + 1, 2 * column + 1) for row in range(4) for column in range(4)])
     mean = np.linalg.norm(centres[:, None] - centres[None], axis=2).mean()
-    assert [layer["even_distance"] for layer in figures(compared)["layers"]] == pytest.approx([mean] * 6)
+    plain, masked = figures(compared)["compared"]["layers"], figures(compared)["layers"]
+    assert [layer["even_distance"] for layer in plain] == pytest.approx([mean] * 6)
+    assert [layer["even_entropy"] for layer in plain] == pytest.approx([math.log(17)] * 6)
+    assert [layer["even_distance"] for layer in masked] == pytest.approx([mean * 16 / 15] * 6)  # not to itself
+    assert [layer["even_entropy"] for layer in masked] == pytest.approx([math.log(16)] * 6)
 
 
 def test_temperatures_are_those_of_the_weights_and_none_without_plugins(compared: Path, runs: dict[str, Path]) -> None:
@@ -99,6 +108,7 @@ def test_the_record_says_what_it_rests_on(compared: Path, runs: dict[str, Path])
     assert record["weights_sha256"] != record["compared"]["weights_sha256"]
     assert (record["name"], record["img_size"], record["precision"]) == (str(runs["plugins"]), 8, "fp32")
     assert record["command"].startswith("smallvit attend ")
+    assert (record["data"], record["split"]) == ("digits", "test")
     assert {"hardware", "versions", "git_revision"} < set(record)
 
 
@@ -107,14 +117,16 @@ def test_without_temperatures_none_are_drawn_and_old_files_go(
 ) -> None:
     for name in PICTURES:
         (tmp_path / name).write_bytes((compared / name).read_bytes())
-    (tmp_path / "mine.txt").write_text("mine")
+    mine = {"mine.txt", "layers-mine.png", "layers-1.png.png"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     arguments = ("attend", runs["plain"], "--count", 1, "--out", tmp_path, *ON_CPU)
     code, _, err = smallvit(*arguments)
-    assert (code, err) == (2, f"smallvit: --out {tmp_path}: exists already; choose another folder, or --overwrite\n")
+    assert (code, err) == (2, f"smallvit: {tmp_path}: {HELD}\n")
     code, out, _ = smallvit(*arguments, "--overwrite")
     assert code == 0
     there = {"overview.png", "heads.png", "layers-1.png", "attention.json"}
-    assert {path.name for path in tmp_path.iterdir()} == there | {"mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == there | mine
     assert {Path(line).name for line in out.splitlines() if line.startswith(str(tmp_path))} == there
 
 
@@ -123,7 +135,7 @@ def test_a_runs_own_folder_is_the_default(runs: dict[str, Path], smallvit: Comma
     assert (runs["plain"] / "attend" / "attention.json").exists()
     code, _, err = smallvit("attend", runs["plain"], "--count", 1, *ON_CPU)
     assert code == 2
-    assert "exists already" in err
+    assert HELD in err
 
 
 def test_image_files_are_shown_and_broken_ones_left_out(
@@ -164,6 +176,12 @@ def test_relevance_may_be_for_the_true_class(runs: dict[str, Path], smallvit: Co
         (["RUN", "--classes-of", "lable"], "did you mean 'label'?"),
         (["RUN", "IMAGE", "--classes-of", "label"], "nothing says the classes of image files"),
         (["RUN", "--compare", "RUN"], "the same model; name another"),
+        (["RUN", "--compare", "RUN/best.safetensors"], "the same model; name another"),
+        (["RUN", "--compare", "WEIGHTS"], "the same model; name another"),
+        (["RUN", "IMAGE", "--count", "1"], "--count: image files are given"),
+        (["RUN", "IMAGE", "--split", "val"], "--split: image files are given"),
+        (["RUN", "IMAGE", "--data", "digits"], "--data: image files are given"),
+        (["RUN", "IMAGE", "--split-seed", "1"], "--split-seed: image files are given"),
         (["RUN", "--compare", "runs/none"], "--compare runs/none: no such file or folder"),
         (["RUN", "--split-seed", "1"], "give the same here (--split-seed 0)"),
         (["RUN", "--data", "FOLDER"], "takes images of 1 channels"),
@@ -178,6 +196,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "alone.safetensors").write_bytes((runs["plain"] / "best.safetensors").read_bytes())
     places = {"RUN": runs["plain"], "CNN": runs["cnn"], "FOLDER": image_folder, "BROKEN": tmp_path / "broken.png"}
+    places |= {"RUN/best.safetensors": runs["plain"] / "best.safetensors"}
     places |= {"WEIGHTS": tmp_path / "alone.safetensors", "IMAGE": image_folder / "dark" / "000.png"}
     out = tmp_path / "looks"
     code, _, err = smallvit("attend", *[places.get(each, each) for each in arguments], "--out", out, *ON_CPU)
@@ -199,10 +218,15 @@ def test_an_interruption_leaves_no_half_written_file(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    (there := tmp_path / "there").mkdir()
+    (there / "attention.json").write_text("{}")
+    (there / "overview.png").write_text("old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupt)
-    assert smallvit("attend", runs["plain"], "--count", 1, "--out", tmp_path / "looks", *ON_CPU)[0] == 130
-    assert not (tmp_path / "looks" / partial_name("overview.png")).exists()
-    assert list((tmp_path / "looks").iterdir()) == []
+    for out in (tmp_path / "looks", there):
+        arguments = ("attend", runs["plain"], "--count", 1, "--out", out, "--overwrite", *ON_CPU)
+        assert smallvit(*arguments)[0] == 130
+    assert not (tmp_path / "looks").exists()
+    assert {path.name: path.read_text() for path in there.iterdir()} == {"attention.json": "{}", "overview.png": "old"}
 
 
 def test_temperatures_without_a_course_are_drawn_alone(compared: Path, tmp_path: Path) -> None:
@@ -214,6 +238,133 @@ def test_temperatures_without_a_course_are_drawn_alone(compared: Path, tmp_path:
         with Image.open(tmp_path / "drawn.png") as picture:
             wide.append(picture.width)
     assert wide[1] > 1.5 * wide[0]
+
+
+def test_of_a_course_that_lacks_a_layer_the_others_are_drawn(compared: Path, tmp_path: Path) -> None:
+    layers = figures(compared)["layers"]
+    whole = {layer["layer"]: layer["temperature"] for layer in layers}
+    course = [{"epoch": 1, "temperatures": {layers[1]["layer"]: whole[layers[1]["layer"]]}}]
+    assert heads.draw_temperatures(
+        {"run": layers}, {"run": [*course, {"epoch": 2, "temperatures": whole}]}, tmp_path / "a.png"
+    )
+
+
+def test_as_many_images_are_looked_at_together_as_their_maps_leave_room(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, at_once, alive = {}, set(), []
+    record, relevance = sight.attention.record, sight.relevance
+
+    def recorded(model: object, images: torch.Tensor) -> object:
+        logits, maps = record(model, images)
+        at_once.add(len(images))
+        alive.extend(weakref.ref(each) for each in maps)
+        return logits, maps
+
+    def relevant(*arguments: object) -> object:
+        assert not any(each() is not None for each in alive)
+        return relevance(*arguments)
+
+    monkeypatch.setattr(sight.attention, "record", recorded)
+    monkeypatch.setattr(sight, "relevance", relevant)
+    of_one = 4 * 6 * 6 * 17**2  # layers, heads, tokens
+    for memory in (2**29, sight.COPIES * 2 * of_one):
+        at_once.clear()
+        monkeypatch.setattr(sight, "MEMORY", memory)
+        out = tmp_path / str(memory)
+        assert main(["attend", str(runs["plain"]), "--count", "5", "--out", str(out), *ON_CPU]) == 0
+        seen[memory] = figures(out), max(at_once)
+    (one, most), (two, pair) = seen.values()
+    assert (most, pair) == (5, 2)
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-4)
+        assert a["even_distance"] == pytest.approx(b["even_distance"])
+
+
+def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is written on pages from now on."""
+    found, write = [], Mosaic.write
+
+    def noted(page: Mosaic, left: float, top: float, text: str, *more: object, **style: object) -> None:
+        found.append(text)
+        write(page, left, top, text, *more, **style)
+
+    monkeypatch.setattr(Mosaic, "write", noted)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "heading"), [("predicted", "the class predicted"), ("label", "the true class")])
+def test_the_heading_says_for_which_class_relevance_is(
+    runs: dict[str, Path], smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, heading: str
+) -> None:
+    found = words(monkeypatch)
+    arguments = ("--count", 1, "--classes-of", kind, "--out", tmp_path / "looks", *ON_CPU)
+    assert smallvit("attend", runs["plain"], *arguments)[0] == 0
+    assert [text for text in found if text.startswith("relevance")] == [f"relevance for\n{heading}"]
+
+
+def test_what_shows_other_images_than_the_runs_test_lies_apart(
+    runs: dict[str, Path], smallvit: Command, tmp_path: Path, write_images: Callable[..., list[Path]]
+) -> None:
+    run = shutil.copytree(runs["plain"], tmp_path / "run", ignore=shutil.ignore_patterns("attend*"))
+    (image,) = write_images(tmp_path / "images", 1)
+    others = {
+        "attend": [(), ("digits", "test")],
+        "attend-val": [("--split", "val"), ("digits", "val")],
+        "attend-files": [(image,), (None, None)],
+    }
+    for folder, (arguments, expected) in others.items():
+        count = () if folder == "attend-files" else ("--count", 1)
+        assert smallvit("attend", run, *arguments, *count, *ON_CPU)[0] == 0
+        record = figures(run / folder)
+        assert (record["data"], record["split"]) == expected
+    assert {path.name for path in run.glob("attend*")} == set(others)
+
+
+def test_names_are_shown_as_they_are(
+    runs: dict[str, Path], smallvit: Command, tmp_path: Path, write_images: Callable[..., list[Path]]
+) -> None:
+    (image,) = write_images(tmp_path / "images", 1)
+    image = image.rename(image.with_name(os.fsdecode(b"caf\xe9 $x$.png")))
+    names = [shutil.copytree(runs[name], tmp_path / f"{name} [b] $x$ :smile:") for name in ("plain", "plugins")]
+    code, out, _ = smallvit("attend", names[0], image, "--compare", names[1], "--out", tmp_path / "looks", *ON_CPU)
+    assert code == 0
+    assert all(f"{name} [b] $x$ :smile:" in "".join(out.split("\n")) for name in ("plain", "plugins"))
+    assert figures(tmp_path / "looks")["images"][0]["source"] == str(image)
+
+
+def test_legends_have_no_formulas_but_ours(compared: Path, tmp_path: Path) -> None:
+    layers = figures(compared)["layers"]
+    heads.draw_heads({"$x^$": layers}, tmp_path / "heads.png")
+    assert heads.draw_temperatures({"$x^$": layers}, {"$x^$": []}, tmp_path / "temperatures.png")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_computed(
+    runs: dict[str, Path], smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(attending, "_models", None)
+    code, _, err = smallvit("attend", runs["plain"], "--out", tmp_path / place, "--overwrite", *ON_CPU)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "a file, not a folder" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_words_are_whole_on_high_pages_which_take_little_memory(tmp_path: Path) -> None:
+    tracemalloc.start()
+    page = Mosaic(100, 2**16 + 1000)
+    places = (BAND // 2, 2 * BAND + 5, 2**16 + 900)  # in the midst, over an edge, and far below
+    for top in places:
+        page.write(10, top, "gypsy", size=12)
+    page.save(tmp_path / "page.png")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 3 * 100 * 2**16  # bytes, the page's own
+    with Image.open(tmp_path / "page.png") as picture:
+        first, *others = (np.asarray(picture)[top - 40 : top + 10] for top in places)
+    assert first.min() == 0
+    assert all((first == other).all() for other in others)
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -273,6 +424,14 @@ def test_examples_are_of_as_many_classes_as_can_be() -> None:
         counts = np.bincount(labels[chosen], minlength=10)
         assert (counts >= np.minimum(sizes, counts.max() - 1)).all()
     assert sorted(examples.spread(labels, 1000)) == list(range(55))
+
+
+def test_a_million_images_of_one_class_are_as_soon_chosen_from() -> None:
+    labels = np.zeros(10**6, dtype=np.int64)
+    assert examples.spread(labels, 3) == [0, 1, 2]
+    labels[-1] = 1
+    assert examples.spread(labels, 3) == [0, 1, 10**6 - 1]
+    assert len(examples.spread(labels, 10**6)) == 10**6
 
 
 def test_streamed_data_is_shown_by_its_files(image_folder: Path, tmp_path: Path, smallvit: Command) -> None:

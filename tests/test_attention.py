@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import timm
@@ -260,6 +261,35 @@ def test_gradients_of_the_logits_are_the_models_own() -> None:
     assert not any(each.weights.requires_grad for each in maps)
 
 
+def average_pooled(**more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(timm.create_model("vit_tiny_patch16_224", num_classes=5, global_pool="avg", **VIT, **more)).eval()
+
+
+READERS = {
+    **{name: lambda name=name: build(name) for name in ("vit", "vit registers", "vit average pool", "deit distilled")},
+    **{name: lambda name=name: build(name) for name in ("beit", "eva-02", "dinov3", "rope mixed", "pit distilled")},
+    "class token and average pool": average_pooled,
+    "registers and average pool": lambda: average_pooled(class_token=False, reg_tokens=2),
+    "convit": lambda: build("convit"),
+    "t2t": ours("t2t"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_those_tokens_are_read_of_which_the_logits_have_gradients(name: str) -> None:
+    model = READERS[name]()
+    images = zoo_images(name) if name == "convit" else torch.randn(2, 3, 16, 16)
+    each = record(model, images)[1][-1]
+    outputs = []
+    block = model.get_submodule(each.layer.rpartition(".")[0])
+    block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    logits = model(images)
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), outputs)
+    found = gradient.abs().amax(dim=(0, 2)).nonzero().flatten().tolist()
+    assert found == list(range(each.prefix, each.weights.shape[-2]) if each.reads is None else each.reads)
+
+
 # Windows
 
 
@@ -336,6 +366,37 @@ def test_a_token_with_padding_alone_around_it_stays_with_itself() -> None:
     torch.testing.assert_close(each.full().sum(-1), torch.ones(1, 1, 9))
 
 
+# What would be if all were attended to alike
+
+
+def test_in_shifted_windows_those_are_open_that_the_mask_leaves() -> None:
+    model, images = family("swin")
+    each = next(each for each in record(model, images)[1] if any(each.shift))
+    masks = given(model, images, [each.layer])[each.layer][1]
+    assert masks.lt(0).any()
+    n = math.prod(each.grid)
+    y, x = torch.meshgrid(*(torch.arange(side) * 16.0 / side for side in each.grid), indexing="ij")
+    spread, way = [], []
+    for query in range(n):
+        places = [(key, same_window(each, query, key)) for key in range(n)]
+        keys = [key for key, place in places if place is not None and masks[place] == 0]
+        spread.append(math.log(len(keys)))
+        ways = [math.hypot(*(side.flatten()[query] - side.flatten()[key] for side in (y, x))) for key in keys]
+        way.append(sum(ways) / len(keys))
+    even = each.even()
+    torch.testing.assert_close(even.entropy(), torch.tensor([[sum(spread) / n]]))
+    torch.testing.assert_close(even.distance(16), torch.tensor([[sum(way) / n]]))
+
+
+@torch.inference_mode()
+def test_lsa_leaves_all_open_but_the_token_itself() -> None:
+    model, images = family("vit", patched=True)
+    _, maps = record(model, images)
+    torch.testing.assert_close(maps[0].even().entropy(), torch.tensor([[math.log(16)]]))
+    _, maps = record(*family("vit"))
+    torch.testing.assert_close(maps[0].even().entropy(), torch.tensor([[math.log(17)]]))
+
+
 # What maps tell
 
 
@@ -373,11 +434,15 @@ def test_class_attention_has_no_distance() -> None:
 
 def test_images_show_where_the_class_token_looks_or_what_tokens_receive() -> None:
     weights = torch.rand(1, 1, 7, 7).softmax(dim=-1)
-    looks = AttentionMap(layer="attn", weights=weights, prefix=1, query_prefix=1, grid=(2, 3)).image()
+    each = AttentionMap(layer="attn", weights=weights, prefix=1, query_prefix=1, grid=(2, 3))
+    looks = replace(each, reads=(0,)).image()
     assert torch.equal(looks[0, 0].flatten(), weights[0, 0, 0, 1:])
     patches = weights[..., 1:, 1:]
-    receives = AttentionMap(layer="attn", weights=patches, prefix=0, query_prefix=0, grid=(2, 3)).image()
-    torch.testing.assert_close(receives[0, 0].flatten(), patches[0, 0].mean(dim=0))
+    receives = replace(each, weights=patches, prefix=0, query_prefix=0).image()
+    for received in (each.image(), receives):
+        torch.testing.assert_close(received[0, 0].flatten(), patches[0, 0].mean(dim=0))
+    both = replace(each, prefix=2, query_prefix=2, grid=(1, 5), reads=(0, 1)).image()
+    torch.testing.assert_close(both[0, 0, 0], (weights[0, 0, 0, 2:] + weights[0, 0, 1, 2:]) / 2)
 
 
 # What cannot be shown, and what is left behind

@@ -51,6 +51,53 @@ def test_help_and_bad_flags_load_no_torch(arguments: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
 
 
+def test_files_take_no_number_of_a_closed_standard_stream(tmp_path: Path) -> None:
+    check = (
+        "from smallvit.cli import main\n"
+        "main(['--version'])\n"
+        "with open('numbers', 'w') as file: file.write(str(file.fileno()))"
+    )
+    line = f'exec {sys.executable} -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", line, "sh", check], check=False).returncode == 0
+    assert int(Path("numbers").read_text()) > 2
+
+
+RICH = """\
+import rich.console, smallvit.cli.watch
+smallvit.cli.watch.main = lambda argv: rich.console.Console().print("a table")
+raise SystemExit(smallvit.cli.main(["watch"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream"),
+    [
+        (["-m", "smallvit", "--help"], "stdout"),
+        (["-m", "smallvit", "list", "recipes"], "stdout"),
+        (["-m", "smallvit", "nonsense"], "stderr"),
+        (["-c", RICH], "stdout"),  # rich ends programs in a way of its own
+    ],
+)
+def test_what_nobody_reads_ends_the_program_quietly(arguments: list[str], stream: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    done = subprocess.run([sys.executable, *arguments], **streams, check=False)
+    os.close(write)
+    assert done.returncode == 141
+    assert not done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_told_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "smallvit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "smallvit: standard output: No space left on device\n")
+
+
 def test_the_everyday_flags_are_there() -> None:
     done = subprocess.run([sys.executable, "-m", "smallvit", "train", "--help"], capture_output=True, text=True)
     flags = "--arch --spt --lsa --data --aug --epochs --batch-size --lr --img-size --seed --device --out --resume"

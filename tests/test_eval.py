@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import smallvit as package
-from smallvit import checkpoint, datasets
+from smallvit import checkpoint, datasets, files, trained
+from smallvit.cli import eval as verb
 from smallvit.cli import main
 from smallvit.config import Config
 from smallvit.datasets.corruptions import corrupt
 from smallvit.judgement import evidence, judging, pictures
+from smallvit.judgement.case import Case
+from smallvit.judgement.metrics import Answers
 from smallvit.learnt import learnt_data
 from smallvit.options import DataConfig
 
@@ -75,22 +79,33 @@ def levels(tmp_path: Path) -> Path:
     return bright(tmp_path / "levels.safetensors", ("dark", "grey", "light"))
 
 
-def bright(path: Path, class_names: tuple[str, ...]) -> Path:
-    """Weights of a CNN that is as it came, but for a head fitted to images of noise around the classes' grey levels."""
+def bright(path: Path, class_names: tuple[str, ...], size: int = 16, **data: object) -> Path:
+    """Weights of a CNN that is as it came, but for a head fitted to images of noise around the classes' grey levels.
+
+    `data` is what else they say of the data that they learnt.
+    """
     torch.manual_seed(0)
-    spec = {"arch": "resnet20", "img_size": 16, "in_chans": 3, "num_classes": len(class_names)}
+    spec = {"arch": "resnet20", "img_size": size, "in_chans": 3, "num_classes": len(class_names)}
     model, number = package.create_model(**spec).eval(), torch.arange(len(class_names)).repeat_interleave(50)
     means = torch.tensor([LEVELS[name] for name in class_names])[number]
-    images = (means[:, None, None, None] + 20 * torch.randn(len(number), 3, 16, 16)).clamp(0, 255) / 255
+    images = (means[:, None, None, None] + 20 * torch.randn(len(number), 3, size, size)).clamp(0, 255) / 255
     with torch.no_grad():
         features = model.forward_head(model.forward_features((images - 0.5) / 0.25), pre_logits=True)
         known = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
         fitted = torch.linalg.pinv(known) @ torch.eye(len(class_names), dtype=torch.float64)[number]
         model.get_classifier().weight.copy_(20 * fitted[:-1].T)
         model.get_classifier().bias.copy_(20 * fitted[-1])
-    data = {"name": "levels", "class_names": class_names, "mean": [0.5] * 3, "std": [0.25] * 3}
+    data |= {"name": "levels", "class_names": class_names, "mean": [0.5] * 3, "std": [0.25] * 3}
     checkpoint.save_weights(path, checkpoint.snapshot(model), {"model": spec, "data": data})
     return path
+
+
+def learnt(path: Path, folder: Path, **options: object) -> Path:
+    """Such weights, which say that they learnt from the images of a folder."""
+    config = DataConfig(data=str(folder), **options)
+    dataset = datasets.load(config)
+    drawn = {split: trained.held_out(dataset, config, split) for split in ("test", "val")}
+    return bright(path, dataset.class_names, learnt=trained.identity(dataset), **drawn)
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -400,7 +415,11 @@ def test_another_programs_file_is_judged_where_its_classes_are_as_many(
         (["RUN", "--out", "FILE"], "a file, not a folder"),
         (["LEVELS"], "nothing says which data is meant; give --data"),
         (["LEVELS", "--data", "ODD"], "does not know the classes 'gray', 'purple' of odd (did you mean 'grey'?)"),
-        (["LEVELS", "--data", "FOLDER", "--compare", "RUN"], "--compare"),
+        (
+            ["LEVELS", "--data", "FOLDER", "--compare", "RUN"],
+            "run: the model takes images of 1 channels, those of images",
+        ),
+        (["RUN", "--split", "val", "--val-fraction", "0.3"], "images of val may be among those that it learnt"),
         (
             ["LEVELS", "--data", "FOLDER", "--compare", "OTHERS"],
             "the models have other classes (only it knows 'white')",
@@ -450,3 +469,236 @@ def test_answers_that_are_not_finite_are_refused(run: Path, smallvit: Command, t
     code, out, err = smallvit("eval", path, "--data", "digits", "--split-seed", 3, "--test-fraction", 0.1, *PLACE)
     assert (code, out) == (2, "")
     assert f"eval {path}: its answers are not finite: these weights are of no use" in err
+
+
+def test_a_run_says_which_images_it_left_out(run: Path) -> None:
+    card, dataset = trained.card(str(run), "eval"), datasets.load(DataConfig(**SHARES))
+    assert card.learnt == trained.identity(dataset)
+    assert {name: card.test[name] for name in ("split_seed", "test_fraction")} == {
+        "split_seed": 3,
+        "test_fraction": 0.1,
+    }
+    assert {name: card.val[name] for name in ("split_seed", "val_fraction")} == {"split_seed": 3, "val_fraction": 0.1}
+
+
+def test_a_test_drawn_from_images_that_have_changed_is_refused(
+    image_folder: Path, write_images: Callable, smallvit: Command, tmp_path: Path
+) -> None:
+    weights = learnt(tmp_path / "best.safetensors", image_folder)
+    arguments = [weights, "--data", image_folder, *PLACE]
+    assert smallvit("eval", *arguments)[0] == 0
+    for name in ("dark", "grey", "light"):
+        shutil.copy(image_folder / name / "000.png", image_folder / name / "new.png")
+    for split in ("test", "val"):
+        code, _, err = smallvit("eval", *arguments, "--split", split)
+        assert code == 2
+        assert "the images of images are not those that it was trained with, so images of the test may be among" in err
+    code, _, err = smallvit("eval", *arguments, "--split", "all")
+    assert code == 0
+    assert "has learnt from images of train" in err
+    (image_folder / "train").mkdir()
+    for name in ("dark", "grey", "light"):
+        (image_folder / name).rename(image_folder / "train" / name)
+        write_images(image_folder / "test" / name, 2, LEVELS[name])
+    assert smallvit("eval", *arguments)[0] == 0  # a test of its own
+
+
+@pytest.mark.parametrize("streaming", ["on", "off"])
+def test_a_copy_of_what_was_learnt_is_recognised(
+    image_folder: Path, smallvit: Command, tmp_path: Path, streaming: str
+) -> None:
+    weights = learnt(tmp_path / "best.safetensors", image_folder, split_seed=5)
+    copy = shutil.copytree(image_folder, tmp_path / "elsewhere")
+    arguments = [weights, "--data", copy, "--streaming", streaming, "--workers", 0, "--img-size", 20, *PLACE]
+    code, _, err = smallvit("eval", *arguments)
+    assert code == 2
+    assert "give the same here (--split-seed 5)" in err
+    code, _, err = smallvit("eval", *arguments, "--split-seed", 5, "--split", "train")
+    assert code == 0
+    assert f"{weights} has learnt from images of train" in err
+
+
+@pytest.mark.parametrize(("fraction", "way"), [(0.3, "give the same here (--val-fraction 0.3)"), (0, "another split")])
+def test_other_validation_images_than_the_models_are_refused(
+    image_folder: Path, smallvit: Command, tmp_path: Path, fraction: float, way: str
+) -> None:
+    same = learnt(tmp_path / "best.safetensors", image_folder)
+    weights = learnt(tmp_path / "other.safetensors", image_folder, val_fraction=fraction)
+    arguments = ["--data", image_folder, "--split", "val", *PLACE]
+    for first, *more in ([weights], [same, "--compare", weights]):
+        code, _, err = smallvit("eval", first, *arguments, *more)
+        assert code == 2
+        assert f"{weights}: it was trained with --val-fraction {fraction}, so images of val may be" in err
+        assert way in err
+    code, _, err = smallvit("eval", same, *arguments)
+    assert "were chosen by these images" in err
+    shutil.copy(same, tmp_path / "last.safetensors")
+    assert "chosen by" not in smallvit("eval", tmp_path / "last.safetensors", *arguments)[2]
+
+
+def test_it_is_said_of_both_models_what_they_have_learnt(
+    levels: Path, image_folder: Path, smallvit: Command, tmp_path: Path
+) -> None:
+    weights = learnt(tmp_path / "other.safetensors", image_folder)
+    code, _, err = smallvit("eval", levels, "--data", image_folder, "--split", "all", "--compare", weights, *PLACE)
+    assert code == 0
+    assert f"{weights} has learnt from images of train" in err
+    assert f"{levels} has learnt" not in err
+
+
+def test_of_foreign_data_nothing_is_drawn_to_judge_all(
+    levels: Path, image_folder: Path, smallvit: Command, judge: Judge
+) -> None:
+    for file in sorted((image_folder / "dark").iterdir())[1:]:
+        file.unlink()
+    assert judge(levels, "--data", image_folder, "--split", "all")["images"] == 41
+    assert "split: " not in smallvit("eval", levels, "--data", image_folder, "--split", "all", *PLACE)[2]
+    for name in ("grey", "light"):
+        shutil.rmtree(image_folder / name)
+    assert judge(levels, "--data", image_folder, "--split", "all")["images"] == 1
+
+
+def test_two_models_are_shown_the_same_images_whether_they_fit_into_memory_or_not(
+    levels: Path, image_folder: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image_folder / "dark" / "000.png").write_bytes(b"no image")  # left out before splits are drawn, or after
+    monkeypatch.setattr("smallvit.datasets.source.fits_memory", lambda count, channels, size, share: size < 20)
+    large = bright(tmp_path / "large.safetensors", ("dark", "grey", "light"), 24)
+    shown = []
+    ask = Case.ask
+
+    def asked(case: Case, *arguments: object, **options: object) -> dict:
+        found = ask(case, *arguments, **options)
+        shown.append([case.paths[index] for index in found[None].index])
+        return found
+
+    monkeypatch.setattr(Case, "ask", asked)
+    judge(levels, "--data", image_folder, "--compare", large, "--skip-corrupt", "--workers", 0)
+    assert shown[0] == shown[1]
+
+
+def test_answers_are_compared_image_by_image() -> None:
+    def answers(index: list[int], predicted: list[int]) -> Answers:
+        n = len(index)
+        same = {"label": np.zeros(n, int), "rank": np.zeros(n, int), "probability": np.ones(n), "loss": np.zeros(n)}
+        return Answers(index=np.array(index), predicted=np.array(predicted), **same)
+
+    found = judging.compared(answers([0, 1, 2, 4], [0, 0, 1, 1]), answers([4, 3, 1, 0], [0, 0, 1, 0]))
+    assert (found["images"], found["only_one"], found["only_other"]) == (3, 1, 1)  # of 0, 1 and 4
+
+
+@pytest.mark.parametrize("streaming", ["on", "off"])
+def test_the_sheet_shows_a_mistakes_own_image(
+    levels: Path, write_images: Callable, judge: Judge, tmp_path: Path, streaming: str
+) -> None:
+    folder = tmp_path / "splits"
+    for split in ("train", "val", "test"):
+        for name in ("dark", "grey", "light"):
+            write_images(folder / split / name, 4, LEVELS[name])
+    shutil.copy(folder / "val" / "light" / "001.png", folder / "val" / "dark" / "002.png")  # the one mistake
+    judge(levels, "--data", folder, "--split", "all", "--streaming", streaming, "--workers", 0)
+    page = np.asarray(Image.open(tmp_path / "judged" / "mistakes.png"))
+    shown = np.asarray(Image.open(folder / "val" / "dark" / "002.png")).repeat(8, axis=0).repeat(8, axis=1)
+    assert np.array_equal(page[26 : 26 + 128, 6 : 6 + 128], shown)
+
+
+def test_a_file_that_is_damaged_after_it_was_judged_is_white_on_the_sheet(
+    levels: Path, image_folder: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(image_folder / "light" / "000.png", image_folder / "dark" / "000.png")
+    figures = judging.metrics.figures
+
+    def damage(*arguments: object) -> dict:
+        (image_folder / "dark" / "000.png").write_bytes(b"no image")
+        return figures(*arguments)
+
+    monkeypatch.setattr(judging.metrics, "figures", damage)
+    judge(levels, "--data", image_folder, "--split", "all", "--streaming", "on", "--workers", 0)
+    page = np.asarray(Image.open(tmp_path / "judged" / "mistakes.png"))
+    assert (page[26 : 26 + 128, 6 : 6 + 128] == 255).all()
+
+
+def test_mirror_images_are_spoilt_ones_too(run: Path, judge: Judge) -> None:
+    found, plain = judge(run, "--robustness", "--flip"), judge(run, "--robustness")
+    _, labels, pixels = by_hand(run)
+    spoilt = corrupt(pixels, "contrast", 1, torch.arange(len(pixels)))
+    mean = logits_of(run, spoilt).softmax(1) + logits_of(run, spoilt.flip(-1)).softmax(1)
+    expected = 100 * float((mean.argmax(1) == labels).double().mean())
+    assert found["robustness"]["contrast"]["1"] == pytest.approx(expected, abs=0.6)  # a near tie
+    assert abs(plain["robustness"]["contrast"]["1"] - expected) > 1.2
+
+
+def test_two_judgements_into_one_folder_leave_one_whole(
+    run: Path, judge: Judge, smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plot = tmp_path / "judged", pictures.plot_reliability
+
+    def meanwhile(*arguments: object) -> None:
+        monkeypatch.setattr(pictures, "plot_reliability", plot)
+        judge(run, "--split", "val")
+        plot(*arguments)
+
+    monkeypatch.setattr(pictures, "plot_reliability", meanwhile)
+    assert judge(run)["split"] == "test"
+    assert {file.name for file in folder.iterdir()} == set(evidence.FILES)
+    assert len(rows(folder / "predictions.csv")) == 180
+
+
+def test_what_was_removed_while_it_was_written_is_no_result(
+    run: Path, smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "plot_reliability", lambda *arguments: None)
+    code, _, err = smallvit("eval", run, *PLACE, "--out", tmp_path / "out")
+    assert code == 1
+    assert "reliability.png was removed while it was written" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_judgement_left_is_no_result(tmp_path: Path) -> None:
+    left = files.unshared_folder(tmp_path)
+    (left / "metrics.json").touch()
+    files.require_free(tmp_path, "--out", overwrite=False)
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(ValueError, match="holds results already; choose another folder by --out"):
+        files.require_free(tmp_path, "--out", overwrite=False)
+
+
+def test_weights_that_change_while_they_are_judged_are_refused(
+    run: Path, smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    ask = Case.ask
+
+    def asked(*arguments: object, **options: object) -> dict:
+        shutil.copy(copy / "last.safetensors", copy / "best.safetensors")
+        return ask(*arguments, **options)
+
+    changed(run, copy / "last.safetensors", lambda weights, metadata: metadata.update(epoch=99))
+    monkeypatch.setattr(Case, "ask", asked)
+    code, _, err = smallvit("eval", copy, *PLACE)
+    assert code == 2
+    assert "weights have changed while they were judged" in err
+    assert not (copy / "eval").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_cannot_be_printed_are_spelt_out(
+    image_folder: Path, judge: Judge, smallvit: Command, tmp_path: Path
+) -> None:
+    learnt(tmp_path / "best.safetensors", image_folder)
+    names = {"class_names": ["d\udcff:fire:", "grey", "光\n[b]"]}
+    os.rename(os.fsencode(image_folder / "dark"), odd := os.fsencode(image_folder) + b"/d\xff:fire:")
+    (image_folder / "light").rename(image_folder / "光\n[b]")
+    weights = changed(tmp_path, tmp_path / "odd.safetensors", lambda _, metadata: metadata["data"].update(names))
+    found = judge(weights, "--data", image_folder, "--split", "all")
+    assert [each["name"] for each in found["classes"]] == ["d\\udcff:fire:", "grey", "光\n[b]"]
+    shutil.copy(image_folder / "光\n[b]" / "000.png", odd + b"/000.png")
+    _, out, _ = smallvit("eval", weights, "--data", image_folder, "--split", "all", *PLACE)
+    assert "d\\udcff:fire: taken for 光 [b]: 1 of 20" in out
+
+
+def test_options_that_do_nothing_are_not_offered(smallvit: Command) -> None:
+    assert smallvit("eval", "runs/none", "--balanced")[2].startswith("smallvit: unknown argument '--balanced'")
+    shown = verb.parser().format_help()
+    assert "Data set by name" not in shown
+    assert "by default the model's" in shown

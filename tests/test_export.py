@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import shlex
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +22,11 @@ import yaml
 from torch import Tensor, nn
 
 import smallvit as package
-from smallvit import checkpoint, datasets, models
+from smallvit import checkpoint, commands, datasets, models
 from smallvit.cli import main
-from smallvit.exports import exporting, graphs, timm_folder
+from smallvit.cli.options import parse_options
+from smallvit.config import Config
+from smallvit.exports import exported, exporting, graphs, model_card, timm_folder
 from smallvit.judgement.chance import accuracy_interval
 from smallvit.learnt import weights_sha256
 from smallvit.models import create_model
@@ -322,6 +326,45 @@ def test_a_model_that_answers_otherwise_gets_no_name(tmp_path: Path, monkeypatch
     with pytest.raises(package.errors.InputError, match="answers otherwise than the model: logits differ by up to"):
         graphs.write_pt2(model, tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("scale", "same"), [(1e-3, False), (1.0, False), (100.0, True)])
+def test_the_tolerance_grows_with_the_largest_logit_and_does_not_shrink_below_one(scale: float, same: bool) -> None:
+    model = tiny("vit")
+    with torch.no_grad():
+        model.model.head.weight.zero_()
+        model.model.head.bias.copy_(torch.tensor([1.0, -0.5, 0.2, 0.0, 0.0]) * scale)
+    almost = torch.tensor([0.0, 0.0, 0.0, 5e-4, 0.0])  # where the logit is none
+    check = functools.partial(exported.require_same, model, lambda images: model.logits(images) + almost, "it")
+    if same:
+        check()
+    else:
+        with pytest.raises(package.errors.InputError, match=r"logits differ by up to 0\.0005"):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(lambda x: x.new_full((len(x), 5), torch.nan), "differ by up to nan"), (lambda x: x[:1, 0, :1, :5], "it gives")],
+)
+def test_no_numbers_and_other_shapes_are_other_answers(answer: Callable, message: str) -> None:
+    with pytest.raises(package.errors.InputError, match=message):
+        exported.require_same(tiny("vit"), answer, "it")
+
+
+def test_a_run_may_be_named_anything(run: Path, tmp_path: Path, smallvit: Command) -> None:
+    named = tmp_path / "run [/b] :cat:"
+    shutil.copytree(run, named, ignore=shutil.ignore_patterns("export"))
+    assert smallvit("export", named, "--format", "timm")[0] == 0
+
+
+def test_the_cards_command_repeats_the_run_on_another_machine() -> None:
+    options = {"arch": "vit", "spt": True, "lsa": True, "spt_norm": False, "data": "/home/me/-mine", "out": "here"}
+    config = Config.build(**options)
+    line = commands.training(config, model_card.APART, in_place=False)
+    assert line == "smallvit train --arch vit --spt --lsa --no-spt-norm --data=-mine"
+    again = parse_options(shlex.split(line)[2:], "smallvit train", "")
+    assert Config.build(**again).options() == Config.build(**options | {"data": "-mine", "out": None}).options()
 
 
 def test_without_the_packages_one_line_says_what_to_install(

@@ -151,6 +151,19 @@ def test_the_differences_interval_is_the_paired_bootstraps() -> None:
     assert found["p"] == pytest.approx(binomtest(int((gaps > 0).sum()), int((gaps != 0).sum())).pvalue)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [(1, 1, (-3.6217, 3.6217)), (0, 0, (-3.6217, 3.6217)), (1, 0, (92.7566, 100)), (0, 1, (-100, -92.7566))],
+)
+def test_where_models_never_differ_or_always_do_the_differences_interval_is_exact(
+    one: int, other: int, expected: tuple[float, float]
+) -> None:
+    found = chance.paired(np.full(100, bool(one)), np.full(100, bool(other)))  # 1 - 0.025 ** (1 / 100) is 3.6217 %
+    assert found["interval"] == pytest.approx(expected, abs=1e-4)
+    assert found["interval_method"] == "clopper-pearson"
+    assert "points (95 % interval, exact " in chance.in_words(found)
+
+
 @pytest.mark.parametrize(("gain", "words"), [(12, "not more than chance"), (40, ": more than chance")])
 def test_a_sentence_says_whether_it_may_be_chance(gain: int, words: str) -> None:
     one, other = np.arange(100) < gain, (np.arange(100) >= 50) & (np.arange(100) < 60)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from timm.data import create_transform, resolve_model_data_config
 
 import smallvit as package
 from smallvit import predicting
-from smallvit.checkpoint import load_weights, save_weights
+from smallvit.checkpoint import load_weights, save_weights, snapshot
 from smallvit.cli import main
 from smallvit.predicting import decode, image_paths, predict
 from smallvit.ready import ready
@@ -193,7 +200,7 @@ def test_where_nothing_can_be_read_there_is_no_answer(colour: Path, photos: Path
     assert not out_file.exists()
 
 
-@pytest.mark.parametrize("name", ["a, b.png", 'say "cheese".png', "two\nlines.png", "größe.png"])
+@pytest.mark.parametrize("name", ["a, b.png", 'say "cheese".png', "two\nlines.png", "größe.png", "a:cat:[b].png"])
 def test_names_come_back_from_the_formats_as_they_were(
     colour: Path, photos: Path, smallvit: Command, name: str
 ) -> None:
@@ -318,6 +325,139 @@ def test_standard_input_without_names_is_told(
     standard_input("\n")
     code, _, err = smallvit("predict", colour)
     assert (code, err) == (2, "smallvit: no images: standard input names none\n")
+
+
+@pytest.mark.parametrize(
+    ("stream", "arguments", "line"),
+    [
+        ("stdin", [], "no images: give files or folders, or - for names on standard input"),
+        ("stdin", ["-"], "no images: standard input names none"),
+        ("stdout", ["IMAGES"], "standard output is closed: give --out FILE"),
+    ],
+)
+def test_closed_standard_streams_are_told(
+    colour: Path,
+    photos: Path,
+    smallvit: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: str,
+    arguments: list[str],
+    line: str,
+) -> None:
+    monkeypatch.setattr(f"sys.{stream}", None)
+    code, _, err = smallvit("predict", colour, *[photos if each == "IMAGES" else each for each in arguments])
+    assert (code, err) == (2, f"smallvit: {line}\n")
+
+
+def test_a_file_is_written_though_standard_output_is_closed(
+    colour: Path, photos: Path, smallvit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert smallvit("predict", colour, photos, "--out", photos / "found.csv")[0] == 0
+    assert (photos / "found.csv").read_text().startswith("path,")
+
+
+def test_weights_without_a_classifier_are_refused(photos: Path, tmp_path: Path, smallvit: Command) -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    save_file(snapshot(model), tmp_path / "features.safetensors")
+    code, out, err = smallvit("predict", tmp_path / "features.safetensors", photos, "--arch", "test_vit")
+    assert (code, out) == (2, "")
+    assert err.endswith(": these weights have no classifier; smallvit probe judges their features\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_folders_that_cannot_be_listed_are_named(
+    colour: Path, photos: Path, smallvit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, scandir, real = photos / "sub" / "deeper", os.scandir, predicting.decode_image
+
+    def refused(call: Callable[..., object]) -> Callable[..., object]:
+        def checked(path: str, *others: object) -> object:
+            if Path(path) == locked:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return call(path, *others)
+
+        return checked
+
+    monkeypatch.setattr(os, "scandir", refused(scandir))  # what root is not refused
+    monkeypatch.setattr(predicting, "decode_image", refused(real))
+    code, out, err = smallvit("predict", colour, photos, "--format", "csv")
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert err == f"1 of 4 images cannot be read: {locked} (Permission denied)\n"
+
+
+def test_imagenets_classes_are_shown_in_words(photos: Path, tmp_path: Path, smallvit: Command) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=1000).eval()
+    with torch.no_grad():
+        model.head.bias[[134, 517, 850]] += 100  # two that are called alike, and one that a part of timm's lists lacks
+    spec = {"arch": "test_vit", "img_size": 160, "in_chans": 3, "num_classes": 1000}
+    names = timm.data.ImageNetInfo().label_names()
+    data = {"name": "imagenet", "class_names": names, "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(tmp_path / "model.safetensors", snapshot(model), {"model": spec, "data": data})
+    for form in ("table", "csv", "jsonl"):
+        _, out, _ = smallvit("predict", tmp_path / "model.safetensors", photos / "b.png", "--format", form)
+        for shown in ("crane (n02012849)", "crane (n03126707)", "teddy"):
+            assert shown in out
+        assert "n04399382" not in out
+    assert package.load(tmp_path / "model.safetensors").pretrained_cfg["label_names"] == tuple(names)
+
+
+def test_words_tell_all_of_imagenets_classes_apart() -> None:
+    for subset in ("imagenet-1k", "imagenet-22k-ms", "imagenet-21k-goog"):
+        info = timm.data.ImageNetInfo(subset)
+        shown = predicting.readable(info.label_names())
+        assert len(set(shown)) == len(shown)
+        for word, lemmas in zip(shown, info.label_descriptions(), strict=True):
+            assert re.sub(r" \(n\d{8}\)$", "", word) == lemmas.split(",")[0]
+    assert predicting.readable(["cat", "n99999999"]) == ("cat", "n99999999")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers_are_a_broken_image(
+    colour: Path, photos: Path, smallvit: Command, value: float
+) -> None:
+    pixels = np.full((9, 9), 100, np.float32)
+    pixels[4, 4] = value
+    Image.fromarray(pixels).save(photos / "c.tiff")
+    code, _, err = smallvit("predict", colour, photos)
+    told = "pixels that are infinite or no numbers"
+    assert (code, err) == (0, f"1 of 5 images cannot be read: {photos / 'c.tiff'} ({told})\n")
+
+
+def test_huge_images_are_named_and_large_ones_read_without_a_warning(photos: Path) -> None:
+    Image.new("1", (12_000, 8_000)).save(photos / "large.png")
+    Image.new("1", (20_000, 10_000)).save(photos / "huge.png")
+    check = (
+        "from smallvit.predicting import _decode_some\n"
+        f"print([each.error for each in _decode_some({[str(photos / f'{n}.png') for n in ('large', 'huge')]}, 8, 3)])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("[None, 'Image size (200000000 pixels) exceeds limit")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("FOLDER", "a folder; choose another name"),
+        pytest.param(
+            *("/proc/found.csv", "/proc cannot be written to"),
+            marks=pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that not even root writes to"),
+        ),
+    ],
+)
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_computed(
+    photos: Path, smallvit: Command, monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    (photos / "found.csv").mkdir()
+    monkeypatch.setattr("smallvit.ready.described", None)  # cannot be called
+    path = photos / "found.csv" if out == "FOLDER" else Path(out)
+    code, _, err = smallvit("predict", "RUN", photos, "--out", path, "--overwrite")
+    assert code == 2
+    assert err.startswith(f"smallvit: --out {path}: {message}")
+    assert len(err.splitlines()) == 1
 
 
 def test_the_benchmark_prints_its_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

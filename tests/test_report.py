@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from smallvit import learnt, trained
+from smallvit import learnt, trained, watching
 from smallvit.cli import main
 from smallvit.cli.options import parse_options
 from smallvit.config import Config
+from smallvit.pages import charts, dossier, drawings, findings, page
 from smallvit.ready import ready
 
 Command = Callable[..., tuple[int, str, str]]
@@ -121,6 +122,10 @@ def judge(folder: Path, names: list[str] | None = None, **changed: Any) -> dict[
     ]
     spoilt = {kind: {"1": 70.0 + number, "2": 60.0, "3": 50.0} for number, kind in enumerate(("noise", "blur"))}
     found = {
+        "data": "digits",
+        "split": "test",
+        "img_size": 8,
+        "flip": False,
         "top1": 83.29,
         "top5": 100.0,
         "images": 359,
@@ -303,6 +308,20 @@ def test_letters_and_lines_stand_out_in_every_scheme(scheme: int) -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
 
 
+@pytest.mark.parametrize("scheme", [0, 1, 2], ids=["light", "dark", "print"])
+@pytest.mark.parametrize("cell", [drawings.RIGHT, drawings.WRONG], ids=["right", "wrong"])
+def test_numbers_stand_out_from_cells_however_full(scheme: int, cell: tuple[int, int, int]) -> None:
+    root = re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.DOTALL)[scheme]
+    ink, surface = (re.search(rf"--{name}: (#[0-9a-f]+);", root)[1] for name in ("ink", "surface"))
+    digits = surface[1:] if len(surface) == 7 else "".join(2 * digit for digit in surface[1:])
+    ground = np.array([int(digits[place : place + 2], 16) for place in (0, 2, 4)])
+    for thickness in range(drawings.THICKEST + 1):
+        share = thickness / 255
+        mixed = np.round(share * np.array(cell) + (1 - share) * ground).astype(int)
+        dark, light = sorted((luminance(ink), luminance("#{:02x}{:02x}{:02x}".format(*mixed))))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, thickness
+
+
 def test_names_are_shown_and_never_run(run: Path, tmp_path: Path) -> None:
     evil = ["<script>alert(1)</script>", "a & b \"'", "$x^2$ </svg>"]
     judge(run, names=evil)
@@ -322,7 +341,6 @@ def test_names_are_shown_and_never_run(run: Path, tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_a_page_that_says_so(run: Path) -> None:
     (run / "summary.json").unlink()
-    shutil.rmtree(run / "eval")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(lines[0] + "\n")
     page = page_of(run)
@@ -369,6 +387,185 @@ def test_results_that_are_not_of_these_weights_are_left_out(run: Path, damage: s
     assert ("Where it looks" in page.all("h2")) == (damage != "stale")
 
 
+COMPARISON = {
+    "name": "runs/other",
+    "images": 359,
+    "top1": 83.29,
+    "other_top1": 80.5,
+    "difference": 2.79,
+    "interval": [1.25, 4.5],
+    "interval_method": "bootstrap",
+    "only_one": 12,
+    "only_other": 2,
+    "p": 0.013,
+}
+OTHER_TESTS = {
+    "size": {"img_size": 16},
+    "flip": {"flip": True},
+    "data": {"data": "other"},
+    "split": {"split": "val"},
+    "images": {"images": 358},
+}
+
+
+@pytest.mark.parametrize("changed", OTHER_TESTS.values(), ids=OTHER_TESTS)
+def test_another_test_than_the_run_s_own_is_left_out_and_left_alone(
+    run: Path, changed: dict[str, Any], smallvit: Command
+) -> None:
+    judge(run, **changed)
+    asked = (run / "eval" / "test" / "metrics.json").read_text()
+    assert smallvit("report", run)[0] == 0
+    page = Page((run / "report.html").read_text())
+    (note,) = page.all("p", class_="note")
+    ((name, value),) = changed.items()
+    assert f"eval/test/metrics.json is of another test than the run's own ({name} {value}, not " in note
+    assert "Test" not in page.all("h2")
+    assert "rounding" not in page.text
+    assert (run / "eval" / "test" / "metrics.json").read_text() == asked
+
+
+def test_the_test_is_computed_as_the_run_had_it(runs: Path, tmp_path: Path, smallvit: Command) -> None:
+    run = train(tmp_path / "run", "--test-flip", "--epochs", "1")
+    assert smallvit("report", run, "--device", "cpu")[0] == 0
+    found = json.loads((run / "eval" / "test" / "metrics.json").read_text())
+    assert found["flip"]
+    assert found["command"] == f"smallvit eval {run} --flip"
+    assert found["top1"] == pytest.approx(summary(run)["test_top1"])
+    assert not Page((run / "report.html").read_text()).all("p", class_="note")
+
+
+def values_of(file: Path) -> Iterator[tuple[Any, ...]]:
+    """Where a JSON file has values, as paths of keys; of lists, the first element."""
+    pending: list[tuple[tuple[Any, ...], Any]] = [((), json.loads(file.read_text()))]
+    while pending:
+        path, value = pending.pop()
+        yield path
+        if isinstance(value, dict):
+            pending += [((*path, key), each) for key, each in value.items()]
+        elif isinstance(value, list) and value:
+            pending.append(((*path, 0), value[0]))
+
+
+def put(file: Path, path: tuple[Any, ...], value: Any) -> None:
+    """Change a value in a JSON file; None removes it."""
+    whole = [json.loads(file.read_text())]
+    place: Any = whole
+    *way, last = (0, *path)
+    for step in way:
+        place = place[step]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    file.write_text(json.dumps(whole[0] if whole else None))
+
+
+@pytest.mark.parametrize("name", ["eval/test/metrics.json", "attend/attention.json"])
+def test_whatever_is_wrong_in_a_record_the_page_is_written_or_says_so(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "curves", lambda *_: [])  # of other files
+    attend(run, split="test", data="digits")
+    judge(run, comparison=COMPARISON, left_out=0)
+    file = run / name
+    good = file.read_text()
+    card = trained.card(str(run), "report")
+    view, digest = watching.read(run), learnt.weights_sha256(card)
+    for path in list(values_of(file)):
+        for value in (None, "odd", [], 10**400):
+            put(file, path, value)
+            found = findings.read(view, card, name, digest)
+            if found.record is not None:
+                page.render([dossier.read(run)], "2000-01-01")
+            assert found.record is not None or name in found.why, (path, value)
+            file.write_text(good)
+
+
+def test_damaged_files_are_named_in_notes(run: Path) -> None:
+    judge(run, interval=None)
+    (run / "eval" / "test" / "predictions.csv").write_bytes(b"index,label,predicted,probability\n0,\xff,b,0.5\n")
+    (run / "attend" / "attention.json").write_text(json.dumps({"weights_sha256": "0" * 64}))
+    notes = page_of(run).all("p", class_="note")
+    assert [note.split(" is ")[0].split(": ")[-1] for note in notes] == [
+        "attend/attention.json",
+        "eval/test/predictions.csv",
+    ]
+    attend(run)
+    for name in ("eval/test/mistakes.png", "attend/heads.png"):
+        (run / name).write_bytes((run / name).read_bytes()[:60])
+    page = page_of(run)
+    notes = page.all("p", class_="note")
+    assert [note.split()[0] for note in notes] == [
+        "eval/test/predictions.csv",
+        "eval/test/mistakes.png",
+        "attend/heads.png",
+    ]
+    assert {attributes["width"] for attributes in page.attributes("img")} == {"70", "72"}
+
+
+@pytest.mark.parametrize("folder", ["eval", "attend"])
+def test_a_file_in_the_place_of_a_folder_is_named(run: Path, folder: str, smallvit: Command) -> None:
+    shutil.rmtree(run / folder)
+    (run / folder).write_text("mine")
+    assert smallvit("report", run, "--device", "cpu")[0] == 0
+    (note,) = Page((run / "report.html").read_text()).all("p", class_="note")
+    assert f"missing: {folder}/" in note
+    assert "file" in note
+    assert (run / folder).read_text() == "mine"
+
+
+def test_lines_of_metrics_may_lack_what_did_not_come_out(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["temperatures"].popitem()
+    for line in lines:
+        line["lr"] = float("nan")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    titles = page_of(run).all("title")
+    assert "Learnt temperatures (LSA)" in titles
+    assert "Learning rate" not in titles
+
+
+def test_a_wide_or_long_picture_is_shrunk_and_that_is_said(run: Path) -> None:
+    Image.new("RGB", (30, 20_000)).save(run / "attend" / "overview.png")
+    page = page_of(run)
+    assert max(int(each["height"]) for each in page.attributes("img")) <= 16383
+    assert "Shrunk to 82 %; whole, it is attend/overview.png in the run's folder." in page.text
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"split": "test", "data": "digits"}, "1 images of the run's own test, "),
+        ({"split": "train", "data": "digits"}, "1 images of those that it learnt from, "),
+        ({"split": "test", "data": "other"}, "1 images of other data (other, test), "),
+        ({"split": None, "data": None}, "1 image files that somebody chose, not images of the run's own test."),
+    ],
+)
+def test_the_page_says_which_images_attention_is_of(run: Path, record: dict[str, Any], told: str) -> None:
+    attend(run, **record)
+    assert told in page_of(run).text
+
+
+def test_a_comparison_is_told(run: Path) -> None:
+    judge(run, comparison=COMPARISON)
+    told = (
+        "Beside runs/other, on the same 359 images: 83.29 % here, 80.50 % there; +2.79 points (95 % interval +1.25 to "
+        "+4.50): more than chance would give (McNemar p = 0.013; 12 images only the first knows, 2 only the second)."
+    )
+    assert told in page_of(run).all("p")
+
+
+def test_class_names_stay_as_they_are(run: Path, recwarn: pytest.WarningsRecorder) -> None:
+    names = ["c #01fe01 x:href", 'a id="b" url(#c)', "\u732b and all that is long"]
+    judge(run, names=names)
+    page = page_of(run)
+    assert not recwarn.list
+    letters = page.all("text")
+    assert all(letters.count(name) == 2 for name in names[:2])
+    assert letters.count("\u732b and all that is…") == 2
+    assert page.all("title").count(names[2]) == 2
+
+
 def test_what_is_missing_is_computed_and_kept(runs: Path, tmp_path: Path, smallvit: Command) -> None:
     run = Path(shutil.copytree(runs / "both0", tmp_path / "run"))
     judge(run, weights_sha256="0" * 64)
@@ -410,11 +607,38 @@ def test_a_page_that_is_there_is_replaced_only_where_asked(run: Path, smallvit: 
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_summary_that_lacks_a_figure_ends_in_one_line(run: Path, smallvit: Command) -> None:
-    (run / "summary.json").write_text(json.dumps({"test_top1": 1.0}))
+@pytest.mark.parametrize("place", ["own", "folder", "nowhere"])
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_computed(
+    run: Path, place: str, smallvit: Command
+) -> None:
+    shutil.rmtree(run / "eval")
+    out = {"own": run / "report.html", "folder": run / "dir.html", "nowhere": Path("/proc/page.html")}[place]
+    if place != "nowhere":
+        out.mkdir()
+    code, _, err = smallvit("report", run, "--overwrite", *(() if place == "own" else ("--out", out)))
+    assert code == 2
+    assert f"--out {out}" in err
+    assert not (run / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("train_seconds", None), ("device", None), ("test_top1", float("nan")), ("test_images", 0), ("versions", [1])],
+)
+def test_a_summary_that_lacks_a_figure_ends_in_one_line(run: Path, name: str, value: Any, smallvit: Command) -> None:
+    put(run / "summary.json", (name,), value)
     code, _, err = smallvit("report", run)
     assert code == 2
-    assert "summary.json: it lacks" in err
+    assert f"summary.json: it lacks '{name}'" in err
+
+
+@pytest.mark.parametrize("changed", [{"temperatures": [1]}, {"val_loss": None}, {"epoch": 1.5}, {"val_top1": 1e999}])
+def test_a_damaged_line_of_metrics_ends_in_one_line(run: Path, changed: dict[str, Any], smallvit: Command) -> None:
+    first, *others = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(json.dumps(json.loads(first) | changed) + "\n" + "".join(others))
+    code, _, err = smallvit("report", run)
+    assert code == 2
+    assert "metrics.jsonl: line 1 is damaged" in err
 
 
 @pytest.mark.parametrize(

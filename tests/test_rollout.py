@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from smallvit.errors import InputError
 from smallvit.models import create_model
 
 from .plugins.naive import join, linear, probabilities, split, temperature
-from .plugins.zoo import build, images, shaken
+from .plugins.zoo import VIT, build, images, shaken
 
 Token = tuple[str, int] | tuple[int, int]
 
@@ -25,6 +26,18 @@ Token = tuple[str, int] | tuple[int, int]
 def ours(arch: str, patch_size: int) -> nn.Module:
     torch.manual_seed(0)
     return shaken(create_model(arch, img_size=16, patch_size=patch_size, num_classes=5)).eval()
+
+
+def pooling(pool: str, **more: Any) -> nn.Module:
+    """A ViT that pools its tokens."""
+    torch.manual_seed(0)
+    return shaken(timm.create_model("vit_tiny_patch16_224", **VIT, num_classes=5, global_pool=pool, **more)).eval()
+
+
+def with_prefix_pooled() -> nn.Module:
+    model = pooling("avg", reg_tokens=2)
+    model.pool_include_prefix = True
+    return model
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -36,8 +49,35 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "pit": lambda: build("pit distilled"),
     "swin": lambda: build("swin to one token"),
     "t2t": lambda: ours("t2t", 4),
+    "vit registers": lambda: build("vit registers"),
+    "beit": lambda: build("beit"),
+    "dinov3": lambda: build("dinov3"),
+    "class token and average pool": lambda: pooling("avg"),
+    "registers and average pool": lambda: pooling("avg", class_token=False, reg_tokens=2),
+    "all tokens pooled": with_prefix_pooled,
+    "class token and attention pool": lambda: pooling("map"),
+    "registers and attention pool": lambda: pooling("map", class_token=False, reg_tokens=2),
+    "pe": lambda: shaken(timm.create_model("vit_pe_core_tiny_patch16_384", num_classes=5, **PE)).eval(),
+    "class token and prr pool": lambda: pooling("prr"),
 }
 """All of images of 16 pixels, whose grids are halved from stage to stage, if they change."""
+CLASS, DISTILLED, POOLED, PROBED = [("prefix", 0)], [("prefix", 0), ("prefix", 1)], [], [("probe", 0)]
+READ: dict[str, list[tuple[str, int]]] = {
+    "deit distilled": DISTILLED,
+    "pit": DISTILLED,
+    "vit average pool": POOLED,
+    "swin": POOLED,
+    "beit": POOLED,
+    "dinov3": POOLED,
+    "class token and average pool": POOLED,
+    "registers and average pool": POOLED,
+    "all tokens pooled": [("prefix", 0), ("prefix", 1), ("prefix", 2), *((i, j) for i in range(4) for j in range(4))],
+    "class token and attention pool": PROBED,
+    "registers and attention pool": PROBED,
+    "pe": PROBED,
+}
+"""What the head reads the mean of, where it is not the class token; POOLED: the image's tokens."""
+PE = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
@@ -50,9 +90,10 @@ def names(prefix: int, grid: tuple[int, int]) -> list[Token]:
     return [*(("prefix", index) for index in range(prefix)), *places]
 
 
-def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, given: float) -> Tensor:
-    """What is read at last if each token that asks keeps `kept` of itself and is given `given` of what it attends to.
+def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, given: float, read: list[Token]) -> Tensor:
+    """What the tokens hold that are read at last, those of the image where `read` names none.
 
+    Each token that asks keeps `kept` of itself and is given `given` of what it attends to.
     `matrices` (n, m) are those of one image.
     """
     first, grid = maps[0].grid, maps[0].grid
@@ -64,7 +105,7 @@ def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, give
             holds = merged(holds, grid, each.grid)
             grid = each.grid
         keys = names(each.prefix, grid)
-        queries = [("prefix", 0)] if len(matrix) == 1 < len(keys) else keys
+        queries = (PROBED if read == PROBED else CLASS) if len(matrix) == 1 < len(keys) else keys
         for query in queries:
             holds.setdefault(query, torch.zeros(first[0] * first[1]))
         new = dict(holds)
@@ -73,8 +114,8 @@ def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, give
             for j, key in enumerate(keys):
                 new[query] = new[query] + given * matrix[i, j] * holds[key]
         holds = new
-    read = holds.get(("prefix", 0), sum(holds.values()) / len(holds))
-    return read.view(first)
+    read = read or names(0, grid)
+    return (sum(holds[token] for token in read) / len(read)).view(first)
 
 
 def merged(holds: dict[Token, Tensor], finer: tuple[int, int], grid: tuple[int, int]) -> dict[Token, Tensor]:
@@ -99,7 +140,9 @@ def test_rollout_is_that_of_a_loop_over_layers_and_tokens(name: str, patched: bo
     assert found.shape == (2, *maps[0].grid)
     for image in range(2):
         matrices = [each.full()[image].mean(dim=0) for each in maps]
-        torch.testing.assert_close(found[image], followed(maps, matrices, 0.5, 0.5), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found[image], followed(maps, matrices, 0.5, 0.5, READ.get(name, CLASS)), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(("name", "size"), [("swin", 32), ("swin odd", 20), ("swin v2", 32), ("caformer", 64)])
@@ -115,7 +158,7 @@ def test_shares_sum_to_one_where_there_is_no_class_token(name: str, size: int) -
 def test_shares_that_are_not_the_images_are_the_class_tokens_own() -> None:
     weights = torch.zeros(1, 2, 5, 5)
     weights[:, 0, :, 0] = weights[:, 1, :, 1] = 1.0  # one head looks at the class token, one at the first patch
-    each = AttentionMap(layer="attn", weights=weights, prefix=1, query_prefix=1, grid=(2, 2))
+    each = AttentionMap(layer="attn", weights=weights, prefix=1, query_prefix=1, grid=(2, 2), reads=(0,))
     assert rollout([each])[0].tolist() == [[0.25, 0.0], [0.0, 0.0]]
     # twice: the class token, ¾ itself and ¼ patch; the patch, ¾ itself and ¼ class token
     assert rollout([each, each])[0].tolist() == [[0.75 * 0.25 + 0.25 * 0.75, 0.0], [0.0, 0.0]]
@@ -132,20 +175,60 @@ def test_layers_that_cannot_be_followed_are_named(name: str) -> None:
 # Relevance
 
 
+def attended(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What an attention layer adds to the tokens, and its map."""
+    q, k, v = split(linear(x, layer.qkv), layer.num_heads)
+    hidden = getattr(layer, "masked", False)
+    scores = q @ k.mT * (temperature(layer) if hidden else q.shape[-1] ** -0.5)
+    if not hasattr(layer, "proj_l"):
+        weights = probabilities(scores, hidden)
+        return linear(join(weights @ v), layer.proj), weights
+    weights = probabilities(mixed(scores, layer.proj_l), hidden)
+    return linear(join(mixed(weights, layer.proj_w) @ v), layer.proj), weights
+
+
+def mixed(values: Tensor, heads: nn.Linear) -> Tensor:
+    """Talking heads."""
+    return torch.einsum("bhij,gh->bgij", values, heads.weight) + heads.bias[:, None, None]
+
+
+def probed(layer: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What one token receives, and its map."""
+    (q,), (k,), (v,) = (split(each, layer.num_heads, 1) for each in (query, keys, values))
+    weights = probabilities(q @ k.mT * q.shape[-1] ** -0.5, hidden=False)
+    return linear(join(weights @ v), layer.proj), weights
+
+
 def transformer(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The forward pass of a ViT, written out: logits, and the maps in their graph."""
-    tokens = model.patch_embed(x)
-    x = torch.cat([model.cls_token.expand(len(x), -1, -1), tokens], dim=1) + model.pos_embed
-    maps = []
+    x, maps = model._pos_embed(model.patch_embed(x)), []
     for block in model.blocks:
-        layer = block.attn
-        q, k, v = split(linear(block.norm1(x), layer.qkv), layer.num_heads)
-        hidden = getattr(layer, "masked", False)
-        t = temperature(layer) if hidden else q.shape[-1] ** -0.5
-        maps.append(probabilities(q @ k.mT * t, hidden))
-        x = x + linear(join(maps[-1] @ v), layer.proj)
+        y, weights = attended(block.attn, block.norm1(x))
+        x, maps = x + y, [*maps, weights]
         x = x + block.mlp(block.norm2(x))
-    return linear(model.norm(x)[:, 0], model.head), maps
+    x, pool = model.norm(x), getattr(model, "attn_pool", None)
+    if pool is None:
+        return model.forward_head(x), maps
+    keys, values = linear(x[:, model.num_prefix_tokens :], pool.kv).chunk(2, dim=-1)
+    y, weights = probed(pool, linear(pool.latent.expand(len(x), -1, -1), pool.q), keys, values)
+    y = y + pool.mlp(pool.norm(y))
+    return model.head(model.fc_norm(y[:, 0])), [*maps, weights]
+
+
+def class_attention(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The forward pass of a CaiT, written out: logits, and the maps in their graph."""
+    x, maps = model.patch_embed(x) + model.pos_embed, []
+    for block in model.blocks:
+        y, weights = attended(block.attn, block.norm1(x))
+        x, maps = x + block.gamma_1 * y, [*maps, weights]
+        x = x + block.gamma_2 * block.mlp(block.norm2(x))
+    token = model.cls_token.expand(len(x), -1, -1)
+    for block in model.blocks_token_only:
+        layer, u = block.attn, block.norm1(torch.cat([token, x], dim=1))
+        y, weights = probed(layer, linear(u[:, :1], layer.q), linear(u, layer.k), linear(u, layer.v))
+        token, maps = token + block.gamma_1 * y, [*maps, weights]
+        token = token + block.gamma_2 * block.mlp(block.norm2(token))
+    return linear(model.norm(token)[:, 0], model.head), maps
 
 
 def gains(maps: list[Tensor], score: Tensor) -> list[Tensor]:
@@ -153,22 +236,48 @@ def gains(maps: list[Tensor], score: Tensor) -> list[Tensor]:
     return [(a * g).clamp(min=0).detach() for a, g in zip(maps, torch.autograd.grad(score, maps), strict=True)]
 
 
-@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+WRITTEN_OUT = {
+    "vit": transformer,
+    "deit distilled": transformer,
+    "vit average pool": transformer,
+    "vit registers": transformer,
+    "class token and average pool": transformer,
+    "registers and average pool": transformer,
+    "class token and attention pool": transformer,
+    "registers and attention pool": transformer,
+    "cait of timm": class_attention,
+}
+
+
 @pytest.mark.parametrize("classes", [None, [3, 1]], ids=["predicted", "chosen"])
-def test_relevance_is_that_of_a_transformer_written_out(patched: bool, classes: list[int] | None) -> None:
-    model = build("vit")
+@pytest.mark.parametrize("name", [*WRITTEN_OUT, "vit, patched", "deit distilled, patched"])
+def test_relevance_is_that_of_a_transformer_written_out(name: str, classes: list[int] | None) -> None:
+    name, _, patched = name.partition(", ")
+    model = FAMILIES[name]()
     if patched:
         smallvit.patch(model, spt=True, lsa=True)
         shaken(model)
-    logits, weights = transformer(model, X)
+    logits, weights = WRITTEN_OUT[name](model, X)
     torch.testing.assert_close(logits, model(X), rtol=1e-4, atol=1e-4)
     wanted = logits.argmax(dim=1) if classes is None else torch.tensor(classes)
     matrices = [gain.mean(dim=1) for gain in gains(weights, logits[range(2), wanted].sum())]
     found = relevance(model, X, classes and torch.tensor(classes))
     _, maps = record(model, X)
     for image in range(2):
-        expected = followed(maps, [matrix[image] for matrix in matrices], 1.0, 1.0)
+        expected = followed(maps, [matrix[image] for matrix in matrices], 1.0, 1.0, READ.get(name, CLASS))
         torch.testing.assert_close(found[image], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_where_the_class_heads_weights_are_zero_relevance_is_half_that_of_the_distillation_token() -> None:
+    torch.manual_seed(0)
+    one_layer = VIT | {"depth": 1, "num_classes": 5}
+    model = shaken(timm.create_model("deit_tiny_distilled_patch16_224", **one_layer)).eval()
+    for parameter in model.head.parameters():
+        nn.init.zeros_(parameter)
+    logits, (weights,) = transformer(model, X)
+    (gain,) = gains([weights], logits.max(dim=1).values.sum())
+    assert gain[:, :, 0].eq(0).all()
+    torch.testing.assert_close(relevance(model, X).flatten(1), gain.mean(dim=1)[:, 1, 2:] / 2)
 
 
 def test_relevance_goes_through_swins_windows() -> None:
@@ -187,7 +296,7 @@ def test_relevance_goes_through_swins_windows() -> None:
     by_window = [gain.unflatten(0, (2, -1)).mean(dim=2) for gain in gains(seen, score)]
     for image in range(2):
         matrices = [in_place(each, gain[image]) for each, gain in zip(maps, by_window, strict=True)]
-        torch.testing.assert_close(found[image], followed(maps, matrices, 1.0, 1.0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[image], followed(maps, matrices, 1.0, 1.0, POOLED), rtol=1e-3, atol=1e-6)
 
 
 def in_place(each: AttentionMap, windows: Tensor) -> Tensor:

@@ -275,6 +275,31 @@ def test_images_of_the_test_that_weights_may_have_learnt_are_refused() -> None:
         trained.require_same_test(replace(card, test=None), dataset, changed)
 
 
+def test_data_is_known_by_what_it_holds_as_well_as_by_where_it_lies() -> None:
+    dataset, config, changed = replace(datasets.load(DataConfig()), content="x"), DataConfig(), DataConfig(split_seed=1)
+    card = trained.Card(name="x", option="--init", path=None, test=trained.held_out(dataset, config))
+    with pytest.raises(InputError, match="are not those that it was trained with"):
+        trained.require_unchanged(card, replace(dataset, content="y"), config)
+    trained.require_unchanged(card, dataset, config)
+    trained.require_unchanged(card, replace(dataset, content="y", drew_test=False), config)
+    with pytest.raises(InputError, match="give the same here"):
+        trained.require_same_test(card, replace(dataset, source="a copy"), changed)
+    trained.require_same_test(card, replace(dataset, source="others", content="y"), changed)
+    old = replace(card, test={name: value for name, value in card.test.items() if name != "content"})
+    trained.require_unchanged(old, replace(dataset, content="y"), config)
+    trained.require_same_test(old, replace(dataset, source="a copy"), changed)
+    with pytest.raises(InputError, match="give the same here"):
+        trained.require_same_test(old, dataset, changed)
+
+
+def test_weights_that_do_not_say_what_they_learnt_are_known_by_the_name_of_their_data() -> None:
+    dataset = datasets.load(DataConfig())
+    card = trained.Card(name="x", option="eval", path=None, data="digits")
+    assert trained.has_learnt_from(card, dataset)
+    assert not trained.has_learnt_from(card, replace(dataset, source="/photos/digits"))
+    assert not trained.has_learnt_from(replace(card, data=None), dataset)
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the Hugging Face hub that a download asks, for the repository of one model."""
 

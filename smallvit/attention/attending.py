@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,19 +11,18 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from smallvit import datasets, hardware, trained
-from smallvit.attention import examples, gaze, heads
+from smallvit import datasets, hardware, learnt, trained
+from smallvit.attention import examples, folder, gaze
 from smallvit.attention.examples import Example
 from smallvit.attention.sight import Sight, require_attention, see
 from smallvit.config import Config
 from smallvit.datasets.listing import SPLITS
 from smallvit.errors import InputError, nearest
-from smallvit.files import write_text
+from smallvit.files import require_free
 from smallvit.options import require
 from smallvit.ready import Ready, described, prepared
+from smallvit.trained import Card
 
-OVERVIEW, HEADS, TEMPERATURES, FIGURES = "overview.png", "heads.png", "temperatures.png", "attention.json"
-LAYERS = "layers-{}.png"
 CLASSES = ("predicted", "label")
 """What relevance may be for."""
 
@@ -57,25 +55,26 @@ def attend(
         require(given in choices, name, given, f"one of {', '.join(choices)}{nearest(given, choices)}")
     for name, number in (("count", count), ("layers", layers)):
         require(number >= 1, name, number, "at least 1")
-    if len(set(names)) < len(names):
-        raise InputError(f"--compare {names[1]}: the same model; name another")
-    _require_free(out, overwrite)
+    require_free(out, "--out", overwrite=overwrite)
     console = console or Console(stderr=True)
     models = _models(names, config)
     for model in models:
         require_attention(model)
     told = [console, Console(quiet=True)]  # of what is left out, once
-    shown = [
-        _shown(model, [str(path) for path in images], config, split, count, each)
-        for model, each in zip(models, told, strict=False)
-    ]
+    paths = [str(path) for path in images]
+    found = [_shown(model, paths, config, split, count, each) for model, each in zip(models, told, strict=False)]
+    data, shown = zip(*found, strict=True)
     classes = [_labels(*pair) if classes_of == "label" else None for pair in zip(models, shown, strict=True)]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking", total=sum(map(len, shown)))
         seen = [see(*three, lambda done: bar.advance(task, done)) for three in zip(models, shown, classes, strict=True)]
-        record = _record(seen) | {"classes_of": classes_of, "command": command}
-        _write(out, dict(zip(titles(names), seen, strict=True)), layers, bar)
-        write_text(out / FIGURES, json.dumps(record, indent=2) + "\n")
+        record = _record(seen) | {
+            "data": data[0],
+            "split": None if images else split,
+            "classes_of": classes_of,
+            "command": command,
+        }
+        folder.write(out, record, dict(zip(titles(names), seen, strict=True)), layers, bar)
     return record
 
 
@@ -90,40 +89,35 @@ def _record(seen: Sequence[Sight]) -> dict[str, Any]:
     }
 
 
-def written(out: Path, images: int) -> list[Path]:
-    """The files that are in a folder after so many images were looked at."""
-    names = (OVERVIEW, HEADS, TEMPERATURES, *(LAYERS.format(number) for number in range(1, images + 1)), FIGURES)
-    return [out / name for name in names if (out / name).exists()]
-
-
 def _models(names: Sequence[str], config: Config) -> list[Ready]:
+    """The models, no two of which are the same."""
     cards = [described(names[0], "attend", config.model.arch)]
     cards += [described(name, "--compare", None) for name in names[1:]]
+    if len(set(map(_weights, cards))) < len(cards):
+        raise cards[1].error("the same model; name another")
     compute, size = config.compute, config.data.img_size
     hardware.pick_device(compute.device)
     return [prepared(card, size or card.spec["img_size"], compute.device, compute.amp) for card in cards]
 
 
-def _require_free(out: Path, overwrite: bool) -> None:
-    if out.is_file():
-        raise InputError(f"--out {out}: a file; give a folder")
-    if not overwrite and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out {out}: exists already; choose another folder, or --overwrite")
+def _weights(card: Card) -> str:
+    """What tells a model from others, by whichever name or path."""
+    return learnt.weights_sha256(card) or card.tagged
 
 
 def _shown(
     model: Ready, paths: Sequence[str], config: Config, split: str, count: int, console: Console
-) -> list[Example]:
-    """The images that a model is shown, at its size."""
+) -> tuple[str | None, list[Example]]:
+    """The name of the data, None for files, and the images that a model is shown, at its size."""
     if paths:
-        return examples.of_files(paths, model.img_size, model.in_chans, console)
+        return None, examples.of_files(paths, model.img_size, model.in_chans, console)
     dataset = datasets.load(replace(config.data, img_size=model.img_size))
     if dataset.in_chans != model.in_chans:
         raise model.card.error(
             f"the model takes images of {model.in_chans} channels, those of {dataset.name} have {dataset.in_chans}"
         )
     trained.require_same_test(model.card, dataset, config.data)
-    return examples.of_split(dataset, split, count, console)
+    return dataset.name, examples.of_split(dataset, split, count, console)
 
 
 def _labels(model: Ready, shown: Sequence[Example]) -> list[int]:
@@ -142,20 +136,3 @@ def titles(names: Sequence[str]) -> list[str]:
         os.path.basename(os.path.abspath(os.path.expanduser(name))) if trained.is_path(name) else name for name in names
     ]
     return short if len(set(short)) == len(names) else list(names)
-
-
-def _write(out: Path, models: dict[str, Sight], layers: int, bar: Progress) -> None:
-    """Draw everything, in place of what was drawn before."""
-    first, *_ = models.values()
-    pictures = [example.pixels for example in first.shown]
-    captions = [example.label or os.path.basename(example.source) for example in first.shown]
-    out.mkdir(parents=True, exist_ok=True)
-    for old in (out / FIGURES, out / TEMPERATURES, *out.glob(LAYERS.format("*"))):
-        old.unlink(missing_ok=True)
-    gaze.draw_overview(pictures, captions, {title: sight.views for title, sight in models.items()}, out / OVERVIEW)
-    records = {title: sight.layers for title, sight in models.items()}
-    heads.draw_heads(records, out / HEADS)
-    heads.draw_temperatures(records, {title: sight.course for title, sight in models.items()}, out / TEMPERATURES)
-    for index in bar.track(range(len(pictures)), description="drawing"):
-        maps = {layer: each[index] for layer, each in first.maps.items()}
-        gaze.draw_layers(pictures[index], captions[index], maps, out / LAYERS.format(index + 1), layers)

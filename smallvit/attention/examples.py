@@ -74,12 +74,13 @@ def spread(labels: Int64[np.ndarray, " n"], count: int) -> list[int]:
     """Positions of `count` images, or of all, by class: of as many classes as can be, each about equally often."""
     order = np.argsort(labels, kind="stable")
     turns = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # its class's images before each
-    chosen: list[int] = []
-    for turn in range(int(turns.max(initial=-1)) + 1):
-        these = order[turns == turn]
-        picked = np.linspace(0, len(these) - 1, min(len(these), count - len(chosen))).round().astype(int)
-        chosen += these[picked].tolist()
-    return sorted(chosen, key=lambda index: (labels[index], index))
+    order, sizes = order[np.argsort(turns, kind="stable")], np.bincount(turns)
+    whole = np.searchsorted(sizes.cumsum(), count, side="right")  # turns of which all images are taken
+    first = sizes[:whole].sum()
+    rest = order[first : first + sizes[whole : whole + 1].sum()]
+    picked = np.linspace(0, len(rest) - 1, min(len(rest), count - first)).round().astype(int)
+    chosen = np.concatenate([order[:first], rest[picked]])
+    return chosen[np.lexsort((chosen, labels[chosen]))].tolist()
 
 
 def _of_listing(images: Files, index: int, console: Console) -> tuple[str, Pixels | None]:
@@ -93,5 +94,6 @@ def _tried(decoding: Callable[[], Pixels], path: str, console: Console) -> Pixel
     try:
         return decoding()
     except Exception as error:  # whatever a damaged file provokes
-        console.print(f"left out: {path} ({reason(error, path)})", markup=False, highlight=False, soft_wrap=True)
+        said = f"left out: {path} ({reason(error, path)})"
+        console.print(said, markup=False, emoji=False, highlight=False, soft_wrap=True)
         return None

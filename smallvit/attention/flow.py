@@ -3,9 +3,9 @@
     rollout     R ← ½(I + Ā) R,    Ā = mean over heads of A               Abnar, Zuidema 2020, arXiv:2005.00928
     relevance   R ← R + Ā R,       Ā = mean over heads of (∇A ⊙ A)⁺       Chefer, Gur, Wolf 2021, arXiv:2103.15679
 
-R begins as the identity, ∇A is the gradient of a class's logit. What is read is the class token's row; without a class
-token the mean over all rows, as such models pool their tokens. As only that row is wanted, it is taken through the
-layers from the last to the first.
+R begins as the identity, ∇A is the gradient of a class's logit. Of R that row is wanted which the model's head reads:
+the class token's, the mean of the class and the distillation token's, the mean of the image's tokens' where the model
+pools them, or that of the query of attention pooling. It is taken through the layers from the last to the first.
 
 Where the grid shrinks between layers (PiT, Swin, T2T), a token of the coarser grid stands for those of the finer one
 that it covers, in equal parts, whatever weights the model merges them by. A class token that comes late (CaiT, T2T)
@@ -119,20 +119,24 @@ def _traced(
 
 
 def _last(each: AttentionMap, like: Tensor) -> Float[Tensor, "b t"]:
-    """What is read of the last layer's tokens: the class token, or all alike."""
-    count = _prefix(each) + math.prod(each.grid)
-    read = 1 if _prefix(each) else count
-    row = like.new_zeros(len(like), count)
-    row[:, :read] = 1 / read
-    return row
+    """What the model's head reads of the last layer's tokens, in equal parts."""
+    row = like.new_zeros(len(like), _prefix(each) + math.prod(each.grid))
+    row[:, slice(_prefix(each), None) if each.reads is None else list(each.reads)] = 1
+    return row / row.sum(dim=1, keepdim=True)
 
 
 def _before(row: Float[Tensor, "b t"], each: AttentionMap, after: AttentionMap) -> Float[Tensor, "b u"]:
-    """The row over the tokens of a layer, from that over those of the layer after; new ones held nothing."""
-    prefix, new = _prefix(each), _prefix(after) - _prefix(each)
-    if new < 0 or any(side < coarser for side, coarser in zip(each.grid, after.grid, strict=True)):
+    """The row over the tokens of a layer, from that over those of the layer after.
+
+    New tokens held nothing; of those before the image's that are there no more nothing was read.
+    """
+    prefix, own = _prefix(each), after.query_prefix if after.probes else 0
+    new = _prefix(after) - own - prefix
+    if (new < 0 and after.grid != each.grid) or any(
+        side < coarser for side, coarser in zip(each.grid, after.grid, strict=True)
+    ):
         raise InputError(f"{after.layer}: its tokens are not merged of those of {each.layer}; rollout cannot follow")
-    row = row[:, new:]
+    row = F.pad(row[:, own:], (-new, 0))
     if after.grid == each.grid:
         return row
     tokens = torch.eye(math.prod(each.grid), device=row.device).unflatten(1, each.grid)
@@ -143,4 +147,4 @@ def _before(row: Float[Tensor, "b t"], each: AttentionMap, after: AttentionMap) 
 
 def _prefix(each: AttentionMap) -> int:
     """Tokens before the image's, the one that asks alone among them."""
-    return max(each.prefix, each.query_prefix)
+    return each.query_prefix + each.prefix if each.probes else max(each.prefix, each.query_prefix)

@@ -27,7 +27,8 @@ LARGE, SMALL = 192, 128
 GAP, LINE = 8, 18
 MOST = 12
 """Rows of layers, and columns of heads, in a picture."""
-KINDS = ("attention, last layer,\nmean over heads", "rollout", "relevance")
+KINDS = ("attention, last layer,\nmean over heads", "rollout", "relevance for\nthe class predicted")
+TRUE = "relevance for\nthe true class"
 
 Pixels = UInt8[np.ndarray, "c y x"]
 
@@ -76,9 +77,13 @@ def evenly(number: int, most: int) -> list[int]:
 
 
 def draw_overview(
-    pictures: Sequence[Pixels], captions: Sequence[str], views: Mapping[str, Sequence[View]], path: Path
+    pictures: Sequence[Pixels],
+    captions: Sequence[str],
+    views: Mapping[str, Sequence[View]],
+    path: Path,
+    kinds: Sequence[str] = KINDS,
 ) -> None:
-    """Draw a row for each image: itself, and for each model, by its name, the maps of `KINDS`."""
+    """Draw a row for each image: itself, and for each model, by its name, its maps, whose headings are `kinds`."""
     side = drawn_side(pictures[0].shape[-1], LARGE)
     top, first, block = 5 * LINE, side + 4 * GAP, len(KINDS) * (side + GAP)
     rows = [top + index * (side + 2 * LINE + GAP) for index in range(len(pictures))]
@@ -90,7 +95,7 @@ def draw_overview(
         left = first + number * (block + 2 * GAP)
         middle = left + (block - GAP) / 2
         page.write(middle, 2 * LINE, shortened(name, 0.8 * block), size=10, ha="center", weight="bold")
-        for column, kind in enumerate(KINDS):
+        for column, kind in enumerate(kinds):
             page.write(left + column * (side + GAP) + side / 2, top - LINE - GAP, kind, ha="center")
         for y, pixels, view in zip(rows, pictures, seen, strict=True):
             answer = f"{shortened(view.predicted, block - 8 * LETTER)}  {100 * view.probability:.0f} %"
@@ -148,7 +153,7 @@ def _put_heads(
 def _told(rows: int, layers: int, columns: int, heads: int) -> list[str]:
     """Lines that say what is drawn."""
     told = [
-        "What the class token attends to; without one, what each token receives.",
+        "What the tokens attend to that the classifier reads: the class token, or the mean of those of the image.",
         "Colours run from 0 to the largest value, above each panel in multiples of an even share. Squares are tokens.",
     ]
     thinned = [f"{n} of {m} {what}" for n, m, what in ((rows, layers, "layers"), (columns, heads, "heads")) if n < m]

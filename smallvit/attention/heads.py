@@ -5,7 +5,6 @@ The records are the `layers` of an attention.json, by the name of their model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smallvit.files import replacing
+from smallvit.judgement.words import printable
 
 Records = Sequence[Mapping[str, Any]]
 APART = 0.3
@@ -30,21 +30,15 @@ def draw_heads(models: Mapping[str, Records], path: Path) -> None:
     entropy, distance = figure.subplots(1, 2)
     for number, (name, layers) in enumerate(models.items()):
         shift = APART * (number - (len(models) - 1) / 2) / len(models)
-        _draw_model(
-            entropy, layers, "entropy", [math.log(layer["keys"]) for layer in layers], shift, f"C{number}", name
-        )
-        _draw_model(
-            distance, layers, "distance", [layer["even_distance"] for layer in layers], shift, f"C{number}", name
-        )
+        for axes, what in ((entropy, "entropy"), (distance, "distance")):
+            _draw_model(axes, layers, what, shift, f"C{number}", name)
     entropy.set(ylabel="entropy of attention (nats)")
     distance.set(ylabel="mean distance of attention (pixels)")
-    for axes, even in (
-        (entropy, "log n, of n tokens attended to alike"),
-        (distance, "of all tokens attended to alike"),
-    ):
-        axes.plot([], [], "--", color="0.3", linewidth=1, label=even)
+    for axes in (entropy, distance):
+        axes.plot([], [], "--", color="0.3", linewidth=1, label="if all tokens in reach were attended to alike")
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
-        axes.legend(fontsize=8)
+        for text in axes.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
         _name_layers(axes, max(models.values(), key=len))
     figure.suptitle("A dot is a head, in the mean over the images; a line joins the means over heads.", fontsize=9)
     _save(figure, path)
@@ -65,7 +59,7 @@ def draw_temperatures(models: Mapping[str, Records], courses: Mapping[str, Recor
     for row, (name, layers) in zip(panels, learnt.items(), strict=True):
         colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
         _draw_final(row[0], layers, colours)
-        row[0].set_title(name, fontsize=9, parse_math=False)
+        row[0].set_title(printable(name), fontsize=9, parse_math=False)
         if courses[name]:
             _draw_course(row[1], courses[name], layers, colours)
         elif columns > 1:
@@ -74,15 +68,13 @@ def draw_temperatures(models: Mapping[str, Records], courses: Mapping[str, Recor
     return True
 
 
-def _draw_model(
-    axes: Axes, layers: Records, what: str, even: Sequence[float | None], shift: float, colour: str, name: str
-) -> None:
+def _draw_model(axes: Axes, layers: Records, what: str, shift: float, colour: str, name: str) -> None:
     """A model's dots, the line of their means, and where they would be if all tokens were attended to alike."""
     known = [index for index, layer in enumerate(layers) if layer[what] is not None]
     depth, heads = np.array(known) + shift, [layers[index][what] for index in known]
     _dots(axes, depth, heads, [colour] * len(known))
-    axes.plot(depth, [np.mean(values) for values in heads], color=colour, label=name.lstrip("_"))
-    axes.plot(depth, [even[index] for index in known], "--", color=colour, linewidth=1)
+    axes.plot(depth, [np.mean(values) for values in heads], color=colour, label=printable(name.lstrip("_")))
+    axes.plot(depth, [layers[index][f"even_{what}"] for index in known], "--", color=colour, linewidth=1)
 
 
 def _draw_final(axes: Axes, layers: Records, colours: np.ndarray) -> None:
@@ -98,12 +90,12 @@ def _draw_final(axes: Axes, layers: Records, colours: np.ndarray) -> None:
 
 
 def _draw_course(axes: Axes, course: Records, layers: Records, colours: np.ndarray) -> None:
-    """A line for each head over the epochs, in its layer's colour."""
-    epochs = [line["epoch"] for line in course]
-    style = {"marker": "o", "markersize": 3} if len(epochs) < 10 else {}
+    """A line for each head over the epochs that recorded it, in its layer's colour."""
+    style = {"marker": "o", "markersize": 3} if len(course) < 10 else {}
     for layer, colour in zip(layers, colours, strict=True):
-        heads = np.array([line["temperatures"][layer["layer"]] for line in course])
-        axes.plot(epochs, heads, color=colour, linewidth=0.9, **style)
+        known = [line for line in course if layer["layer"] in line["temperatures"]]
+        heads = np.array([line["temperatures"][layer["layer"]] for line in known])
+        axes.plot([line["epoch"] for line in known], heads, color=colour, linewidth=0.9, **style)
     for began in {layer["initial_temperature"] for layer in layers}:
         axes.axhline(began, color="k", linestyle="--", linewidth=1)
     axes.set_title("over training, in the colours of the layers", fontsize=9)

@@ -1,8 +1,8 @@
 """How the tokens lie that a layer attends to: those that stand before the image's, the image's grid, its windows.
 
 What timm's classes say about it is read here and nowhere else: `num_prefix_tokens` (PiT's `num_tokens`), the shape of
-what a block is given, Swin's `window_size` and `shift_size`. Where a class is silent, the grid is the one of so many
-tokens that is most like the image.
+what a block is given, Swin's `window_size` and `shift_size`; and what the head reads, `global_pool` and `head_dist`.
+Where a class is silent, the grid is the one of so many tokens that is most like the image.
 
 Axes: b batch, w windows of an image, n queries, m keys, i j token grid.
 """
@@ -10,9 +10,10 @@ Axes: b batch, w windows of an image, n queries, m keys, i j token grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from timm.layers import AttentionPoolLatent
 from timm.models.cait import TalkingHeadAttn
 from timm.models.convit import GPSA
 from torch import nn
@@ -21,6 +22,8 @@ from smallvit.t2t import TokenAttention
 
 PATCHES_ALONE = (GPSA, TalkingHeadAttn, TokenAttention)
 """Layers that come before the class token."""
+UNPOOLED = (None, "", "token", "prr")
+"""Values of `global_pool` by which a class token is read, where there is one."""
 LIKENESS = 2.0
 """How much longer or shorter a grid may be than the image, against its width."""
 
@@ -52,6 +55,10 @@ class Layout:
     """Rows and columns of windows, where attention is within such."""
     shift: Sides = (0, 0)
     """By how many rows and columns the image was rolled up and left before it was cut into windows."""
+    reads: tuple[int, ...] | None = None
+    """The queries of which the model's head reads the mean; None: those of the image."""
+    probes: bool = False
+    """Whether what asks is no token of the model, but the layer's own (attention pooling)."""
 
 
 def layout(
@@ -59,7 +66,7 @@ def layout(
     calls: Sequence[Call],
     model: nn.Module,
     images: Sequence[int],
-    before: Iterable[Layout],
+    before: Sequence[Layout],
 ) -> Layout | None:
     """The layout of a map of `shape` (b·w, n, m), computed by the last of `calls`; None where it is not known.
 
@@ -75,10 +82,15 @@ def layout(
         return None
     if n == 1 < m and (grids := [each.grid for each in before if math.prod(each.grid) <= m]):
         grid = max(grids, key=math.prod)
-        return Layout(prefix=m - math.prod(grid), query_prefix=1, grid=grid)
-    keys = _split(m, calls[-1], model, images[2:])
-    queries = keys if n == m else _split(n, calls[-1], model, images[2:])
-    return keys and queries and Layout(prefix=keys[0], query_prefix=queries[0], grid=keys[1])
+        probes = isinstance(calls[-1].module, AttentionPoolLatent)
+        reads = (0,) if probes else _reads(model, 1, 1)
+        return Layout(prefix=m - math.prod(grid), query_prefix=1, grid=grid, reads=reads, probes=probes)
+    last = before[-1].grid if before else None
+    keys = _split(m, calls[-1], model, images[2:], last)
+    queries = keys if n == m else _split(n, calls[-1], model, images[2:], last)
+    if keys is None or queries is None:
+        return None
+    return Layout(prefix=keys[0], query_prefix=queries[0], grid=keys[1], reads=_reads(model, queries[0], n))
 
 
 def nearest_grid(count: int, sides: Sequence[int]) -> Sides:
@@ -93,13 +105,25 @@ def _between_tokens(given: tuple[int, ...], n: int, m: int) -> bool:
     return n == 1 or not tokens.isdisjoint({n, m, m - 1})
 
 
-def _split(count: int, call: Call, model: nn.Module, sides: Sequence[int]) -> tuple[int, Sides] | None:
-    """The number of tokens before the image's, and the grid, of `count` tokens."""
+def _reads(model: nn.Module, prefix: int, queries: int) -> tuple[int, ...] | None:
+    """What the model's head would read of so many tokens, `prefix` of them before the image's; None: the image's."""
+    if getattr(model, "global_pool", None) in UNPOOLED and getattr(model, "has_class_token", True):
+        two = prefix > 1 and getattr(model, "head_dist", None) is not None
+        return ((0, 1) if two else (0,)) if prefix else None
+    return tuple(range(queries)) if getattr(model, "pool_include_prefix", False) else None
+
+
+def _split(
+    count: int, call: Call, model: nn.Module, sides: Sequence[int], last: Sides | None
+) -> tuple[int, Sides] | None:
+    """The number of tokens before the image's, and the grid, of `count` tokens; `last` is the grid before."""
     if len(call.shape) == 4:
         for grid in (call.shape[1:3], call.shape[2:]):
             if math.prod(grid) == count:
                 return 0, tuple(grid)
     told = getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", None))
+    if last is not None and (rest := count - math.prod(last)) in (0, told):
+        return rest, last
     for prefixes in ((0,),) if isinstance(call.module, PATCHES_ALONE) else ((told,), (0, 1)):
         splits = [(prefix, nearest_grid(count - prefix, sides)) for prefix in prefixes if _holds(count, prefix)]
         best = min(splits, key=lambda split: _unlikeness(split[1], sides), default=None)

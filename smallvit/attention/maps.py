@@ -13,7 +13,7 @@ Axes: b batch, w windows of an image, h heads, n queries, m keys, i j token grid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from torch._dynamo import OptimizedModule
 
 from smallvit.attention.layouts import nearest_grid
 from smallvit.attention.recorder import Seen, recording
+
+HIDDEN = math.exp(-50)
+"""What is masked weighs less: timm's masks of windows take 100 from a score, others leave nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +48,21 @@ class AttentionMap:
     """Rows and columns of a window, in tokens."""
     shift: tuple[int, int] = (0, 0)
     """By how many tokens the image was rolled up and left before it was cut into windows."""
+    reads: tuple[int, ...] | None = None
+    """The queries of which the model's head reads the mean, by what becomes of them: (0,), the class token; (0, 1), it
+    and a distillation token. None: it pools the image's tokens."""
+    probes: bool = False
+    """Whether what asks is no token of the model, but the layer's own (attention pooling)."""
 
     def image(self) -> Float[Tensor, "b h i j"]:
-        """Where the class token looks; without one, what each token receives in the mean over the queries.
+        """Where that looks which the model's head reads: the class token, the mean of it and a distillation token, or
+        the mean of the image's tokens, and so what each receives.
 
         Windows lie where they were cut; what padding receives is left out, as in `full`.
         """
         if self.window is None:
             keys = self.weights[..., self.prefix :]
-            return (keys[..., 0, :] if self.query_prefix else keys.mean(dim=-2)).unflatten(-1, self.grid)
+            return keys[..., self._asking, :].mean(dim=-2).unflatten(-1, self.grid)
         received = rearrange(self._unpadded().sum(dim=-2), "b w h n -> b h (w n)") / self._count
         image = received.new_zeros(*received.shape[:2], self._count + 1)
         image[..., self._places().flatten()] = received
@@ -72,6 +81,14 @@ class AttentionMap:
         matrix = windows.new_zeros(windows.shape[0], windows.shape[2], self._count + 1, self._count + 1)
         matrix[:, :, rows[:, :, None], rows[:, None]] = windows.transpose(1, 2)
         return matrix[..., :-1, :-1]
+
+    def even(self) -> AttentionMap:
+        """The map if each query attended alike to all keys in its reach: of one image and one head.
+
+        In reach are those that any head attends to in any of the images; what is masked is not.
+        """
+        seen = (self.weights > HIDDEN).any(dim=0, keepdim=True).any(dim=-3, keepdim=True).float()
+        return replace(self, weights=seen / seen.sum(dim=-1, keepdim=True).clamp(min=1))
 
     def entropy(self) -> Float[Tensor, "b h"]:
         """In nats, the mean over the queries: 0 where each attends to one key, log m where all to m keys alike."""
@@ -103,6 +120,12 @@ class AttentionMap:
     @property
     def _count(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def _asking(self) -> list[int]:
+        """The queries whose mean is looked at; in class attention, the only one."""
+        queries = range(self.weights.shape[-2])
+        return list(queries[self.query_prefix :] or queries) if self.reads is None else list(self.reads)
 
     def _places(self) -> Int64[Tensor, "w n"]:
         """The number of the token at each place of each window; the number of tokens where there is padding."""

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from smallvit.files import replacing
+from smallvit.judgement.words import one_line, printable
 
 DPI = 120
 LETTER = 7.7
@@ -20,39 +23,53 @@ LETTER = 7.7
 
 RAISED = 3
 """Pixels between words and the place that they end above."""
+BAND, REACH = 512, 256
+"""Height of what is drawn at once, and how far from their place words may reach, in pixels."""
 
 
 class Mosaic:
     """A white page, in pixels; places are counted from its top left corner."""
 
     def __init__(self, width: int, height: int) -> None:
-        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        self.pixels = np.ones((height, width, 3))
+        self.picture = Image.new("RGB", (width, height), "white")
+        self.words: list[tuple[float, float, str, dict[str, Any]]] = []
 
     @property
     def height(self) -> int:
         """In pixels."""
-        return len(self.pixels)
+        return self.picture.height
 
     def paste(self, left: int, top: int, picture: Float[np.ndarray, "y x 3"]) -> None:
         """Put a picture of values in [0, 1] on the page."""
-        height, width = picture.shape[:2]
-        self.pixels[top : top + height, left : left + width] = picture
+        self.picture.paste(Image.fromarray((255 * picture).round().astype(np.uint8)), (left, top))
 
     def write(self, left: float, top: float, text: str, size: float = 8, **style: Any) -> None:
         """Write words; by default they end above the place, and begin there."""
-        width = self.pixels.shape[1]
-        style = {"va": "bottom", "parse_math": False} | style
-        self.figure.text(left / width, 1 - (top - RAISED) / self.height, text, fontsize=size, **style)
+        style = {"fontsize": size, "va": "bottom", "parse_math": False} | style
+        self.words.append((left, top - RAISED, printable(text), style))
 
     def save(self, path: Path) -> None:
         """Write the page as a PNG."""
-        self.figure.figimage(self.pixels)
+        height = min(self.height, BAND)
+        canvas = FigureCanvasAgg(Figure(figsize=(self.picture.width / DPI, height / DPI), dpi=DPI))
+        for top in range(0, self.height, height):
+            self._print(canvas, top, height)
         with replacing(path) as partial:
-            self.figure.savefig(partial, format="png", dpi=DPI)
+            self.picture.save(partial, format="png", dpi=(DPI, DPI))
+
+    def _print(self, canvas: FigureCanvasAgg, top: int, height: int) -> None:
+        """Put the words on a part of the page: matplotlib needs many times the memory of what it draws."""
+        width, figure = self.picture.width, canvas.figure
+        figure.clear()
+        figure.figimage(np.asarray(self.picture.crop((0, top, width, top + height))))
+        for left, place, text, style in self.words:
+            if -REACH < place - top < height + REACH:
+                figure.text(left / width, 1 - (place - top) / height, text, **style)
+        canvas.draw()
+        self.picture.paste(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), (0, top))
 
 
 def shortened(text: str, width: float) -> str:
     """One line of 8 points that fits into so many pixels."""
-    text, most = " ".join(text.split()), int(width / LETTER)
+    text, most = one_line(printable(text)), int(width / LETTER)
     return text if len(text) <= most else text[: most - 1].rstrip(" ,") + "…"

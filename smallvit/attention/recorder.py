@@ -45,7 +45,7 @@ class Seen:
     def shaped(self, values: Iterable[Tensor]) -> Float[Tensor, "*b h n m"]:
         """Values like the probabilities, in fp32 and out of the graph: (b, h, n, m), or (b, w, h, n, n) of windows."""
         parts = [part.detach().float().reshape(-1, self.heads, *part.shape[-2:]) for part in values]
-        joined = torch.cat(parts, dim=1)
+        joined = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return joined if self.layout.window is None else joined.unflatten(0, (self.images, -1))
 
 

@@ -5,10 +5,9 @@ Axes: n images, b images at once, h heads, i j rows and columns of tokens, c cha
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,16 @@ from smallvit.plugins import temperatures
 from smallvit.ready import Ready
 from smallvit.runs import Run
 
-AT_ONCE = 8
-"""Images whose attention lies in memory together."""
+MEMORY = 2**29
+"""Bytes that relevance may take, about."""
+COPIES = 7
+"""What relevance takes in all, in the maps' own bytes: measured of ViT-S/16 at 224 pixels, less with more tokens."""
+MOST = 64
+"""Images that are looked at together, at most."""
+
+
+FIGURES = ("even_entropy", "even_distance", "entropy", "distance")
+"""Of layers, and of heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +47,11 @@ class Sight:
     layers: list[dict[str, Any]]
     """Plain figures of every attention layer, in the order of computation; of heads, in the mean over the images.
 
-    `keys` is how many tokens are attended to at once, `even_distance` the distance if all were attended to alike; the
-    distances are None where no token of the image asks.
+    `keys` is how many tokens are attended to at once; `even_entropy` and `even_distance` are what there would be if all
+    in a token's reach were attended to alike. The distances are None where no token of the image asks.
     """
     maps: dict[str, Float[np.ndarray, "n h i j"]]
-    """Where the class token looks in each layer, or what the tokens receive where there is none."""
+    """Where what the head reads looks in each layer, as `AttentionMap.image` has it."""
     rollout: Float[np.ndarray, "n i j"]
     relevance: Float[np.ndarray, "n i j"]
     predicted: list[str]
@@ -96,8 +103,9 @@ def see(model: Ready, shown: Sequence[Example], classes: Sequence[int] | None, a
         InputError: the model has no attention that can be seen, or its answers are not finite.
     """
     parts, layers = [], []
-    for start in range(0, len(shown), AT_ONCE):
-        few = slice(start, start + AT_ONCE)
+    together = images_at_once(model)
+    for start in range(0, len(shown), together):
+        few = slice(start, start + together)
         images = model.normalised(torch.from_numpy(np.stack([example.pixels for example in shown[few]])))
         chosen = None if classes is None else torch.tensor(classes[few], device=model.device)
         layers, found = _look(model, images, chosen)
@@ -105,7 +113,7 @@ def see(model: Ready, shown: Sequence[Example], classes: Sequence[int] | None, a
         advance(len(images))
     whole = {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
     for layer in layers:
-        for what in ("entropy", "distance"):
+        for what in FIGURES:
             values = whole[what, layer["layer"]].mean(axis=0)
             layer[what] = None if np.isnan(values).any() else values.tolist()
         layer |= learnt_temperature(model.model, layer["layer"])
@@ -130,9 +138,16 @@ def require_attention(model: Ready) -> None:
     if not model.card.spec["num_classes"]:
         raise model.card.error("the model has no classes that could be predicted")
     try:
-        _look(model, torch.zeros(1, model.in_chans, model.img_size, model.img_size, device=model.device), None)
+        _look(model, _nothing(model), None)
     except InputError as error:
         raise model.card.error(str(error)) from None
+
+
+def images_at_once(model: Ready) -> int:
+    """How many images can be looked at together, by the size of the maps of one."""
+    with autocast(model.device, model.dtype), torch.no_grad():
+        _, maps = attention.record(model.model, _nothing(model))
+    return min(MOST, max(1, MEMORY // (COPIES * sum(each.weights.nbytes for each in maps))))
 
 
 def learnt_temperature(model: nn.Module, layer: str) -> dict[str, Any]:
@@ -144,25 +159,40 @@ def learnt_temperature(model: nn.Module, layer: str) -> dict[str, Any]:
     return {"temperature": found.tolist(), "initial_temperature": began}
 
 
+def _nothing(model: Ready) -> Float[Tensor, "1 c y x"]:
+    return torch.zeros(1, model.in_chans, model.img_size, model.img_size, device=model.device)
+
+
 def _look(
     model: Ready, images: Float[Tensor, "b c y x"], classes: Int64[Tensor, " b"] | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Tensor]]:
     """What every layer is, and values for each image by their kind and layer."""
     with autocast(model.device, model.dtype):
-        with torch.no_grad():
-            logits, maps = attention.record(model.model, images)
-        relevant = relevance(model.model, images, classes)
+        layers, found = _seen(model, images)  # and the maps are gone
+        found["relevance", ""] = relevance(model.model, images, classes)
+    return layers, found
+
+
+def _seen(model: Ready, images: Float[Tensor, "b c y x"]) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Tensor]]:
+    """The same, without relevance."""
+    with torch.no_grad():
+        logits, maps = attention.record(model.model, images)
     if not logits.isfinite().all():
         raise InputError("its answers are not finite: these weights are of no use")
-    layers, found = [], {("probabilities", ""): logits.float().softmax(dim=1), ("relevance", ""): relevant}
-    found["rollout", ""] = rollout(maps)
+    layers = [
+        {
+            "layer": each.layer,
+            "heads": each.weights.shape[-3],
+            "grid": list(each.grid),
+            "keys": each.weights.shape[-1],
+        }
+        for each in maps
+    ]
+    found = {("probabilities", ""): logits.float().softmax(dim=1), ("rollout", ""): rollout(maps)}
     for each in maps:
-        heads, keys = each.weights.shape[-3], each.weights.shape[-1]
-        even = replace(each, weights=torch.full_like(each.weights, 1 / keys)).distance(model.img_size)[0, 0].item()
-        even = None if math.isnan(even) else even
-        layers.append(
-            {"layer": each.layer, "heads": heads, "grid": list(each.grid), "keys": keys, "even_distance": even}
-        )
+        even = each.even()
         found["map", each.layer] = each.image()
         found["entropy", each.layer], found["distance", each.layer] = each.entropy(), each.distance(model.img_size)
+        for what, value in (("even_entropy", even.entropy()), ("even_distance", even.distance(model.img_size))):
+            found[what, each.layer] = value[0, 0].expand(len(images))
     return layers, found

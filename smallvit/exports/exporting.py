@@ -9,14 +9,11 @@ hub    the same with a model card, as the Hugging Face Hub has it
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from smallvit.errors import InputError
 from smallvit.exports import graphs, model_card, timm_folder
-from smallvit.files import partial_name, write_text
+from smallvit.files import replacing_folder, write_text
 from smallvit.ready import Ready
 from smallvit.runs import Run
 
@@ -74,7 +71,7 @@ def export(
         FILES[form](model, path)
         return
     card = model_card.text(model, run, terms, repository) if form == "hub" else None
-    with _replacing_folder(path) as partial:
+    with replacing_folder(path) as partial:
         timm_folder.write(model, partial)
         if card is not None:
             write_text(partial / README, card)
@@ -90,21 +87,3 @@ def _require_replaceable(path: Path, shown: str, *, folder: bool) -> None:
         raise InputError(f"{shown}: {'not a' if folder else 'a'} folder, or a link; choose another name")
     if folder and (others := sorted({*os.listdir(path)} - OURS)):
         raise InputError(f"{shown}: holds {others[0]}, which is not of an export; choose another folder")
-
-
-@contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to write to; at the end it takes the place of `path`."""
-    around = path.with_name(partial_name(path.name))
-    partial, former = around / path.name, around / "former"
-    shutil.rmtree(around, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if os.path.exists(path):
-            os.rename(path, former)
-        os.rename(partial, path)
-    finally:
-        if os.path.exists(former) and not os.path.exists(path):
-            os.rename(former, path)
-        shutil.rmtree(around, ignore_errors=True)

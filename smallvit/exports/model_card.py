@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 import smallvit
+from smallvit.commands import portable, training
 from smallvit.config import Config
 from smallvit.datasets.table import DATASETS
 from smallvit.exports import papers
@@ -16,7 +16,6 @@ from smallvit.exports.exported import preprocessing
 from smallvit.exports.timm_folder import is_timms
 from smallvit.judgement.chance import accuracy_interval
 from smallvit.learnt import weights_sha256
-from smallvit.options import flag
 from smallvit.ready import Ready
 from smallvit.runs import Run, read_options
 
@@ -66,19 +65,6 @@ def text(model: Ready, run: Path | None, terms: str | None = None, repository: s
     }
     body = "\n\n".join(f"{title}\n\n{content}" for title, content in sections.items())
     return f"---\n{_front(model, config, summary, metrics, terms, name)}---\n\n{body}\n"
-
-
-def command(config: Config) -> str:
-    """What trains such a model: the options that differ from the defaults, without the folders of this machine."""
-    usual, words = Config().options(), ["smallvit", "train"]
-    for name, value in config.options().items():
-        if name in APART or value is None or value == usual[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name if value else f"no_{name}"))
-        else:
-            words += [flag(name), _portable(value)]
-    return shlex.join(words)
 
 
 def _records(model: Ready, run: Path | None) -> tuple[Config, dict[str, Any]]:
@@ -227,7 +213,7 @@ def _training(config: Config, summary: dict[str, Any]) -> str:
     )
     return f"""\
 ```
-{command(config)}
+{training(config, APART, in_place=False)}
 ```
 
 {summary["epochs"]:,} epochs, {summary["images_seen"]:,} images seen, {summary["train_seconds"]:,.0f} s on \
@@ -244,13 +230,8 @@ def _limits(model: Ready, summary: dict[str, Any], metrics: dict[str, Any] | Non
     )
 
 
-def _portable(value: object) -> str:
-    """A value without the folder that it lay in."""
-    return os.path.basename(str(value)) if os.path.isabs(str(value)) else str(value)
-
-
 def _called(data: str) -> str:
-    return _portable(data.rstrip(os.sep))
+    return portable(data.rstrip(os.sep))
 
 
 def _title(data: str) -> str:

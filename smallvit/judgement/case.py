@@ -44,7 +44,7 @@ class Case:
     numbers: Int64[np.ndarray, " m"]
     """Of each class of the data, which of the model's it is."""
     class_names: tuple[str, ...]
-    """The model's."""
+    """The model's, printable."""
 
     @property
     def parts(self) -> list[Images | Files]:
@@ -79,7 +79,7 @@ class Case:
         return sum(-(-len(part) // self.model.batch_size) for part in self.parts)
 
     def at(self, places: Sequence[int]) -> UInt8[np.ndarray, "b c s s"]:
-        """Grey levels of the images at some places."""
+        """Grey levels of the images at some places; white where a file can be decoded no more."""
         firsts = np.cumsum([0, *map(len, self.parts)])
         found = []
         for place in places:
@@ -88,7 +88,7 @@ class Case:
             if isinstance(part, Images):
                 found.append(part.pixels[index].numpy())
             else:
-                found.append(decode_image(part.listing.open(part.positions[index]), part.size))
+                found.append(_decoded(part, index))
         return np.stack(found)
 
     def ask(self, conditions: Sequence[Condition], bar: Progress, *, flip: bool) -> dict[Condition, Answers]:
@@ -99,7 +99,7 @@ class Case:
         """
         found: dict[Condition, list[Answers]] = {condition: [] for condition in conditions}
         labels = torch.from_numpy(self.labels)
-        for pixels, places in bar.track(self.batches(), len(self), description=f"{self.dataset.name}, images"):
+        for pixels, places in bar.track(self.batches(), len(self), description="images"):
             own = labels[places.cpu()]
             for condition in conditions:
                 shown = pixels if condition is None else corrupt(pixels, *condition, places)
@@ -110,19 +110,31 @@ class Case:
         return {condition: metrics.joined(batches) for condition, batches in found.items()}
 
 
-def matched(card: Card, dataset: ImageDataset, config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+def _decoded(part: Files, index: int) -> UInt8[np.ndarray, "c s s"]:
+    try:
+        return decode_image(part.listing.open(part.positions[index]), part.size)
+    except Exception:  # whatever a file that was damaged meanwhile provokes
+        return np.full((part.channels, part.size, part.size), 255, np.uint8)
+
+
+def matched(
+    card: Card, dataset: ImageDataset, config: DataConfig, splits: Sequence[str]
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Where the data's classes are among the model's, by name, and the names of the model's.
 
     Where the weights tell no names, as many classes in the same order are taken for the same.
 
     Raises:
         InputError: the model takes other channels, has no classifier, does not know a class, or may have learnt images
-            of the test.
+            of the one split that is judged.
     """
     takes, count = card.spec["in_chans"], card.spec["num_classes"]
     if takes != dataset.in_chans:
         raise card.error(f"the model takes images of {takes} channels, those of {dataset.name} have {dataset.in_chans}")
-    trained.require_same_test(card, dataset, config)
+    if len(splits) == 1:  # of all images together a model has learnt some in any case
+        for drawn in ("test", "val") if "val" in splits else ("test",):
+            trained.require_unchanged(card, dataset, config, drawn)
+            trained.require_same_test(card, dataset, config, drawn)
     if not count:
         raise card.error("these weights have no classifier; smallvit probe judges their features")
     known = card.class_names or (dataset.class_names if count == len(dataset.class_names) else None)

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from smallvit import learnt, trained
-from smallvit.errors import InputError
-from smallvit.files import partial_name
+from smallvit.files import unshared_folder
 from smallvit.judgement import pictures
 from smallvit.judgement.case import Case
 from smallvit.judgement.metrics import Answers
+from smallvit.judgement.words import one_line
 from smallvit.report import write_csv
 from smallvit.runs import Run
 from smallvit.sheet import grid
@@ -29,8 +29,6 @@ METRICS, CLASSES, CONFUSION, PREDICTIONS = "metrics.json", "classes.csv", "confu
 CONFUSION_PICTURE, RELIABILITY, MISTAKES = "confusion.png", "reliability.png", "mistakes.png"
 FILES = (CLASSES, CONFUSION, CONFUSION_PICTURE, RELIABILITY, MISTAKES, PREDICTIONS, METRICS)
 """In the order in which they come into their folder: where the last is, all are."""
-ASIDE = partial_name("files")
-"""Of the folder in which they are written."""
 SHOWN, COLUMNS = 40, 8
 """Mistakes on the sheet, and how many are side by side."""
 
@@ -48,21 +46,6 @@ def destination(name: str, data: str, split: str, out: str | None) -> Path | Non
     place = os.path.expanduser(data)
     called = os.path.basename(os.path.realpath(place)) if os.path.exists(place) else data
     return run / Run.EVAL / (split if own else f"{called.replace(os.sep, '-')}-{split}")
-
-
-def require_free(folder: Path, *, overwrite: bool) -> None:
-    """Check that files may be written to a folder, which need not be there.
-
-    Raises:
-        InputError: it holds files that are not to be replaced, is a file itself, or is closed to this user.
-    """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"--out {folder}: a file, not a folder; choose another name")
-    if os.path.isdir(folder) and {*os.listdir(folder)} - {ASIDE} and not overwrite:
-        raise InputError(f"{folder}: holds results already; choose another folder by --out, or replace by --overwrite")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK):
-        raise InputError(f"{folder}: {there} cannot be written to; choose another folder by --out")
 
 
 def write(folder: Path, record: dict[str, Any], case: Case, answers: Answers) -> None:
@@ -93,7 +76,7 @@ def mistakes(case: Case, answers: Answers) -> Image.Image | None:
     if not len(wrong):
         return None
     chosen = answers.take(wrong[np.argsort(-answers.probability[wrong], kind="stable")][:SHOWN])
-    names = [" ".join(name.split()) for name in case.class_names]
+    names = [one_line(name) for name in case.class_names]
     captions = [
         f"{names[label]}\n{100 * probability:.0f}% {names[predicted]}"
         for label, predicted, probability in zip(chosen.label, chosen.predicted, chosen.probability, strict=True)
@@ -121,21 +104,24 @@ def _write_rows(path: Path, rows: Any) -> None:
 def _together(folder: Path) -> Iterator[Path]:
     """Give a folder to write to, from which `FILES` come into this one at the end; nothing is left of a failure."""
     made = [parent for parent in (folder, *folder.absolute().parents) if not os.path.exists(parent)]
-    aside = folder / ASIDE
-    done = False
+    aside, done = None, False
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = unshared_folder(folder)
         yield aside
+        written = {*os.listdir(aside)}
+        if missing := {*FILES} - {MISTAKES} - written:
+            raise OSError(f"{folder}: {min(missing)} was removed while it was written; run it again")
         (folder / METRICS).unlink(missing_ok=True)
         for name in FILES:
-            if (aside / name).exists():
+            if name in written:
                 os.replace(aside / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
         done = True
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
         for parent in made if not done else ():
             with suppress(OSError):  # others have put something there
                 parent.rmdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,21 @@ import sklearn
 from rich.console import Console
 from rich.progress import Progress
 
-from smallvit import datasets, hardware, learnt
+from smallvit import datasets, hardware, learnt, trained
 from smallvit.config import Config
 from smallvit.datasets.corruptions import CORRUPTIONS, STRENGTHS
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.listing import SPLITS
+from smallvit.datasets.streaming import Files
 from smallvit.errors import InputError, nearest
+from smallvit.files import require_free
 from smallvit.judgement import chance, evidence, metrics
 from smallvit.judgement.case import Case, Condition, matched
 from smallvit.judgement.metrics import Answers
+from smallvit.judgement.words import printable
 from smallvit.options import require
 from smallvit.ready import Ready, described, prepared
+from smallvit.runs import Run
 from smallvit.trained import Card
 
 CHOICES = (*SPLITS, "all")
@@ -49,33 +53,39 @@ def judge(
     the record says of how it was made.
 
     Raises:
-        InputError: no such model, data or split; they do not fit each other; or there are files in `out` already.
+        InputError: no such model, data or split; they do not fit each other; there are files in `out` already; or the
+            weights have changed meanwhile.
     """
     require(split in CHOICES, "split", split, f"one of {', '.join(CHOICES)}{nearest(split, CHOICES)}")
     folder = evidence.destination(name, config.data.data, split, out)
     cards = [described(name, "eval", config.model.arch)]
     cards += [described(compare, "--compare", None)] if compare is not None else []
     if folder is not None:
-        evidence.require_free(folder, overwrite=overwrite)
+        require_free(folder, "--out", overwrite=overwrite)
     hardware.pick_device(config.compute.device)
+    digests = [learnt.weights_sha256(card) for card in cards]
     console = console or Console(stderr=True)
-    cases = _cases(cards, config, SPLITS if split == "all" else (split,))
-    for note in _notes(cases[0], config, learnt.learnt_data(name)):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    own = learnt.is_learnt(config.data.data, learnt.learnt_data(name))
+    cases = _cases(cards, config, SPLITS if split == "all" else (split,), draw=own or split != "all")
+    for note in _notes(cases):
+        console.print(printable(note), markup=False, highlight=False, emoji=False, soft_wrap=True)
     spoilt: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         found = cases[0].ask([None, *spoilt] if robustness else [None], bar, flip=flip)
         others = [case.ask([None], bar, flip=flip)[None] for case in cases[1:]]
+    if digests != [learnt.weights_sha256(card) for card in cards]:
+        raise InputError(f"eval {name}: weights have changed while they were judged; judge them again")
     answers = found[None]
     record = {
-        "name": name,
-        "data": cases[0].dataset.name,
+        "name": printable(name),
+        "data": printable(cases[0].dataset.name),
         "split": split,
         **metrics.figures(answers, cases[0].class_names),
         "left_out": len(cases[0].labels) - len(answers),
         "flip": flip,
         "robustness": _robustness(found) if robustness else None,
-        "comparison": {"name": compare, **_comparison(answers, others[0])} if others else None,
+        "comparison": {"name": printable(compare), **compared(answers, others[0])} if others else None,
+        "weights_sha256": digests[0],
         **_made_by(cases[0].model),
         "command": command,
     }
@@ -84,18 +94,16 @@ def judge(
     return record
 
 
-def _cases(cards: list[Card], config: Config, splits: tuple[str, ...]) -> list[Case]:
+def _cases(cards: list[Card], config: Config, splits: tuple[str, ...], *, draw: bool) -> list[Case]:
     """Each model before the same images, at its own size unless the first is asked for another."""
     sizes = [config.data.img_size or cards[0].spec["img_size"], *(card.spec["img_size"] for card in cards[1:])]
-    data: dict[int, ImageDataset] = {}
-    for size in sizes:
-        data[size] = data.get(size) or datasets.load(replace(config.data, img_size=size))
+    data = _read(config, sizes, draw)
     dataset = data[sizes[0]]
     if empty := [split for split in splits if not len(getattr(dataset, split))]:
         if len(splits) == 1:
             raise InputError(f"--split {empty[0]}: {dataset.name} has no such images; choose another split")
         splits = tuple(split for split in splits if split not in empty)
-    known = [matched(card, data[size], config.data) for card, size in zip(cards, sizes, strict=True)]
+    known = [matched(card, data[size], config.data, splits) for card, size in zip(cards, sizes, strict=True)]
     if len(cards) > 1:
         _require_same_classes(cards[1], known[0][1], known[1][1])
     return [
@@ -104,10 +112,21 @@ def _cases(cards: list[Card], config: Config, splits: tuple[str, ...]) -> list[C
             dataset=data[size],
             splits=splits,
             numbers=numbers,
-            class_names=class_names,
+            class_names=tuple(map(printable, class_names)),
         )
         for card, size, (numbers, class_names) in zip(cards, sizes, known, strict=True)
     ]
+
+
+def _read(config: Config, sizes: Sequence[int], draw: bool) -> dict[int, ImageDataset]:
+    """The same images at each size: all in memory, or all streamed, as the largest has to be."""
+    found: dict[int, ImageDataset] = {}
+    for size in sorted(set(sizes), reverse=True):
+        options = {"img_size": size}
+        if found:
+            options["streaming"] = "on" if isinstance(found[max(sizes)].train, Files) else "off"
+        found[size] = datasets.load(replace(config.data, **options), draw=draw)
+    return found
 
 
 def _require_same_classes(other: Card, ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
@@ -116,26 +135,34 @@ def _require_same_classes(other: Card, ours: tuple[str, ...], theirs: tuple[str,
         raise other.error(f"the models have other classes ({who} {odd[0]!r}), so their answers cannot be compared")
 
 
-def _notes(case: Case, config: Config, learnt_from: dict[str, Any] | None) -> Iterator[str]:
+def _notes(cases: Sequence[Case]) -> Iterator[str]:
     """What a person should know about the images."""
-    dataset = case.dataset
+    case, dataset = cases[0], cases[0].dataset
     yield from dataset.notes
-    own = learnt.is_learnt(config.data.data, learnt_from)
-    if own and "train" in case.splits:
-        yield "the model has learnt from images of train: this says nothing of others"
-    if own and case.splits == ("val",):
-        yield "the weights were chosen by these images: the accuracy is a little flattered"
-    if not own and dataset.drew_test and case.splits == ("test",):
+    for each in cases:
+        yield from _learnt(each.model.card, each)
+    if not trained.has_learnt_from(case.model.card, dataset) and dataset.drew_test and case.splits == ("test",):
         yield f"only a test split of {dataset.name} is judged; --split all judges all of it"
     present, known = len(dataset.class_names), len(case.class_names)
     if present < known:
         yield f"{present} of the model's {known} classes are in {dataset.name}; the others are not judged"
 
 
+def _learnt(card: Card, case: Case) -> Iterator[str]:
+    """Which of the images a model knows from its training."""
+    if not trained.has_learnt_from(card, case.dataset):
+        return
+    if "train" in case.splits:
+        yield f"{card.name} has learnt from images of train: this says nothing of others"
+    elif case.splits == ("val",) and card.learnt is None:
+        yield f"{card.name} may have learnt from these images: its weights do not say which it left out"
+    elif case.splits == ("val",) and card.path.name == Run.BEST:
+        yield f"the weights of {card.name} were chosen by these images: its accuracy is a little flattered"
+
+
 def _made_by(model: Ready) -> dict[str, Any]:
     """Weights and machine that decide the figures."""
     return {
-        "weights_sha256": learnt.weights_sha256(model.card),
         "img_size": model.img_size,
         "precision": model.precision,
         "hardware": hardware.describe_hardware(model.device),
@@ -149,7 +176,7 @@ def _robustness(found: dict[Condition, Answers]) -> dict[str, dict[str, float]]:
     return {kind: {str(strength): found[kind, strength].top1 for strength in STRENGTHS} for kind in CORRUPTIONS}
 
 
-def _comparison(answers: Answers, others: Answers) -> dict[str, Any]:
+def compared(answers: Answers, others: Answers) -> dict[str, Any]:
     """Two models on the images that both could be shown."""
     _, ours, theirs = np.intersect1d(answers.index, others.index, return_indices=True)
     return chance.paired(answers.correct[ours], others.correct[theirs])

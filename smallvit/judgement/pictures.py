@@ -6,6 +6,7 @@ Reads plain records, imports no torch.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from smallvit.files import replacing
+from smallvit.judgement.words import one_line
 
 DPI = 120
 NUMBERED = 20
@@ -52,8 +54,7 @@ def plot_confusion(confusion: Int64[np.ndarray, "k k"], class_names: Sequence[st
     if k <= NUMBERED:
         _number(axes, counts, shares)
     _entitle(figure, title)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=DPI)
+    _save(figure, path)
 
 
 def _number(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
@@ -91,7 +92,13 @@ def plot_reliability(bins: Sequence[dict[str, Any]], ece: float, path: Path, tit
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     _entitle(figure, title, f"expected calibration error {ece:.2f} %")
-    with replacing(path) as partial:
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As a PNG, whole or not at all; signs that no font has are boxes, about which nobody need be told."""
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(partial, format="png", dpi=DPI)
 
 
@@ -104,5 +111,5 @@ def _entitle(figure: Figure, *lines: str) -> None:
 
 def shortened(name: str) -> str:
     """A name on one line, of a length that fits beside a picture."""
-    line = " ".join(name.split()).replace("$", r"\$")
+    line = one_line(name).replace("$", r"\$")
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -10,29 +11,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from smallvit.judgement.chance import in_words
+from smallvit.judgement.chance import METHODS, in_words
+from smallvit.judgement.words import one_line
 
 FEW = 20
 """Most classes that are all shown; of more, the worst."""
 WORST, CONFUSIONS = 10, 5
 """Classes and confusions that are shown."""
-METHODS = {"bootstrap": "95 % interval", "clopper-pearson": "95 % interval, exact"}
 
 
 def show(record: dict[str, Any], console: Console) -> None:
     """Print what a record of `judging.judge` says."""
+    say = partial(console.print, markup=False, highlight=False, emoji=False)
     for line in headline(record):
-        console.print(line, markup=False, highlight=False)
+        say(line)
     console.print()
     console.print(class_table(record["classes"]))
     for line in confusions(record):
-        console.print(line, markup=False, highlight=False)
+        say(line)
     if record["robustness"] is not None:
         console.print()
         console.print(robustness_table(record["robustness"], record["top1"]))
     if (found := record["comparison"]) is not None:
         console.print()
-        console.print(comparison(record["name"], found), markup=False, highlight=False)
+        say(comparison(record["name"], found))
 
 
 def headline(record: dict[str, Any]) -> Iterator[str]:
@@ -59,7 +61,7 @@ def class_table(classes: list[dict[str, Any]]) -> Table:
     table = _table(title, "precision %", "recall %", "F1 %", "images")
     for each in judged:
         figures = (f"{each[name]:.1f}" for name in ("precision", "recall", "f1"))
-        table.add_row(Text(" ".join(each["name"].split())), *figures, f"{each['images']:,}")
+        table.add_row(Text(one_line(each["name"])), *figures, f"{each['images']:,}")
     return table
 
 
@@ -73,7 +75,7 @@ def confusions(record: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield "most frequent confusions"
     for count, true, predicted in frequent:
-        yield f"  {true['name']} taken for {predicted}: {count:,} of {true['images']:,}"
+        yield f"  {one_line(true['name'])} taken for {one_line(predicted)}: {count:,} of {true['images']:,}"
 
 
 def robustness_table(found: dict[str, dict[str, float]], top1: float) -> Table:

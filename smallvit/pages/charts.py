@@ -23,11 +23,10 @@ def curves(run: Dossier, key: str) -> list[Chart]:
     charts = [_loss(history, key)]
     if run.best is not None:
         charts.append(_accuracy(run, key))
-    rates = _points(history, "lr")
-    told = f"It peaks at {max(value for _, value in rates):.3g} and is {rates[-1][1]:.3g} in epoch {rates[-1][0]}."
-    charts.append(
-        drawings.lines(f"{key}-lr", "Learning rate", "learning rate", [Curve("learning rate", rates, 2)], told)
-    )
+    if rates := _points(history, "lr"):
+        told = f"It peaks at {max(value for _, value in rates):.3g} and is {rates[-1][1]:.3g} in epoch {rates[-1][0]}."
+        drawn = [Curve("learning rate", rates, 2)]
+        charts.append(drawings.lines(f"{key}-lr", "Learning rate", "learning rate", drawn, told))
     return [*charts, *_temperatures(history, key)]
 
 
@@ -112,17 +111,16 @@ def _accuracy(run: Dossier, key: str) -> Chart:
 def _temperatures(history: list[dict[str, Any]], key: str) -> list[Chart]:
     """The mean over each layer's heads, the first layers faint; nothing without LSA."""
     recorded = [line for line in history if line.get("temperatures")]
-    if not recorded:
-        return []
-    layers = list(recorded[0]["temperatures"])
-    drawn = []
+    layers = list(dict.fromkeys(name for line in recorded for name, heads in line["temperatures"].items() if heads))
+    drawn: list[Curve] = []
     for number, layer in enumerate(layers):
-        points = [(line["epoch"], statistics.fmean(line["temperatures"][layer])) for line in recorded]
+        known = [(line["epoch"], line["temperatures"].get(layer)) for line in recorded]
+        points = [(epoch, statistics.fmean(heads)) for epoch, heads in known if heads]
         drawn.append(Curve(layer.removesuffix(".attn"), points, 4, alpha=0.35 + 0.65 * (number + 1) / len(layers)))
+    if not drawn:
+        return []
     ends = ", ".join(f"{curve.label} {curve.points[-1][1]:.3f}" for curve in drawn)
-    told = (
-        f"What attention's scores are multiplied by, in the mean over heads. In epoch {recorded[-1]['epoch']}: {ends}."
-    )
+    told = f"What attention's scores are multiplied by, in the mean over heads. At the end: {ends}."
     chart = drawings.lines(f"{key}-temperatures", "Learnt temperatures (LSA)", "factor of the scores", drawn, told)
     return [chart]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from smallvit import headers, learnt, trained, watching
-from smallvit.comparison import standings
 from smallvit.errors import InputError
+from smallvit.pages import findings, forms, illustrations
+from smallvit.pages.findings import ATTENTION, METRICS, WHATS
+from smallvit.pages.illustrations import Gallery
 from smallvit.runs import Run, best_epoch
 from smallvit.trained import Card
 from smallvit.watching import View
 
-METRICS, ATTENTION = f"{Run.EVAL}/test/metrics.json", f"{Run.ATTEND}/attention.json"
-"""What `smallvit eval` and `smallvit attend` leave in a run's folder."""
-VERBS = {METRICS: "eval", ATTENTION: "attend"}
-WHATS = {METRICS: "Test results", ATTENTION: "Attention maps"}
 QUERIES = re.compile(r"qkv|kqv|\bq_proj\b|\.q\.")
 """In the names of attention's weights."""
-JUDGED = ("top1", "images", "interval", "classes", "confusion", "reliability", "ece")
-"""Of metrics.json, what is shown."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +31,10 @@ class Dossier:
     """What these weights say about themselves; None before the first epoch is finished."""
     metrics: dict[str, Any] | None = None
     attention: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    """What is missing, and why, a line each."""
+    missing: tuple[str, ...] = ()
+    """What was not found, and why, a line each."""
+    lacking: tuple[str, ...] = ()
+    """The files that may be computed."""
 
     @property
     def folder(self) -> Path:
@@ -54,6 +51,16 @@ class Dossier:
         """The epoch with the best validation accuracy; None where none was validated."""
         return best_epoch(self.view.history)
 
+    @cached_property
+    def gallery(self) -> Gallery:
+        """Its pictures."""
+        return illustrations.gathered(self.folder, self.metrics, self.attention, self.card)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is missing, and why, a line each."""
+        return (*self.missing, *self.gallery.notes)
+
 
 def read(folder: Path, reasons: dict[str, str] | None = None) -> Dossier:
     """What is there of a run; results of other weights than its present best are left out.
@@ -64,36 +71,23 @@ def read(folder: Path, reasons: dict[str, str] | None = None) -> Dossier:
         InputError: there is no run in the folder, or one of its own files is damaged.
     """
     view = watching.read(folder)
-    if view.summary is not None:
-        view = standings.finished(folder)
+    _require_whole(view)
     if not (folder / Run.BEST).exists():
         return Dossier(view, None)
     card = trained.card(str(folder), "report")
-    digest, found, notes = learnt.weights_sha256(card), {}, []
-    for name in VERBS if attends(folder) else (METRICS,):
-        found[name], why = result(folder, name, digest)
-        if name == METRICS and view.summary is None:
-            why = "the test is used once, when the run is finished"
-        why = (reasons or {}).get(name, why)
-        if found[name] is None:
-            notes.append(f"{WHATS[name]} are missing: {why}")
-    return Dossier(view, card, found[METRICS], found.get(ATTENTION), tuple(notes))
-
-
-def result(folder: Path, name: str, digest: str) -> tuple[dict[str, Any] | None, str]:
-    """What a verb found of the weights with this SHA-256; or nothing, and why."""
-    again = f"smallvit {VERBS[name]} {folder}"
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None, f"{again} computes them"
-    except ValueError:
-        return None, f"{name} is damaged; {again} --overwrite writes it anew"
-    if not isinstance(found, dict) or (name == METRICS and any(key not in found for key in JUDGED)):
-        return None, f"{name} is damaged; {again} --overwrite writes it anew"
-    if found.get("weights_sha256") != digest:
-        return None, f"{name} is about other weights than {Run.BEST} holds now; {again} --overwrite writes it anew"
-    return found, ""
+    names = [name for name, there in ((METRICS, view.summary is not None), (ATTENTION, attends(folder))) if there]
+    digest = learnt.weights_sha256(card)
+    found = {name: findings.read(view, card, name, digest) for name in names}
+    absent = {name: (reasons or {}).get(name, each.why) for name, each in found.items() if each.record is None}
+    if view.summary is None:
+        absent = {METRICS: "the test is used once, when the run is finished"} | absent
+    return Dossier(
+        view,
+        card,
+        *(found[name].record if name in found else None for name in (METRICS, ATTENTION)),
+        missing=tuple(f"{WHATS[name]} are missing: {why}" for name, why in absent.items()),
+        lacking=tuple(name for name, each in found.items() if each.lacking),
+    )
 
 
 def attends(folder: Path) -> bool:
@@ -112,3 +106,19 @@ def require_apart(folders: Sequence[Path]) -> None:
         if folder.resolve() in seen:
             raise InputError(f"{folder}: is there twice")
         seen.add(folder.resolve())
+
+
+def _require_whole(view: View) -> None:
+    """Check what the run itself has recorded.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    for number, line in enumerate(view.history, 1):
+        wrong = forms.misfits(line, forms.LINE)
+        if wrong or (line["val_top1"] is None) != (line["val_loss"] is None):
+            what = f" ({wrong[0]!r})" if wrong else ""
+            raise InputError(f"{view.folder / Run.METRICS}: line {number} is damaged{what}; remove it")
+    if view.summary is not None and (wrong := forms.misfits(view.summary, forms.SUMMARY)):
+        file = view.folder / Run.SUMMARY
+        raise InputError(f"{file}: it lacks {wrong[0]!r} (or it is damaged); remove it, and --resume evaluates again")

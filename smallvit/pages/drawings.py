@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -26,10 +28,11 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", GROUND: "--surface"} 
     colour: f"--series-{number}" for number, colour in enumerate(SERIES, 1)
 }
 """Colours that are drawn with, and the CSS variables that they become."""
-RIGHT, WRONG = (66, 117, 226), (238, 128, 40)
+RIGHT, WRONG = (66, 117, 226), (210, 98, 30)
 """Red, green, blue of a confusion matrix's diagonal and its rest, laid over the page as thick as the share."""
 THICKEST = 190
-"""Of 255; letters are read through it."""
+"""Of 255; letters are read through it, in light and dark."""
+TAG, ID = re.compile(r"<[^>]+>"), re.compile(r' id="([^"]+)"')
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "svg.fonttype": "none",
@@ -140,23 +143,29 @@ def confusion(key: str, names: Sequence[str], counts: Sequence[Sequence[int]], t
     cells[..., :3] = np.where(np.eye(len(table), dtype=bool)[..., None], RIGHT, WRONG)
     cells[..., 3] = np.round(THICKEST * shares**0.5)
 
+    short = [name if len(name) <= LONG else name[: LONG - 1] + "…" for name in names]
+    whole = {f"class-{number}": name for number, name in enumerate(names) if len(name) > LONG}
+
     def draw(axes: Axes) -> None:
         axes.imshow(cells, interpolation="none")
         axes.grid(visible=False)
         axes.spines[["top", "right", "left"]].set_visible(True)
         axes.set(xlabel="predicted", ylabel="true", xticks=[], yticks=[])
         if len(names) <= NAMED:
-            short = [name if len(name) <= LONG else name[: LONG - 1] + "…" for name in names]
             small = 11 if len(names) <= 20 else 8
             turned = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
             axes.set_xticks(range(len(names)), short, fontsize=small, **turned)
             axes.set_yticks(range(len(names)), short, fontsize=small)
             axes.tick_params(length=0)
+            for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+                for number, label in enumerate(labels):
+                    label.set_gid(f"class-{number}")
         if len(names) <= NUMBERED:
             for row, column in zip(*np.nonzero(table), strict=True):
                 axes.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", color=INK)
 
-    return Chart(title="Confusion matrix", svg=_svg(key, "Confusion matrix", told, draw, size=(7.4, 7.0)))
+    svg = _svg(key, "Confusion matrix", told, draw, size=(7.4, 7.0), whole=whole)
+    return Chart(title="Confusion matrix", svg=svg)
 
 
 def robustness(key: str, clean: float, found: dict[str, dict[str, float]], told: str) -> Chart:
@@ -176,30 +185,43 @@ def robustness(key: str, clean: float, found: dict[str, dict[str, float]], told:
 
 
 def _svg(
-    key: str, title: str, told: str, draw: Callable[[Axes], None], size: tuple[float, float] = (WIDE, HIGH)
+    key: str,
+    title: str,
+    told: str,
+    draw: Callable[[Axes], None],
+    *,
+    size: tuple[float, float] = (WIDE, HIGH),
+    whole: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """What `draw` draws, as SVG for the middle of a page."""
-    with matplotlib.rc_context(STYLE):
+    """What `draw` draws, as SVG for the middle of a page; `whole` are the words that are cut, by their letters' id."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return _of_the_page(file.getvalue(), key, title, told)
+    return _of_the_page(file.getvalue(), key, title, told, whole)
 
 
-def _of_the_page(text: str, key: str, title: str, told: str) -> str:
+def _of_the_page(text: str, key: str, title: str, told: str, whole: Mapping[str, str]) -> str:
     """An SVG file's text without what belongs to a file, with ids of its own and the page's colours and letters."""
     box = re.search(r'viewBox="([^"]+)"', text)[1]
     inner = text[text.index(">", text.index("<svg")) + 1 :]
-    inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", inner, flags=re.DOTALL)
-    inner = inner.replace("xlink:href", "href")
-    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', inner))
-    inner = re.sub(r' id="([^"]+)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", inner)
-    inner = re.sub(r'(url\(|href=")#', rf"\g<1>#{key}-", inner)
-    inner = re.sub(r" ?font-family: [^;\"]*;", "", inner)
-    inner = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", inner)
-    for colour, variable in VARIABLES.items():
-        inner = inner.replace(colour, f"var({variable})")
+    inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", inner, flags=re.DOTALL)
+    used = {name for tag in TAG.findall(inner) for name in re.findall(r'(?:url\(|href=")#([^)"]+)', tag)}
+    inner = TAG.sub(lambda tag: _tag_of_the_page(tag[0], key, used, whole), inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner)
     opening = f'<svg class="chart" viewBox="{box}" role="img" aria-label="{escape(f"{title}. {told}")}">'
     return f"{opening}<title>{escape(title)}</title><desc>{escape(told)}</desc>{inner.strip()}"
+
+
+def _tag_of_the_page(tag: str, key: str, used: Collection[str], whole: Mapping[str, str]) -> str:
+    """A tag, never the letters between two, with the page's ids, colours and letters."""
+    name = found[1] if (found := ID.search(tag)) else ""
+    tag = ID.sub(f' id="{key}-{name}"' if name in used else "", tag).replace("xlink:href", "href")
+    tag = re.sub(r'(url\(|href=")#', rf"\g<1>#{key}-", tag)
+    tag = re.sub(r" ?font-family: [^;\"]*;", "", tag)
+    tag = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", tag)
+    for colour, variable in VARIABLES.items():
+        tag = tag.replace(colour, f"var({variable})")
+    return tag + (f"<title>{escape(whole[name])}</title>" if name in whole else "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -11,8 +13,9 @@ from smallvit.attention import attending
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.judgement import judging
-from smallvit.pages import dossier
-from smallvit.pages.dossier import ATTENTION, METRICS, Dossier
+from smallvit.pages import dossier, findings
+from smallvit.pages.dossier import Dossier
+from smallvit.pages.findings import ATTENTION, METRICS
 
 IMAGES = 4
 """Of the test, whose attention is drawn."""
@@ -30,17 +33,23 @@ def completed(run: Dossier, device: str, console: Console) -> Dossier:
     folder, reasons = str(run.folder), {}
     config = Config.build(**(learnt.learnt_data(folder) or {}), device=device)
     common = {"overwrite": True, "console": console}
-    if run.metrics is None and run.summary:
-        told = {"out": str((run.folder / METRICS).parent), "command": shlex.join(["smallvit", "eval", folder])}
-        try:
-            judging.judge(folder, config, **told, **common)
-        except InputError as error:
-            reasons[METRICS] = str(error)
-    if run.attention is None and dossier.attends(run.folder):
-        command = shlex.join(["smallvit", "attend", folder, "--count", str(IMAGES)])
+    if METRICS in run.lacking:
+        flip = run.view.config.augment.test_flip
+        told = {"out": str((run.folder / METRICS).parent), "command": shlex.join(findings.again(run.view, METRICS))}
+        with _noting(reasons, METRICS):
+            judging.judge(folder, config, flip=flip, **told, **common)
+    if ATTENTION in run.lacking:
+        command = shlex.join([*findings.again(run.view, ATTENTION), "--count", str(IMAGES)])
         told = {"out": (run.folder / ATTENTION).parent, "command": command}
-        try:
+        with _noting(reasons, ATTENTION):
             attending.attend([folder], [], config, count=IMAGES, **told, **common)
-        except InputError as error:
-            reasons[ATTENTION] = str(error)
     return dossier.read(run.folder, reasons)
+
+
+@contextmanager
+def _noting(reasons: dict[str, str], name: str) -> Iterator[None]:
+    """Note why something could not be computed, or written."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        reasons[name] = f"{name}: {error}"

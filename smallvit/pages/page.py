@@ -13,7 +13,7 @@ from smallvit import __version__
 from smallvit.comparison.standings import gathered, notes
 from smallvit.errors import InputError
 from smallvit.files import write_text
-from smallvit.pages import charts, illustrations, telling
+from smallvit.pages import charts, telling
 from smallvit.pages.dossier import Dossier
 from smallvit.pages.drawings import Chart
 from smallvit.report import TITLES, cell
@@ -29,7 +29,7 @@ def write(runs: Sequence[Dossier], path: Path) -> None:
     """Write the page of one run, or of several side by side.
 
     Raises:
-        OSError: the file cannot be written, or a picture cannot be read.
+        OSError: the file cannot be written.
     """
     text = render(runs, datetime.date.today().isoformat())
     write_text(path, text.encode("utf-8", "backslashreplace").decode())  # names of files may be no UTF-8
@@ -71,7 +71,7 @@ def _run(run: Dossier, name: str, key: str, seeds: int) -> dict[str, Any]:
         "figures": telling.figures(run),
         "facts": telling.facts(run),
         "curves": [_chart(drawn) for drawn in charts.curves(run, key)],
-        "attention": illustrations.attention(run),
+        "attention": run.gallery.attention,
         "differing": differing,
         "others": others,
         "command": telling.command(run),
@@ -95,7 +95,8 @@ def _judged(run: Dossier, key: str) -> dict[str, Any]:
         "robustness": spoilt,
         "severities": list(next(iter(spoilt.values()), ())),
         "clean": metrics["top1"],
-        "mistakes": illustrations.mistakes(run),
+        "mistakes": run.gallery.mistakes,
+        "comparison": telling.comparison(run),
     }
 
 

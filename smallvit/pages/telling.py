@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from typing import Any
 
+from smallvit import commands
 from smallvit.comparison.rows import spelt
 from smallvit.config import Config, option_homes
 from smallvit.inherit import ARCH
@@ -106,6 +106,17 @@ def figures(run: Dossier) -> list[tuple[str, str, str]]:
     return shown
 
 
+def comparison(run: Dossier) -> str | None:
+    """How the test went beside another model's, where `smallvit eval --compare` was asked; who is first is the run."""
+    found = (run.metrics or {}).get("comparison")
+    if found is None:
+        return None
+    return (
+        f"Beside {found['name']}, on the same {found['images']:,} images: {found['top1']:.2f} % here, "
+        f"{found['other_top1']:.2f} % there; {chance.in_words(found)}."
+    )
+
+
 def facts(run: Dossier) -> list[tuple[str, str]]:
     """What decides the result, by name."""
     config, summary, spec = run.view.config, run.summary, (run.card.spec if run.card is not None else None) or {}
@@ -142,18 +153,7 @@ def options(run: Dossier) -> tuple[list[tuple[str, str, str]], list[tuple[str, l
 
 def command(run: Dossier, *, full: bool = False) -> str:
     """What repeats the run: the options that differ from the defaults, or all of them, whatever the defaults may be."""
-    mine, usual = run.view.config.options(), Config().options()
-    words = ["smallvit", "train"]
-    for name, value in mine.items():
-        if name in APART or value is None or not (full or value != usual[name]):
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif str(value).startswith("-"):
-            words.append(f"{flag(name)}={value}")
-        else:
-            words += [flag(name), str(value)]
-    return shlex.join(words)
+    return commands.training(run.view.config, APART, full=full)
 
 
 def snippet(run: Dossier) -> str:

@@ -157,8 +157,8 @@ class Run:
 
     def _remove_what_judged_it(self) -> None:
         """What was said of weights that are no more; exports are weights of their own, and stay."""
-        for folder in (self.EVAL, self.ATTEND):
-            shutil.rmtree(self / folder, ignore_errors=True)
+        for folder in (self / self.EVAL, self / self.ATTEND, *self.folder.glob(f"{self.ATTEND}-*")):
+            shutil.rmtree(folder, ignore_errors=True)
         (self / self.REPORT).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ def is_follower() -> bool:
 
 def best_epoch(history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The line of metrics of the epoch whose weights are the best: by accuracy, then loss, on validation images."""
-    validated = [line for line in history if line["val_top1"] is not None]
+    validated = [line for line in history if None not in (line["val_top1"], line["val_loss"])]
     return max(validated, key=lambda line: (line["val_top1"], -line["val_loss"]), default=None)
 
 

@@ -16,6 +16,7 @@ from smallvit.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.images import Images
 from smallvit.datasets.sampling import DRAWS
+from smallvit.words import one_line
 
 ROWS, VIEWS = 8, 7
 CELL = 128
@@ -50,14 +51,10 @@ def caption(target: Float[Tensor, " k"], class_names: tuple[str, ...]) -> str:
     """The classes of a label distribution, with their weights where there are two."""
     weights, labels = target.topk(min(2, len(target)))
     if len(weights) < 2 or weights[1] < 0.005:
-        return _one_line(class_names[labels[0]])
+        return one_line(class_names[labels[0]])
     return "\n".join(
-        f"{_one_line(class_names[label])} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True)
+        f"{one_line(class_names[label])} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True)
     )
-
-
-def _one_line(name: str) -> str:
-    return " ".join(name.split())
 
 
 def grid(

@@ -28,7 +28,6 @@ from smallvit.cli.options import parse_options
 from smallvit.config import Config
 from smallvit.exports import exported, exporting, graphs, model_card, timm_folder
 from smallvit.judgement.chance import accuracy_interval
-from smallvit.learnt import weights_sha256
 from smallvit.models import create_model
 from smallvit.options import DataConfig
 from smallvit.ready import Ready, ready, settled
@@ -257,18 +256,21 @@ def test_the_cards_snippet_runs(exports: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_card_takes_what_eval_found_of_these_weights(run: Path, tmp_path: Path, smallvit: Command) -> None:
-    card = ready(str(run), "export", **CPU).card
-    metrics = {"top1": 12.5, "top5": 50.0, "images": 8, "interval": [1.25, 40.5], "ece": 3.5, "flip": True}
-    (run / "eval" / "test").mkdir(parents=True)
-    for digest, used in ((weights_sha256(card), True), ("0" * 64, False)):
-        record = metrics | {"weights_sha256": digest, "img_size": 8}
-        (run / "eval" / "test" / "metrics.json").write_text(json.dumps(record))
-        out = tmp_path / digest[:8]
+    file = run / "eval" / "test" / "metrics.json"
+    assert smallvit("eval", run, "--device", "cpu", "--amp", "off")[0] == 0
+    found = json.loads(file.read_text())
+    low, high = found["interval"]
+    told = f"{low:.2f} to {high:.2f} %", f"| calibration error (ECE) | {found['ece']:.2f} % |"
+    for changed, used in (({}, True), ({"weights_sha256": "0" * 64}, False), ({"split": "val"}, False)):
+        file.write_text(json.dumps(found | changed))
+        out = tmp_path / f"card-{len(list(tmp_path.iterdir()))}"
         assert smallvit("export", run, "--format", "hub", "--out", out, "--license", "cc-by-4.0")[0] == 0
         front, body = front_and_body((out / "README.md").read_text())
         assert front["license"] == "cc-by-4.0"
-        assert ("1.25 to 40.50 %" in body and "3.50 %" in body and "mirror image" in body) == used
-    (run / "eval" / "test" / "metrics.json").unlink()
+        assert told[0] in body or not used
+        assert (told[1] in body) == used
+        assert ("calibrated was not measured" in body) != used
+    shutil.rmtree(run / "eval")
 
 
 def test_no_folder_of_this_machine_is_told(image_folder: Path, tmp_path: Path, smallvit: Command) -> None:

@@ -482,7 +482,7 @@ def test_whatever_is_wrong_in_a_record_the_page_is_written_or_says_so(
 
 
 def test_damaged_files_are_named_in_notes(run: Path) -> None:
-    judge(run, interval=None)
+    judge(run)
     (run / "eval" / "test" / "predictions.csv").write_bytes(b"index,label,predicted,probability\n0,\xff,b,0.5\n")
     (run / "attend" / "attention.json").write_text(json.dumps({"weights_sha256": "0" * 64}))
     notes = page_of(run).all("p", class_="note")

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smallvit.files import replacing
-from smallvit.judgement.words import printable
+from smallvit.words import printable
 
 Records = Sequence[Mapping[str, Any]]
 APART = 0.3

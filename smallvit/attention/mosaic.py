@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from smallvit.files import replacing
-from smallvit.judgement.words import one_line, printable
+from smallvit.words import one_line, printable
 
 DPI = 120
 LETTER = 7.7

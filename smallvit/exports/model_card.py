@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from smallvit.exports import papers
 from smallvit.exports.exported import preprocessing
 from smallvit.exports.timm_folder import is_timms
 from smallvit.judgement.chance import accuracy_interval
-from smallvit.learnt import weights_sha256
+from smallvit.pages import dossier
+from smallvit.pages.dossier import Dossier
 from smallvit.ready import Ready
-from smallvit.runs import Run, read_options
+from smallvit.runs import Run
 
 ON_THE_HUB = {
     "cifar10": "uoft-cs/cifar10",
@@ -50,9 +50,10 @@ def text(model: Ready, run: Path | None, terms: str | None = None, repository: s
     Raises:
         InputError: there is no run, it is not finished, or its records are damaged.
     """
-    config, summary = _records(model, run)
+    found = _finished(model, run)
+    config, summary = found.view.config, found.summary
     name = os.path.basename(os.path.realpath(run))
-    metrics = _metrics(model, run)
+    metrics = found.metrics if model.img_size == model.card.spec["img_size"] else None
     sections = {
         f"# {name}": _opening(model, config),
         "## Accuracy": _accuracy(model, config, summary, metrics),
@@ -67,26 +68,14 @@ def text(model: Ready, run: Path | None, terms: str | None = None, repository: s
     return f"---\n{_front(model, config, summary, metrics, terms, name)}---\n\n{body}\n"
 
 
-def _records(model: Ready, run: Path | None) -> tuple[Config, dict[str, Any]]:
-    """A finished run's options and summary."""
+def _finished(model: Ready, run: Path | None) -> Dossier:
+    """What there is of a finished run."""
     if run is None or not os.path.isdir(run):
         raise model.card.error("--format hub writes a card of a finished run: give its folder, or --format timm")
-    if not (run / Run.SUMMARY).exists():
+    found = dossier.read(run)
+    if not found.summary:
         raise model.card.error(f"not finished: there is no {Run.SUMMARY} yet; smallvit train --resume {run}")
-    try:
-        return Config.build(**read_options(run / Run.CONFIG)), json.loads((run / Run.SUMMARY).read_text())
-    except (OSError, ValueError) as error:
-        raise model.card.error(f"its {Run.CONFIG} or {Run.SUMMARY} is damaged ({error})") from None
-
-
-def _metrics(model: Ready, run: Path) -> dict[str, Any] | None:
-    """What smallvit eval found of these very weights on the test, if it was asked."""
-    try:
-        found = json.loads((run / Run.EVAL / "test" / "metrics.json").read_text())
-        fits = found["weights_sha256"] == weights_sha256(model.card) and found["img_size"] == model.img_size
-        return found if fits else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return found
 
 
 def _front(
@@ -205,7 +194,7 @@ def _data(model: Ready, config: Config) -> str:
 
 
 def _training(config: Config, summary: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
     revision = f", git revision {summary['git_revision']}" if summary.get("git_revision") else ""
     val = summary["val_top1"]
     chosen = (

@@ -20,10 +20,10 @@ from smallvit.files import unshared_folder
 from smallvit.judgement import pictures
 from smallvit.judgement.case import Case
 from smallvit.judgement.metrics import Answers
-from smallvit.judgement.words import one_line
 from smallvit.report import write_csv
 from smallvit.runs import Run
 from smallvit.sheet import grid
+from smallvit.words import one_line
 
 METRICS, CLASSES, CONFUSION, PREDICTIONS = "metrics.json", "classes.csv", "confusion.csv", "predictions.csv"
 CONFUSION_PICTURE, RELIABILITY, MISTAKES = "confusion.png", "reliability.png", "mistakes.png"

@@ -23,11 +23,11 @@ from smallvit.files import require_free
 from smallvit.judgement import chance, evidence, metrics
 from smallvit.judgement.case import Case, Condition, matched
 from smallvit.judgement.metrics import Answers
-from smallvit.judgement.words import printable
 from smallvit.options import require
 from smallvit.ready import Ready, described, prepared
 from smallvit.runs import Run
 from smallvit.trained import Card
+from smallvit.words import printable
 
 CHOICES = (*SPLITS, "all")
 """What --split takes."""

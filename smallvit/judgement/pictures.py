@@ -18,7 +18,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from smallvit.files import replacing
-from smallvit.judgement.words import one_line
+from smallvit.words import one_line
 
 DPI = 120
 NUMBERED = 20

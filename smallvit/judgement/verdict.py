@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smallvit.judgement.chance import METHODS, in_words
-from smallvit.judgement.words import one_line
+from smallvit.words import one_line
 
 FEW = 20
 """Most classes that are all shown; of more, the worst."""

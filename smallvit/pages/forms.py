@@ -78,6 +78,7 @@ METRICS = {
     **dict.fromkeys(("top1", "ece"), finite),
     **dict.fromkeys(("data", "split", "hardware", "precision"), text),
     **dict.fromkeys(("images", "img_size"), some),
+    "interval": [finite],
     "top5": (finite, None, ...),
     "flip": truth,
     "left_out": (count, None, ...),
@@ -117,6 +118,7 @@ def disagreement(metrics: dict[str, Any]) -> list[str]:
     classes, bins, compared = (metrics.get(name) for name in ("classes", "reliability", "comparison"))
     levels = [list(each) for each in (metrics.get("robustness") or {}).values()]
     agrees = {
+        "interval": len(metrics["interval"]) == 2,
         "confusion": [len(row) for row in metrics["confusion"]] == [len(classes)] * len(classes),
         "reliability": all(each["accuracy"] is not None for each in bins if each["images"]),
         "robustness": all(each == levels[0] and all(map(str.isdecimal, each)) for each in levels),

@@ -39,6 +39,8 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
     trained.require_same_test(card, dataset, config)
     source = trained.load(card)
     notes = [own["arch"]]
+    if trained.has_changed(card, dataset, config):
+        notes.append(f"{dataset.name} has changed since it learnt from it, so it may know images of the test")
     if own["img_size"] != spec["img_size"]:
         _resize(source, model, spec["img_size"], card)
         notes.append(f"from {own['img_size']} to {spec['img_size']} pixels")

@@ -163,16 +163,24 @@ def require_same_test(card: Card, dataset: ImageDataset, config: DataConfig, spl
             raise card.error(f"it was trained with {option}, {_may_be_learnt(split)}; {way}")
 
 
+def has_changed(card: Card, dataset: ImageDataset, config: DataConfig, split: str = "test") -> bool:
+    """Whether what a test (or val) is drawn from is other than when a model learnt from it, as far as that is known.
+
+    The same options then draw other images, some of which it may have learnt.
+    """
+    now, then = held_out(dataset, config, split), getattr(card, split)
+    if now is None or then is None or not has_learnt_from(card, dataset):
+        return False
+    return now["content"] != then.get("content", now["content"])
+
+
 def require_unchanged(card: Card, dataset: ImageDataset, config: DataConfig, split: str = "test") -> None:
     """Check that what a test (or val) is drawn from has not changed since a model learnt from it.
 
     Raises:
-        InputError: it has, so that the same options draw other images.
+        InputError: it has.
     """
-    now, then = held_out(dataset, config, split), getattr(card, split)
-    if now is None or then is None or not has_learnt_from(card, dataset):
-        return
-    if now["content"] != then.get("content", now["content"]):
+    if has_changed(card, dataset, config, split):
         raise card.error(
             f"the images of {dataset.name} are not those that it was trained with, {_may_be_learnt(split)}; restore "
             f"them, or bring a {split}/ of new ones"

@@ -138,12 +138,14 @@ def test_heads_are_new_where_the_classes_are_others(runs: dict[str, Path], image
     setup = prepare(Config.build(init=str(grey), data=str(image_folder), **QUICK))
     source = package.load(grey)
     assert "new heads" in setup.notes[0]
+    assert "images has changed since it learnt from it, so it may know images of the test" in setup.notes[0]
     assert not torch.equal(setup.model.head.weight, source.head.weight)
     torch.testing.assert_close(setup.model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     (image_folder / "bright").rename(image_folder / "light")
     kept = prepare(Config.build(init=str(grey), data=str(image_folder), **QUICK))
     torch.testing.assert_close(kept.model.head.weight, source.head.weight)
     assert "new heads" not in kept.notes[0]
+    assert "has changed" not in kept.notes[0]
 
 
 def test_plugins_added_exactly_change_no_logits(runs: dict[str, Path]) -> None:

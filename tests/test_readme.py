@@ -67,3 +67,12 @@ def test_the_table_of_results_follows_from_the_records() -> None:
         accuracy = [run["test_top1"] for run in runs]
         figures = f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} %"
         assert f"| {name} | {runs[0]['parameters']:,} | {figures} |" in README
+
+
+def test_the_accuracies_beside_the_picture_of_attention_follow_from_the_records() -> None:
+    plain, both = (json.loads(line) for line in (ROOT / "results" / "tiny20.jsonl").read_text().splitlines())
+    assert [(run["config"]["spt"], run["config"]["lsa"]) for run in (plain, both)] == [(False, False), (True, True)]
+    told = "With SPT and LSA {:.2f} % of {:,} test images are right, without {:.2f} %"
+    figures = both["summary"]["test_top1"], both["summary"]["test_images"], plain["summary"]["test_top1"]
+    assert told.format(*figures) in README
+    assert both["summary"]["images_seen"] == plain["summary"]["images_seen"]

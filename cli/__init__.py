@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from smallvit import __version__
 from smallvit.errors import DivergedError, InputError, OthersEndedError, TrainingError, nearest
@@ -59,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     _open_streams()
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
+            with _interruptible():
+                return _run(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, while what goes wrong can be told
@@ -103,6 +109,26 @@ def _run(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "number", 2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Interrupt; while torch is imported end at once, as it may swallow the interrupt and go on with half of numpy."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        os._exit(128 + number)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Take Python's own way with Ctrl-C, but for imports; another program's is left alone."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _open_streams() -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.options import Parser, options_parser, parsed
+from smallvit.cli.options import ASKS, OF_A_MODEL, Parser, options_parser, parsed
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.options import DataConfig, flag
@@ -31,14 +31,13 @@ image, heads.png, temperatures.png where temperatures are learnt, and attention.
 other images than the run's own test go to RUN/attend-files, RUN/attend-<split> or RUN/attend-<data>-<split>.
 See also: smallvit eval, smallvit report; docs/attention.md.
 """
-SERVES = ("arch", "data", "device", "amp")
 OF_A_SPLIT = ("count", "split", *(option.name for option in fields(DataConfig) if option.name != "img_size"))
 """Options that say which images of which data are shown."""
 
 
 def parser() -> Parser:
     """The arguments."""
-    return options_parser("smallvit attend", DESCRIPTION, SERVES, _own)
+    return options_parser("smallvit attend", DESCRIPTION, ASKS, _own, OF_A_MODEL)
 
 
 def main(argv: list[str]) -> int:

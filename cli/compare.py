@@ -38,9 +38,12 @@ FOR_RUNS = ("out", "device", "amp", "speed", "runs")
 """What serves for runs that are there."""
 
 
+TOLD = {"out": "Folder of the runs, the table and the picture. [compare/<data>; none for runs that are there]"}
+
+
 def parser() -> Parser:
     """The arguments."""
-    return options_parser("smallvit compare", DESCRIPTION, rows.COMMON, _own)
+    return options_parser("smallvit compare", DESCRIPTION, rows.COMMON, _own, TOLD)
 
 
 def main(argv: list[str]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from typing import Any
 
-from smallvit.cli.options import Parser, options_parser, parsed
+from smallvit.cli.options import ASKS, OF_A_MODEL, Parser, options_parser, parsed
 from smallvit.config import Config
 
 DESCRIPTION = """\
@@ -27,16 +26,12 @@ confusion.csv, predictions.csv, confusion.png, reliability.png, mistakes.png. Wi
 only if --out is given.
 See also: smallvit report, smallvit probe, smallvit predict; docs/evaluation.md.
 """
-SERVES = (
-    *("data_dir", "data_url", "streaming", "workers", "train_fraction", "val_fraction", "test_fraction", "split_seed"),
-    *("skip_corrupt", "device", "amp"),
-)
 OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 
 
 def parser() -> Parser:
     """The arguments."""
-    return options_parser("smallvit eval", DESCRIPTION, SERVES, _own)
+    return options_parser("smallvit eval", DESCRIPTION, ASKS, _own, OF_A_MODEL)
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +51,7 @@ def main(argv: list[str]) -> int:
     verdict.show(record, Console(soft_wrap=True))
     print()
     if folder is None:
-        print("nothing is written without --out, as these weights lie in no run's folder")
+        print("nothing is written without --out, as this is no run's folder")
         return 0
     if record["top1"] == 100:
         print(f"no mistakes, hence no {evidence.MISTAKES}")
@@ -71,12 +66,6 @@ def _own(parser: Parser) -> None:
     group = parser.add_argument_group("eval", "What is judged, and how.")
     what = "a run's folder, a weights file (.safetensors), or a timm model with pretrained weights"
     group.add_argument("name", metavar="RUN", help=what)
-    data = "Images other than the run's: a data set by name, a folder or zip file, or a source of timm's readers."
-    group.add_argument("--data", default=argparse.SUPPRESS, metavar="NAME", help=data)
-    size = "Image height and width in pixels; by default the model's."
-    group.add_argument("--img-size", default=argparse.SUPPRESS, type=int, metavar="N", help=size)
-    arch = "The timm model that another program's weights file holds; others say it themselves."
-    group.add_argument("--arch", default=argparse.SUPPRESS, metavar="NAME", help=arch)
     group.add_argument("--split", default="test", metavar="{test,val,train,all}", help="Which images. [test]")
     group.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
     group.add_argument("--robustness", action="store_true", help="Also with noise, blur, less contrast, and as JPEG.")

@@ -20,9 +20,9 @@ Write a trained model for other programs, after trying it there: its answers are
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. onnx is a file for onnxruntime, pt2 one
 of torch.export, timm a folder for timm.create_model("local-dir:FOLDER", pretrained=True), and hub the same with a model
-card. They go to RUN/export unless --out names another place; batches may have any size. The exit code is 2, and nothing
-is left behind, where a model cannot be exported or answers otherwise in its new form; where --push fails it is 2 too,
-but what was exported stays.
+card; Python must `import smallvit.registry` before, unless timm has such a model itself. They go to RUN/export unless
+--out names another place; batches may have any size. The exit code is 2, and nothing is left behind, where a model
+cannot be exported or answers otherwise in its new form; where --push fails it is 2 too, but what was exported stays.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """
 FORMATS = ("onnx", "pt2", "timm", "hub")

@@ -11,11 +11,11 @@ import ast
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from smallvit import recipes
@@ -29,6 +29,19 @@ BEGINNINGS = {
     "config": ("FILE", "A run's config.json or its folder: do again what it did."),
 }
 """Where options begin, in place of their defaults: what the flag takes, and its help."""
+
+
+OF_A_MODEL = {
+    "arch": "The timm model that another program's weights file holds; others say it themselves.",
+    "data": "Other images than the run's: a data set by name, a folder or zip file, or a source of timm's readers.",
+    "img_size": "Image height and width in pixels; by default the model's.",
+}
+"""Options of verbs that ask a trained model, and what they mean there."""
+ASKS = (
+    *("arch", "data", "data_dir", "data_url", "img_size", "streaming", "workers", "train_fraction", "val_fraction"),
+    *("test_fraction", "split_seed", "skip_corrupt", "device", "amp"),
+)
+"""The options of such verbs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,10 +95,12 @@ def options_parser(
     description: str,
     only: Collection[str] | None = None,
     own: Callable[[Parser], None] | None = None,
+    told: Mapping[str, str] = MappingProxyType({}),
 ) -> Parser:
     """A parser with a flag for every option of the configuration.
 
-    `only` names those that serve, or groups of them; by default all do. `own` adds arguments that are no options.
+    `only` names those that serve, or groups of them (`data.*`); by default all do. `own` adds arguments that are no
+    options, and `told` is the help of options that mean something of their own here.
     """
     parser = Parser(prog, description)
     if own is not None:
@@ -98,21 +113,24 @@ def options_parser(
         metavar, sentence = BEGINNINGS[name]
         either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
     for group, group_class in get_type_hints(Config).items():
-        chosen = [o for o in fields(group_class) if only is None or group in only or o.name in only]
+        chosen = [o for o in fields(group_class) if only is None or f"{group}.*" in only or o.name in only]
         if chosen:
-            _add_group(parser, group, group_class, chosen)
+            _add_group(parser, group, group_class, chosen, told)
     return parser
 
 
-def _add_group(parser: Parser, group: str, group_class: type, chosen: list[Field[Any]]) -> None:
-    section = parser.add_argument_group(group, group_class.__doc__)
+def _add_group(
+    parser: Parser, group: str, group_class: type, chosen: list[Field[Any]], told: Mapping[str, str]
+) -> None:
+    whole = len(chosen) == len(fields(group_class))
+    section = parser.add_argument_group(group, group_class.__doc__ if whole else None)
     sentences, kinds = field_sentences(group_class), get_type_hints(group_class)
     for option in chosen:
         shown = "" if option.default in (None, False) else f" [{option.default}]"
         section.add_argument(
             _flag(option.name),
             default=argparse.SUPPRESS,
-            help=(sentences[option.name] + shown).replace("%", "%%"),
+            help=(told.get(option.name) or sentences[option.name] + shown).replace("%", "%%"),
             **_value(kinds[option.name]),
         )
 

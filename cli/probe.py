@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.options import Parser, new_file, options_parser, parsed
+from smallvit.cli.options import ASKS, OF_A_MODEL, Parser, new_file, options_parser, parsed
 from smallvit.config import Config
 
 if TYPE_CHECKING:
@@ -18,23 +18,29 @@ Classify the features of a trained model, which stays as it is: by a linear clas
   smallvit probe vit_small_patch14_dinov2:pretrained --img-size 224 --data DIR --out probe.json
   smallvit probe model.safetensors --arch vit_small_patch16_224.dino --data DIR
 
-Images are normalised as the model wants them, at its own size unless --img-size names another. --arch is for weights
-files of other programs: the timm model, with or without a tag, that they hold. Accuracies are top-1 in per cent;
+Images are normalised as the model wants them, at its own size unless --img-size names another. Without --data it is
+the run's own that is probed. --arch is for weights files of other programs: the timm model, with or without a tag, that
+they hold. Accuracies are top-1 in per cent;
 nothing is written but --out, a JSON file.
 See also: smallvit eval, smallvit train --init; docs/probing.md.
 """
-SERVES = ("arch", "data", "device", "amp", "out", "overwrite")
+SERVES = (*ASKS, "balanced", "out", "overwrite")
+TOLD = OF_A_MODEL | {"out": "File (.json) for the figures.", "overwrite": "Replace --out."}
 
 
 def parser() -> Parser:
     """The arguments."""
-    return options_parser("smallvit probe", DESCRIPTION, SERVES, _add_name)
+    return options_parser("smallvit probe", DESCRIPTION, SERVES, _add_name, TOLD)
 
 
 def main(argv: list[str]) -> int:
     """Probe the model, print a table, and write the figures to --out."""
     options = parsed(parser(), argv)
-    name, config = options.pop("name"), Config.build(**options)
+    name = options.pop("name")
+
+    from smallvit import learnt, trained
+
+    config = Config.build(**learnt.with_learnt_data(trained.card(name, "probe"), options))
     path = None if config.run.out is None else new_file(config.run.out, ".json", overwrite=config.run.overwrite)
 
     from rich.console import Console

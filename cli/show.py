@@ -18,12 +18,13 @@ See also: smallvit list aug; docs/data.md.
 """
 
 
-SERVES = ("recipe", "config", "data", "augment", "seed", "out", "overwrite")
+SERVES = ("recipe", "config", "data.*", "augment.*", "seed", "out", "overwrite")
+TOLD = {"out": "File (.png) for the picture. [augmented.png]", "overwrite": "Replace --out."}
 
 
 def parser() -> Parser:
     """The arguments."""
-    return options_parser("smallvit show", DESCRIPTION, SERVES)
+    return options_parser("smallvit show", DESCRIPTION, SERVES, told=TOLD)
 
 
 def main(argv: list[str]) -> int:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ENTRY, FORMAT = "smallvit", 2
 """Of a file's metadata, where smallvit wrote it; and the version of their form."""
 SUFFIX = ".safetensors"
+EXPORTED = "model.safetensors"
+"""The weights in a folder that smallvit export writes for timm."""
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz")
 PRETRAINED = ":pretrained"
 """What may stand behind the name of a timm model."""
@@ -195,6 +197,8 @@ def _may_be_learnt(split: str) -> str:
 def _run_card(name: str, option: str, folder: Path) -> Card:
     bare = Card(name=name, option=option, path=folder / Run.BEST)
     if not os.path.exists(bare.path):
+        if os.path.exists(weights := folder / EXPORTED):
+            raise bare.error(f"an exported folder; give the file in it, {weights}")
         if os.path.exists(folder / Run.CONFIG):
             raise bare.error(f"this run has not finished its first epoch: there is no {Run.BEST} yet")
         raise bare.error(f"not the folder of a run: it holds neither {Run.CONFIG} nor {Run.BEST}")
@@ -205,6 +209,8 @@ def _file_card(name: str, option: str, path: Path) -> Card:
     bare = Card(name=name, option=option, path=path)
     if not os.path.exists(path):
         raise bare.error("no such file or folder")
+    if path.suffix != SUFFIX and path.suffix not in PICKLED:
+        raise bare.error(f"no weights; expected a run's folder, a {SUFFIX} file or the name of a timm model")
     if path.suffix != SUFFIX:
         raise bare.error(f"only {SUFFIX} files are read, since others may run code; convert it where you trust it")
     return _described(bare)

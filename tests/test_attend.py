@@ -457,3 +457,17 @@ def test_titles_tell_models_apart() -> None:
     assert attending.titles(["runs/a", "runs/b"]) == ["a", "b"]
     assert attending.titles(["one/run", "two/run"]) == ["one/run", "two/run"]
     assert attending.titles(["timm_vit:pretrained"]) == ["timm_vit:pretrained"]
+
+
+def test_a_test_that_the_model_may_have_learnt_is_refused(
+    image_folder: Path, write_images: Callable[..., list[Path]], tmp_path: Path, smallvit: Command
+) -> None:
+    own = tmp_path / "own"
+    data = ["--data", image_folder, "--arch", "vit", "--img-size", "8"]
+    assert smallvit("train", *data, *QUICK[2:], "--epochs", "1", "--out", own)[0] == 0
+    write_images(image_folder / "dark", 21, 40)
+    code, _, err = smallvit("attend", own, "--count", "2", *ON_CPU)
+    assert code == 2
+    assert "are not those that it was trained with" in err
+    assert not (own / "attend").exists()
+    assert smallvit("attend", own, "--split", "train", "--count", "2", *ON_CPU)[0] == 0

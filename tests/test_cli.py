@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,3 +287,24 @@ def test_coverage_refuses_what_it_does_not_know(smallvit: Command, arguments: li
     code, out, err = smallvit("coverage", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.2, 0.4])
+def test_an_interrupt_while_torch_is_imported_ends_at_once(tmp_path: Path, delay: float) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import sys, time\n"
+        "print('importing', flush=True)\n"
+        "try:\n    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n    print('swallowed', flush=True)\n    time.sleep(20)\n"
+    )
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from smallvit.cli import main; sys.exit(main(['probe', 'x']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "importing\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")

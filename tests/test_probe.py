@@ -88,7 +88,7 @@ def test_the_figures_are_those_of_scikit_learn_on_features_taken_by_hand(run: Pa
 def test_of_few_images_training_makes_more_than_random_weights_do(
     run: Path, blank: Path, probe: Callable[..., dict]
 ) -> None:
-    trained, random = (probe(name, "--train-fraction", 0.05) for name in (run, blank))
+    trained, random = (probe(name, "--data", "digits", "--train-fraction", 0.05) for name in (run, blank))
     for figure in ("linear_top1", "knn_top1"):
         assert trained[figure] > 85
         assert trained[figure] > random[figure] + 5
@@ -146,7 +146,7 @@ def test_images_are_normalised_as_the_model_wants_them(
     weights, metadata = checkpoint.load_weights(run / "best.safetensors")
     metadata["data"] |= {"mean": [0.1], "std": [0.2]}
     checkpoint.save_weights(run.parent / "other.safetensors", weights, metadata)
-    probe(run.parent / "other.safetensors")
+    probe(run.parent / "other.safetensors", "--data", "digits")
     expected = (datasets.load(DataConfig()).train.pixels / 255 - 0.1) / 0.2
     torch.testing.assert_close(seen[0], expected)
 
@@ -205,6 +205,15 @@ def test_bad_input_gets_one_line(
     assert len(err.splitlines()) == 1
 
 
+def test_without_data_a_runs_own_is_probed(
+    image_folder: Path, tmp_path: Path, smallvit: Command, probe: Callable[..., dict]
+) -> None:
+    arguments = ["--data", image_folder, "--img-size", 8, "--test-fraction", 0.5, "--epochs", 1, "--batch-size", 8]
+    assert smallvit("train", "--arch", "vit", *arguments, "--out", tmp_path / "own")[0] == 0
+    found = probe(tmp_path / "own")
+    assert (found["data"], found["images"]["test"]) == ("images", 30)
+
+
 def test_figures_are_not_overwritten_unasked(run: Path, smallvit: Command, tmp_path: Path) -> None:
     out = tmp_path / "probe.json"
     out.write_text("mine")
@@ -220,6 +229,6 @@ def test_weights_that_give_no_finite_features_are_refused(run: Path, smallvit: C
     weights[name] = torch.full_like(weights[name], torch.nan)
     path = tmp_path / "broken.safetensors"
     checkpoint.save_weights(path, weights, metadata)
-    code, _, err = smallvit("probe", path)
+    code, _, err = smallvit("probe", path, "--data", "digits")
     assert code == 2
     assert f"probe {path}: its features are not finite" in err

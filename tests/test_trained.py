@@ -160,6 +160,13 @@ def test_files_that_can_run_code_are_not_opened(tmp_path: Path, name: str) -> No
     assert "only .safetensors files are read" in refused(tmp_path / name)
 
 
+def test_files_that_are_no_weights_and_exported_folders_are_told_apart(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"x")
+    assert "no weights; expected a run's folder, a .safetensors file" in refused(tmp_path / "cat.png")
+    (run / Run.BEST).rename(run / "model.safetensors")
+    assert f"an exported folder; give the file in it, {run / 'model.safetensors'}" in refused(run)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

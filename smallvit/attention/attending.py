@@ -117,6 +117,8 @@ def _shown(
             f"the model takes images of {model.in_chans} channels, those of {dataset.name} have {dataset.in_chans}"
         )
     trained.require_same_test(model.card, dataset, config.data)
+    if split != "train":
+        trained.require_unchanged(model.card, dataset, config.data, split)
     return dataset.name, examples.of_split(dataset, split, count, console)
 
 

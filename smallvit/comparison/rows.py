@@ -21,7 +21,7 @@ from smallvit.options import flag
 FORM = "ARCH[+spt][+lsa][,option=value]..."
 PLUGINS = ("spt", "lsa")
 COMMON = (
-    *("data", "augment", "epochs", "batch_size"),
+    *("data.*", "augment.*", "epochs", "batch_size"),
     *("device", "amp", "compile", "seed", "out", "checkpoint_minutes", "log"),
 )
 """Options, and groups of them, that mean the same for every row: flags of the whole comparison."""
@@ -143,7 +143,7 @@ def require_common(name: str) -> None:
 
 
 def _is_common(name: str) -> bool:
-    return name in COMMON or option_homes()[name][0] in COMMON
+    return name in COMMON or f"{option_homes()[name][0]}.*" in COMMON
 
 
 def _value(row: str, name: str, text: str) -> Any:

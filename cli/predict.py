@@ -72,11 +72,12 @@ def main(argv: list[str]) -> int:
     require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
     names = _names(options.images)
 
-    from smallvit.predicting import image_paths, require_classifier
+    from smallvit import trained
+    from smallvit.predicting import image_paths
     from smallvit.ready import described, prepared
 
     card = described(options.run, "predict", options.arch)
-    require_classifier(card)
+    trained.require_classifier(card)
     model = prepared(card, options.img_size or card.spec["img_size"], options.device, options.amp)
     paths = image_paths(names)
     with nullcontext() if path is None else replacing(path) as partial:

@@ -13,6 +13,7 @@ from smallvit.cli.options import Parser, options_parser, parsed
 from smallvit.comparison import rows
 from smallvit.config import Config
 from smallvit.errors import InputError
+from smallvit.files import require_free
 from smallvit.options import require
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def main(argv: list[str]) -> int:
         for value in own[name] or []:
             require(value >= 1, name, value, "at least 1")
     require(own["classes"] >= 1, "classes", own["classes"], "at least 1")
-    out = None if own["out"] is None else _folder(own["out"], overwrite=own["overwrite"])
+    out = None if own["out"] is None else Path(os.path.expanduser(own["out"]))
+    if out is not None:
+        require_free(out, "--out", overwrite=own["overwrite"])
     if own["overwrite"] and out is None:
         raise InputError("--overwrite needs --out DIR: which folder to replace")
 
@@ -104,22 +107,6 @@ def main(argv: list[str]) -> int:
 
 def _once(values: Sequence[int] | None) -> list[int]:
     return list(dict.fromkeys(values or []))
-
-
-def _folder(name: str, *, overwrite: bool) -> Path:
-    """Where --out says that files go.
-
-    Raises:
-        InputError: it cannot be a folder there, or holds something and is not to be overwritten.
-    """
-    path = Path(os.path.expanduser(name))
-    around = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    if not around.is_dir() or not os.access(around, os.W_OK):
-        reason = "cannot be written to" if around.is_dir() else "is a file"
-        raise InputError(f"--out {path}: {around} {reason}; choose another folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"--out {path}: exists already; choose another folder, or --overwrite")
-    return path
 
 
 def _show(found: dict[str, Any], console: Console, out: Path | None) -> None:

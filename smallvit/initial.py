@@ -34,8 +34,7 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
     """
     card = bare.identified(trained.card(name, "--init"), spec)
     own = card.spec
-    if own["in_chans"] != spec["in_chans"]:
-        raise card.error(f"takes images of {own['in_chans']} channels, {dataset.name} has {spec['in_chans']}")
+    trained.require_channels(card, dataset)
     trained.require_same_test(card, dataset, config)
     source = trained.load(card)
     notes = [own["arch"]]

@@ -26,7 +26,6 @@ from timm.data import ImageNetInfo
 from smallvit.datasets.decode import decode_image, reason, usable_cores
 from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.ready import Ready
-from smallvit.trained import Card
 
 AHEAD = 2**28
 """Bytes of decoded images that may wait for the model, about."""
@@ -93,16 +92,6 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
     words = [_words().get(name, name) for name in names]
     often = Counter(words)
     return tuple(word if often[word] == 1 else f"{word} ({name})" for name, word in zip(names, words, strict=True))
-
-
-def require_classifier(card: Card) -> None:
-    """Check that the model names classes.
-
-    Raises:
-        InputError: it gives features only.
-    """
-    if not card.spec["num_classes"]:
-        raise card.error("these weights have no classifier; smallvit probe judges their features")
 
 
 def decode(path: str, size: int, in_chans: int) -> UInt8[np.ndarray, "c s s"]:

@@ -148,9 +148,7 @@ def top1(classifier: Pipeline | KNeighborsClassifier, images: Features) -> float
 
 
 def _require_fit(card: Card, config: Config, dataset: datasets.ImageDataset) -> None:
-    takes, has = card.spec["in_chans"], dataset.in_chans
-    if takes != has:
-        raise card.error(f"the model takes images of {takes} channels, those of {dataset.name} have {has}")
+    trained.require_channels(card, dataset)
     trained.require_same_test(card, dataset, config.data)
 
 

@@ -130,8 +130,7 @@ def _require_fit(card: Card, config: Config, dataset: ImageDataset) -> list[int]
     """Check that a teacher can teach this data; returns where the student's classes are among its own."""
     if card.spec is None:
         raise card.error("its file does not say which model it holds; give a run's folder or weights")
-    if card.spec["in_chans"] != dataset.in_chans:
-        raise card.error(f"takes images of {card.spec['in_chans']} channels, {dataset.name} has {dataset.in_chans}")
+    trained.require_channels(card, dataset)
     trained.require_same_test(card, dataset, config.data)
     classes = card.class_names or ()
     if set(classes) != set(dataset.class_names):

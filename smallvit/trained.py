@@ -165,6 +165,27 @@ def require_same_test(card: Card, dataset: ImageDataset, config: DataConfig, spl
             raise card.error(f"it was trained with {option}, {_may_be_learnt(split)}; {way}")
 
 
+def require_channels(card: Card, dataset: ImageDataset) -> None:
+    """Check that a model takes images of as many channels as a data set has.
+
+    Raises:
+        InputError: it does not.
+    """
+    takes, has = card.spec["in_chans"], dataset.in_chans
+    if takes != has:
+        raise card.error(f"the model takes images of {takes} channels, those of {dataset.name} have {has}")
+
+
+def require_classifier(card: Card) -> None:
+    """Check that a model tells classes apart.
+
+    Raises:
+        InputError: it gives features only.
+    """
+    if not card.spec["num_classes"]:
+        raise card.error("these weights have no classifier; smallvit probe judges their features")
+
+
 def has_changed(card: Card, dataset: ImageDataset, config: DataConfig, split: str = "test") -> bool:
     """Whether what a test (or val) is drawn from is other than when a model learnt from it, as far as that is known.
 

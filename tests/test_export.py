@@ -245,7 +245,9 @@ def test_the_card_says_what_the_run_says(exports: Path, run: Path) -> None:
     assert str(run.parent) not in body
 
 
-def test_the_cards_snippet_runs(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cards_snippet_runs(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
     page = (exports / "hub" / "README.md").read_text()
@@ -253,6 +255,9 @@ def test_the_cards_snippet_runs(exports: Path, tmp_path: Path, monkeypatch: pyte
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
+    name, probability = capsys.readouterr().out.split()
+    assert name in "0123456789"
+    assert 0.1 < float(probability) <= 1
 
 
 def test_the_card_takes_what_eval_found_of_these_weights(run: Path, tmp_path: Path, smallvit: Command) -> None:

@@ -299,7 +299,7 @@ def test_colour_weights_are_not_given_grey_images(smallvit: Command, tmp_path: P
         "train", "--init", tmp_path / "bare.safetensors", "--img-size", 16, "--epochs", 1, "--out", tmp_path / "run"
     )
     assert (code, err.count("\n")) == (2, 1)
-    assert "takes images of 3 channels, digits has 1" in err
+    assert "takes images of 3 channels, those of digits have 1" in err
 
 
 def test_every_option_of_the_model_is_either_inherited_or_given_anew() -> None:

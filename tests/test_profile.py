@@ -345,7 +345,7 @@ def test_what_is_there_is_replaced_only_when_asked(profiled: Path, smallvit: Com
     assert Path("out/growth.png").exists()
     code, _, err = smallvit(*profile)
     assert code == 2
-    assert err == "smallvit: --out out: exists already; choose another folder, or --overwrite\n"
+    assert err == "smallvit: out: holds results already; choose another folder by --out, or replace by --overwrite\n"
     assert smallvit(*profile, "--overwrite")[0] == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["profile.csv", "profile.json", "profile.md"]
 
@@ -365,8 +365,8 @@ REFUSED = {
     "no run": (["no/such/run"], "no such file or folder"),
     "device": (["--device", "cuda:99"], "this machine has cpu"),
     "overwriting nothing": (["--overwrite"], "--overwrite needs --out DIR"),
-    "file": (["--out", "file"], "file is a file; choose another folder"),
-    "file in between": (["--out", "file/below"], "file is a file; choose another folder"),
+    "file": (["--out", "file"], "file: a file, not a folder; choose another folder by --out"),
+    "file in between": (["--out", "file/below"], "file is a file, not a folder; choose another folder by --out"),
     "flag": (["--grwth"], "did you mean '--growth'"),
 }
 

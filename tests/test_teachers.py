@@ -307,7 +307,7 @@ def test_classes_that_differ_are_named(smallvit: Command, cnn: Path, image_folde
     shutil.copytree(image_folder, grey)
     code, _, err = smallvit("train", "--data", grey, "--teacher", cnn, "--epochs", "1", "--out", tmp_path / "run")
     assert code == 2
-    assert "takes images of 1 channels, grey has 3" in err
+    assert "takes images of 1 channels, those of grey have 3" in err
     other = engine.train(Config.build(arch="resnet20", out=str(tmp_path / "three"), data=str(grey), epochs=1)).folder
     (grey / "light").rename(grey / "bright")
     code, _, err = smallvit("train", "--data", grey, "--teacher", other, "--epochs", "1", "--out", tmp_path / "run")

@@ -112,10 +112,7 @@ def _shown(
     if paths:
         return None, examples.of_files(paths, model.img_size, model.in_chans, console)
     dataset = datasets.load(replace(config.data, img_size=model.img_size))
-    if dataset.in_chans != model.in_chans:
-        raise model.card.error(
-            f"the model takes images of {model.in_chans} channels, those of {dataset.name} have {dataset.in_chans}"
-        )
+    trained.require_channels(model.card, dataset)
     trained.require_same_test(model.card, dataset, config.data)
     if split != "train":
         trained.require_unchanged(model.card, dataset, config.data, split)

@@ -128,15 +128,13 @@ def matched(
         InputError: the model takes other channels, has no classifier, does not know a class, or may have learnt images
             of the one split that is judged.
     """
-    takes, count = card.spec["in_chans"], card.spec["num_classes"]
-    if takes != dataset.in_chans:
-        raise card.error(f"the model takes images of {takes} channels, those of {dataset.name} have {dataset.in_chans}")
+    trained.require_channels(card, dataset)
     if len(splits) == 1:  # of all images together a model has learnt some in any case
         for drawn in ("test", "val") if "val" in splits else ("test",):
             trained.require_unchanged(card, dataset, config, drawn)
             trained.require_same_test(card, dataset, config, drawn)
-    if not count:
-        raise card.error("these weights have no classifier; smallvit probe judges their features")
+    trained.require_classifier(card)
+    count = card.spec["num_classes"]
     known = card.class_names or (dataset.class_names if count == len(dataset.class_names) else None)
     if known is None:
         has = len(dataset.class_names)

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from timm.models import is_model_in_modules
 from torch import nn
 
-from smallvit import stems
+from smallvit import stems, variants
 from smallvit.convnets import CIFAR_RESNETS, CIFARResNet
 from smallvit.errors import InputError, first_line, nearest
 from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, add_distillation_token, patch
@@ -30,6 +30,9 @@ TINY_VIT = {"embed_dim": 96, "depth": 6, "num_heads": 6, "mlp_ratio": 2.0, "qkv_
 TINY, TINY_SIZE = "vit96", 16
 """What `vit` is for images of up to so many pixels: the paper's has more weights than such images ask for."""
 OURS: dict[str, Callable[..., nn.Module]] = PUBLISHED | {TINY: partial(PUBLISHED["vit"], size=TINY_VIT)}
+
+PLAIN = ("vit", TINY)
+"""Those that are timm's `VisionTransformer`, and take its variants."""
 
 # Arguments by which timm's families take patches of p pixels (timm module: arguments)
 TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -71,6 +74,10 @@ def create_model(
     fit: bool = True,
     dist_token: bool = False,
     dist_average: Literal["logits", "probabilities"] = "logits",
+    rising_drop_path: bool = False,
+    average_pool: bool = False,
+    sincos: bool = False,
+    layer_scale: float | None = None,
 ) -> nn.Module:
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
@@ -87,13 +94,17 @@ def create_model(
     if patch_size and arch not in OURS and _family(arch) is None:
         raise InputError(f"--patch-size {patch_size}: {arch} has no patches whose size can be chosen")
     patch_size = patch_size or patch_for(arch, img_size, fit=fit)
-    arguments = {"num_classes": num_classes, "in_chans": in_chans}
+    asked = zip(variants.VARIANTS, (average_pool, sincos, layer_scale, rising_drop_path), strict=True)
+    varied = variants.chosen(dict(asked))
+    variants.require_plain(arch, varied, plain=_is_plain_vit(arch))
+    arguments = {"num_classes": num_classes, "in_chans": in_chans, **variants.arguments(varied)}
     if arch in OURS:
         model = _published(arch, img_size, patch_size, drop_path, **arguments)
     elif arch in CIFAR_RESNETS:
         model = CIFARResNet(CIFAR_RESNETS[arch], drop_path_rate=drop_path or 0.0, **arguments)
     else:
         model = _timm_model(arch, img_size, patch_size, drop_path, fit, **arguments)
+    variants.finish(model, varied, DROP_PATH if drop_path is None else drop_path)
     equip(
         model,
         arch,
@@ -209,11 +220,11 @@ def fitted_stride(arch: str, img_size: int, *, fit: bool = True) -> int | None:
 
 
 def _published(
-    arch: str, img_size: int, patch_size: int, drop_path: float | None, num_classes: int, in_chans: int
+    arch: str, img_size: int, patch_size: int, drop_path: float | None, num_classes: int, in_chans: int, **more: Any
 ) -> nn.Module:
     _require_multiple(img_size, patch_size)
     rate = DROP_PATH if drop_path is None else drop_path
-    return OURS[arch](img_size, patch_size, num_classes, in_chans, rate)
+    return OURS[arch](img_size, patch_size, num_classes, in_chans, rate, **more)
 
 
 def _timm_model(
@@ -294,6 +305,11 @@ def _set_dropout(model: nn.Module, arch: str, rate: float) -> None:
 def _family(arch: str) -> str | None:
     """The timm module of an architecture, if it is one of those that take patch arguments."""
     return next((name for name in TIMM_PATCH_ARGUMENTS if is_model_in_modules(arch, [name])), None)
+
+
+def _is_plain_vit(arch: str) -> bool:
+    """Whether it is timm's `VisionTransformer`, with one class token at most."""
+    return arch in PLAIN or (_family(arch) in ("vision_transformer", "deit") and "distilled" not in arch)
 
 
 def _require_multiple(img_size: int, patch_size: int) -> None:

@@ -27,7 +27,7 @@ arXiv:1512.03385, on CIFAR."""
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimiser of this name. Vectors (norms, biases, temperatures) and what timm's models name have no weight
-    decay; with `layer_decay` every layer has a smaller learning rate than the one above it.
+    decay, unless all have; with `layer_decay` every layer has a smaller learning rate than the one above it.
 
     Raises:
         InputError: no such optimiser, or one that this model cannot be fitted with.
@@ -39,9 +39,15 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         raise InputError(f"--opt {config.opt}: cannot be used here (a run with it could not be resumed)")
     rate = config.lr * config.batch_size / config.lr_batch if config.lr_batch else config.lr
     options = {"fused": True} if config.opt in FUSED else {}
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return create_optimizer_v2(
-            model, config.opt, lr=rate, weight_decay=config.weight_decay, layer_decay=config.layer_decay, **options
+            learnt if config.decay_all else model,
+            config.opt,
+            lr=rate,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **options,
         )
     except Exception as error:  # a package that is missing, a model without a list of its layers
         layers = f" --layer-decay {config.layer_decay}" if config.layer_decay else ""

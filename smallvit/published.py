@@ -175,10 +175,11 @@ def vit(
     in_chans: int,
     drop_path: float,
     size: Mapping[str, Any] = VIT,
+    **more: Any,
 ) -> VisionTransformer:
-    """ViT with the same stochastic depth in every block, of the paper's `size` unless given."""
+    """ViT with the same stochastic depth in every block, of the paper's `size` unless given; `more` goes to timm."""
     model = VisionTransformer(
-        img_size=img_size, patch_size=patch_size, num_classes=num_classes, in_chans=in_chans, **size
+        img_size=img_size, patch_size=patch_size, num_classes=num_classes, in_chans=in_chans, **size, **more
     )
     drop_paths(model.blocks, drop_path)
     return initialise(model)
@@ -260,7 +261,8 @@ def initialise(model: nn.Module) -> nn.Module:
             nn.init.xavier_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(model.cls_token)
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token)
     nn.init.normal_(model.pos_embed)
     return model
 

@@ -27,6 +27,7 @@ from smallvit.files import replacing, write_text
 from smallvit.headers import header
 from smallvit.ready import Ready
 from smallvit.trained import ENTRY
+from smallvit.variants import VARIANTS
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -58,7 +59,7 @@ def is_timms(spec: dict[str, Any]) -> bool:
     """Whether timm alone builds the model with these arguments of `create_model`."""
     arch = spec["arch"]
     ours = arch in models.OURS or arch in CIFAR_RESNETS
-    changed = any(spec.get(name) for name in ("spt", "lsa", "dist_token"))
+    changed = any(spec.get(name) for name in ("spt", "lsa", "dist_token", *VARIANTS))
     return not (ours or changed or models.fitted_stride(arch, spec["img_size"], fit=spec.get("fit", True)))
 
 

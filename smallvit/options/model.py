@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -45,6 +46,14 @@ class ModelConfig:
     """What of the two heads is averaged at inference: logits (DeiT's code) or probabilities (its paper)."""
     drop_path: float | None = None
     """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
+    rising_drop_path: bool = False
+    """Let stochastic depth grow from 0 in a ViT's first block to --drop-path in its last."""
+    average_pool: bool = False
+    """Have a ViT's head read the mean of its patches' tokens; there is no class token then."""
+    sincos: bool = False
+    """Give a ViT fixed positions, sines and cosines, in place of learnt ones."""
+    layer_scale: float | None = None
+    """Give a ViT's residual branches a learnt factor per channel, which begins at this value; by default none."""
 
     def __post_init__(self) -> None:
         if self.patch_size is not None:
@@ -52,6 +61,8 @@ class ModelConfig:
         for name in ("dropout", "drop_path"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, name, value, "a probability below 1")
+        if self.layer_scale is not None:
+            require(0 < self.layer_scale < math.inf, "layer_scale", self.layer_scale, "a factor above 0")
         require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
         for field_ in fields(self):
             plugin = field_.name.partition("_")[0]

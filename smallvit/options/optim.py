@@ -53,6 +53,8 @@ class OptimConfig:
     weight_decay: float | None = None
     """AdamW's decay, on matrices alone: norms, biases, tokens, position embeddings, temperatures have none; by default
     0.05."""
+    decay_all: bool = False
+    """Let weight decay act on those too, as the code of SPT and LSA has it."""
     warmup: float = 0.1
     """Share of the steps during which the learning rate rises from 0 to its peak."""
     smoothing: float | None = None
@@ -66,6 +68,8 @@ class OptimConfig:
         for name in ("epochs", "batch_size", "accumulate", "lr_batch"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        if self.decay_all and self.layer_decay is not None:
+            raise InputError("--decay-all and --layer-decay: give one of them")
         for name in ("layer_decay", "ema"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, value, "a factor between 0 and 1")

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 DESCRIPTION = """\
-List what has a name: architectures, recipes, data sets, plugins, augmentation presets, and their values.
+List what has a name: architectures, recipes, experiments, data sets, plugins, augmentation presets, their values.
 
   smallvit list archs                  # the paper's models and CIFAR's ResNets: parameters, plugins
   smallvit list archs 'deit*'          # all models of that name, timm's too
   smallvit list plugins                # SPT, LSA and the distillation token, their variants and flags
   smallvit list recipes 'deit*'        # what two of the recipes set
+  smallvit list experiments            # what smallvit reproduce does again
   smallvit list data                   # data sets: sizes, sources, terms
   smallvit list aug                    # augmentation presets, value by value
 
@@ -227,6 +228,22 @@ def recipes(pattern: str | None) -> Table:
     return table
 
 
+def experiments(pattern: str | None) -> Group:
+    """The experiments: their size, and what each is about, then the rows of those that fit a pattern."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from smallvit.reproduction.experiments import EXPERIMENTS
+
+    table, rows = Table("NAME", "--data", "epochs", "seeds", "rows", "", show_lines=False), []
+    for name in fitting(pattern, EXPERIMENTS):
+        each = EXPERIMENTS[name]
+        table.add_row(name, each.data, str(each.epochs), str(each.seeds), str(len(each.trials)), each.title)
+        rows += [Text(f"{name}: {', '.join(trial.label for trial in each.trials)}")] * (pattern is not None)
+    return Group(table, *rows)
+
+
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Values that are there only after, or others than before."""
     return {name: value for name, value in after.items() if name not in before or value != before[name]}
@@ -243,6 +260,7 @@ def _figure(value: object) -> str:
 TABLES: Mapping[str, Callable[[str | None], RenderableType]] = {
     "archs": archs,
     "recipes": recipes,
+    "experiments": experiments,
     "data": data,
     "plugins": plugins,
     "aug": aug,

@@ -85,7 +85,9 @@ def test_stochastic_depth_grows_in_a_line() -> None:
 )
 def test_what_is_no_plain_vit_has_no_variants(arch: str, options: dict, message: str | None) -> None:
     if message is None:
-        assert create_model(arch, img_size=32, num_classes=3, **options).blocks[0].ls1.gamma[0].item() == pytest.approx(0.1)
+        assert create_model(arch, img_size=32, num_classes=3, **options).blocks[0].ls1.gamma[0].item() == pytest.approx(
+            0.1
+        )
         return
     with pytest.raises(InputError) as caught:
         create_model(arch, img_size=32, num_classes=3, **options)

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from smallvit import checkpoint, hardware, report, speed
-from smallvit.comparison import apart, scatter
-from smallvit.comparison.contest import Contest, Entry, entries
+from smallvit.comparison import scatter
+from smallvit.comparison.contest import Contest, entries
 from smallvit.comparison.standings import Standing, finished, gathered, notes
 from smallvit.errors import InputError
 from smallvit.files import write_text
-from smallvit.runs import Run
 
 WIDEST = 1000
 """Columns of a table in the terminal."""
@@ -49,7 +48,9 @@ def compare_rows(contest: Contest, showing: Showing) -> bool:
     missing = [entry for entry in runs if not entry.is_finished]
     for entry in {entry.row.label: entry for entry in missing}.values():
         entry.check()
-    failed = [entry for number, entry in enumerate(runs, 1) if not _train(entry, f"[{number}/{len(runs)}]", showing)]
+    failed = [
+        entry for number, entry in enumerate(runs, 1) if not entry.train(f"[{number}/{len(runs)}]", showing.console)
+    ]
     standings = []
     for row in contest.rows:
         done = [finished(entry.folder) for entry in runs if entry.row is row and entry not in failed]
@@ -84,19 +85,6 @@ def show(standings: Sequence[Standing], showing: Showing, recipes: dict[str, str
     if showing.out is not None:
         _write(showing.out, records, lines, f"Models on {ran[0].data}" if ran else "Models")
         console.print(f"\nwritten {', '.join(str(showing.out / name) for name in (MARKDOWN, CSV, PICTURE))}")
-
-
-def _train(entry: Entry, head: str, showing: Showing) -> bool:
-    """Train an entry, unless it is finished; returns whether it is in the end."""
-    what = f"{head} {entry.row.label}, seed {entry.seed}:"
-    if entry.is_finished:
-        showing.console.print(f"{what} there already, {entry.folder}")
-        return True
-    showing.console.print(f"\n{what} {'goes on in ' if (entry.folder / Run.STATE).exists() else ''}{entry.folder}")
-    code = apart.train(entry.options, entry.folder)
-    if code:
-        showing.console.print(f"{what} failed (exit code {code}); the others go on")
-    return code == 0
 
 
 def _measured(ran: Sequence[Standing], showing: Showing) -> tuple[dict[str, dict[str, float]], str]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from smallvit import datasets, models
+from smallvit.comparison import apart
 from smallvit.comparison.rows import Row, spelt
 from smallvit.compiling import is_convolutional
 from smallvit.config import Config
@@ -73,6 +75,22 @@ class Entry:
                     "choose another --out, or remove it"
                 )
         return view.summary is not None
+
+    def train(self, head: str, console: Console) -> bool:
+        """Train it, unless it is finished; returns whether it is in the end. `head` begins what is said of it.
+
+        Raises:
+            Interrupted: a signal ended it; the run is saved.
+        """
+        what = f"{head} {self.row.label}, seed {self.seed}:"
+        if self.is_finished:
+            console.print(f"{what} there already, {self.folder}")
+            return True
+        console.print(f"\n{what} {'goes on in ' if (self.folder / Run.STATE).exists() else ''}{self.folder}")
+        code = apart.train(self.options, self.folder)
+        if code:
+            console.print(f"{what} failed (exit code {code}); the others go on")
+        return code == 0
 
     def check(self) -> None:
         """Put together what it trains with, and let go of it again.

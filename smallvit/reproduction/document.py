@@ -1,0 +1,220 @@
+"""RESULTS.md: every record of the project in tables and pictures, beside what was published. Needs no torch.
+
+Text stands in results/notes/NAME.md (with - for the / of an experiment's name), where figures are expressions that are
+computed from the records:
+
+    With both plugins {{ top1("vit+spt+lsa") }}, which is {{ gain("vit+spt+lsa") }} points more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from smallvit.errors import InputError
+from smallvit.files import write_text
+from smallvit.reproduction import records as recorded
+from smallvit.reproduction.experiments import EXPERIMENTS
+from smallvit.reproduction.literature import FROM_SCRATCH
+from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
+from smallvit.reproduction.plots import plot_learning, plot_speed
+from smallvit.reproduction.records import Record
+from smallvit.reproduction.tables import COLUMNS, NONE, SPEED, in_words, markdown, notes, spread
+
+HEAD = """\
+# Results
+
+Every figure here is computed from the records in [results/](results) by `python results/make.py`; a test holds the page
+to them. A record is one run: its command, every option, seed, revision, hardware, and what was measured after every
+epoch. `smallvit reproduce NAME` does an experiment again ([docs/reproducing.md](docs/reproducing.md)).
+
+Accuracies are test accuracies in per cent, mean ± standard deviation (n - 1) over seeds. The test split was used once a
+run, with the weights that were best on validation images held out of the training images. Published figures are other
+people's, at their own length of training; their epoch is the one that is best on the test, where they took it so.
+"""
+
+
+def write(results: Path, page: Path) -> None:
+    """Write the page, and its pictures beside the records.
+
+    Raises:
+        InputError: a record or a note is damaged.
+        OSError: something cannot be written.
+    """
+    found = recorded.gathered(results)
+    for name in EXPERIMENTS:
+        for budget in recorded.budgets(found, name):
+            shown, stem = outcomes(name, budget, found), picture(name, budget)
+            measured = [outcome for outcome in shown if outcome.runs]
+            if len(measured) > 1:
+                plot_speed(measured, results / f"{stem}-speed.png", f"{name} at a budget of {budget:g}")
+                plot_learning(measured, results / f"{stem}.png", f"{name} at a budget of {budget:g}")
+    write_text(page, text(results))
+
+
+def text(results: Path) -> str:
+    """The page."""
+    found = recorded.gathered(results)
+    parts = [HEAD, _contents()]
+    parts += [section(name, found, results) for name in EXPERIMENTS]
+    parts += [_others(results), _literature()]
+    return "\n".join(parts)
+
+
+def picture(name: str, budget: float) -> str:
+    """Beginning of the names of an experiment's pictures, below the folder of the records."""
+    return f"{name}@{budget:g}"
+
+
+def _contents() -> str:
+    links = [f"- [{name}](#{name.replace('/', '')}): {each.title}" for name, each in EXPERIMENTS.items()]
+    return "\n".join(
+        [*links, "- [Other records](#other-records)", "- [What others published](#what-others-published)", ""]
+    )
+
+
+def section(name: str, found: Sequence[Record], results: Path) -> str:
+    """An experiment's part of the page."""
+    budgets = recorded.budgets(found, name)
+    shown = {budget: outcomes(name, budget, found) for budget in (1.0, *[b for b in budgets if b != 1])}
+    parts = [f"## {name}", EXPERIMENTS[name].title + ".", _accuracies(name, shown)]
+    note = results / "notes" / f"{name.replace('/', '-')}.md"
+    if note.is_file():
+        parts.append(filled(note, name, found))
+    parts += [_costs(name, budget, shown[budget], results) for budget in budgets]
+    return "\n\n".join(parts) + "\n"
+
+
+def _accuracies(name: str, shown: dict[float, list[Outcome]]) -> str:
+    """Published and measured accuracies of every model, at every budget."""
+    compared = any(outcome.trial.published for outcome in shown[1.0])
+    head = ["model", *["published"] * compared]
+    for budget in shown:
+        head += ["measured" if budget == 1 else f"at a budget of {budget:g}", "gain"]
+    rows = [head]
+    for place, outcome in enumerate(shown[1.0]):
+        row = [outcome.trial.label, *[COLUMNS["published"](name, outcome)] * compared]
+        for columns in shown.values():
+            each = columns[place]
+            row += [spread(each.top1) + (f" ({len(each.runs)})" if each.runs else ""), COLUMNS["gain"](name, each)]
+        rows.append(row)
+    return markdown(rows) + "\n\n" + _explained(name, shown[1.0], compared)
+
+
+def _explained(name: str, shown: Sequence[Outcome], compared: bool) -> str:
+    rivals = dict.fromkeys(outcome.trial.against for outcome in shown if outcome.trial.against)
+    lines = ["In brackets behind a measured accuracy: seeds."]
+    if rivals:
+        lines.append(f"Gain: points of accuracy over {', '.join(rivals)}, seed by seed.")
+    if compared:
+        sources = dict.fromkeys(outcome.trial.source for outcome in shown if outcome.trial.source)
+        lines.append(f"Published: {'; '.join(sources)}; in brackets its gain.")
+    return " ".join(lines)
+
+
+def _costs(name: str, budget: float, shown: Sequence[Outcome], results: Path) -> str:
+    """Length, speed and pictures at a budget."""
+    measured = [outcome for outcome in shown if outcome.runs]
+    columns = {title: COLUMNS[title] for title in ("model", "parameters", "images seen", "seconds", "images/s")} | SPEED
+    if all(outcome.share_of_peak is None for outcome in measured):
+        columns.pop("of the peak")
+    rows = [list(columns), *([cell(name, outcome) for cell in columns.values()] for outcome in measured)]
+    seeds = max(len(outcome.runs) for outcome in measured)
+    scale = "" if budget == 1 else f" --budget {budget:g}"
+    told = [f"- {line}" for line in notes(measured) if line.startswith(("Hardware", "Revision"))]
+    lines = [
+        f"### {name} at a budget of {budget:g}" if budget != 1 else f"### {name}, whole",
+        f"{in_words(name, budget)}. `smallvit reproduce {name}{scale} --seeds {seeds}`",
+        markdown(rows),
+        "Seconds: of training, mean over seeds. TFLOP/s: of the model's matrix products, six for each of its "
+        "multiply-accumulates. Overtakes after: share of its images after which its validation accuracy is what the "
+        "model it is held against has in the end.",
+        "\n".join(told),
+    ]
+    for stem, what in (
+        (picture(name, budget), "accuracy over images seen"),
+        (f"{picture(name, budget)}-speed", "accuracy and speed"),
+    ):
+        if (results / f"{stem}.png").is_file():
+            lines.append(f"![{name}: {what}](results/{stem}.png)")
+    return "\n\n".join(lines)
+
+
+def filled(note: Path, name: str, found: Sequence[Record]) -> str:
+    """A note with its figures.
+
+    Raises:
+        InputError: it asks for what no record has.
+    """
+    try:
+        template = Environment(undefined=StrictUndefined, autoescape=False).from_string(note.read_text())
+        return template.render(figures(name, found)).strip()
+    except (TemplateError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{note}: {type(error).__name__}: {error}") from None
+
+
+def figures(name: str, found: Sequence[Record]) -> dict[str, Callable[..., str]]:
+    """What notes may ask for: figures of a model (by its label) of this experiment, or of another."""
+
+    def outcome(label: str, experiment: str | None = None, budget: float | None = None) -> Outcome:
+        where = experiment or name
+        at = recorded.budgets(found, where)[0] if budget is None else budget
+        return next(each for each in outcomes(where, at, found) if each.trial.label == label)
+
+    return {
+        "top1": lambda label, **where: spread(outcome(label, **where).top1),
+        "gain": lambda label, **where: f"{outcome(label, **where).gain:+.2f}",
+        "published": lambda label, **where: f"{outcome(label, **where).trial.published:.2f}",
+        "published_gain": lambda label, **where: (
+            f"{published_gain(where.get('experiment', name), outcome(label, **where).trial):+.2f}"
+        ),
+        "seconds": lambda label, **where: f"{outcome(label, **where).seconds.mean:,.0f}",
+        "rate": lambda label, **where: f"{outcome(label, **where).rate.mean:,.0f}",
+        "ratio": lambda label, other, **where: (
+            f"{outcome(label, **where).rate.mean / outcome(other, **where).rate.mean:.2f}"
+        ),
+        "overtaking": lambda label, **where: f"{outcome(label, **where).overtaking:.0%}",
+    }
+
+
+def _others(results: Path) -> str:
+    """Runs that belong to no experiment, those that differ in their seed alone in one row."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(results.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            run = json.loads(line)
+            words = run["command"].partition(" --seed")[0]
+            rows.setdefault((file.name, words), []).append(run["summary"])
+    table = [["command", "test top-1 (%)", "seeds", "parameters", "images seen", "seconds", "record"]]
+    for (file, words), summaries in rows.items():
+        means = {
+            each: Spread.of([s[each] for s in summaries]) for each in ("test_top1", "images_seen", "train_seconds")
+        }
+        table.append(
+            [
+                f"`{words}`",
+                f"{means['test_top1']:.2f}",
+                str(len(summaries)),
+                f"{summaries[0]['parameters']:,}",
+                f"{means['images_seen'].mean:,.0f}",
+                f"{means['train_seconds'].mean:,.0f}",
+                f"[{file}](results/{file})",
+            ]
+        )
+    logs = ", ".join(f"[{file.name}](results/{file.name})" for file in sorted(results.glob("*.txt")))
+    return f"## Other records\n\n{markdown(table)}\n\nTimings, as the benchmarks printed them: {logs}\n"
+
+
+def _literature() -> str:
+    table = [["model", "parameters", "epochs", "CIFAR-10", "CIFAR-100", "Tiny-ImageNet", "source"]]
+    for each in FROM_SCRATCH:
+        figures = [NONE if figure is None else f"{figure:.2f}" for figure in (each.cifar10, each.cifar100, each.tiny)]
+        table.append([each.model, each.parameters, each.epochs, *figures, each.source])
+    return (
+        "## What others published\n\nModels trained on the small data set alone; nothing here was measured by smallvit.\n\n"
+        f"{markdown(table)}\n"
+    )

@@ -1,0 +1,272 @@
+"""Named experiments: data set, models, training, seeds, and what was published. Needs no torch.
+
+    smallvit reproduce lee2021/cifar100 --budget 0.05
+
+A budget below 1 shows each model that share of the images that the whole experiment shows it: in fewer epochs, down to
+ten; below that, of a part of each class's training images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from smallvit.comparison import rows
+from smallvit.errors import InputError, nearest
+from smallvit.reproduction.literature import ABLATION, CNNS, DATA, DEIT, DHVT2022, GANI2022, LEE2021, MAIN
+
+LEAST_EPOCHS = 10
+"""A smaller budget than so many epochs takes fewer images instead."""
+POLICIES = {"svhn": "autoaugment-svhn", "tiny-imagenet": "autoaugment-imagenet"}
+"""AutoAugment's policy by data set, where it is not CIFAR's; named, as a folder of the same images has another."""
+
+
+PARTS = {"vit+temperature": "vit+lsa,lsa-mask=false", "vit+mask": "vit+lsa,lsa-temperature=fixed"}
+"""Rows of models that have one part of a plugin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A model of an experiment."""
+
+    label: str
+    """What it is called, and what --rows takes."""
+    row: str
+    """Model and training, in the form of `smallvit compare --arch`."""
+    published: float | None = None
+    """Test accuracy in per cent that others got."""
+    source: str | None = None
+    """Who."""
+    teacher: str | None = None
+    """Label of the trial whose model of the same seed teaches this one."""
+    against: str | None = None
+    """Label of the trial that this one is to improve on."""
+
+    def parsed(self) -> rows.Row:
+        """Its row."""
+        return rows.parse(self.row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Models trained on the same images, for as many of them."""
+
+    title: str
+    data: str
+    """Data set by name."""
+    epochs: int
+    """Passes over the images."""
+    seeds: int
+    """Runs of each model."""
+    trials: tuple[Trial, ...]
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Options of all models."""
+
+    def options(self, budget: float) -> dict[str, Any]:
+        """Options of all models at this budget: what `Config.build` takes."""
+        return self.flags | {"data": self.data} | self.length(budget)
+
+    def length(self, budget: float) -> dict[str, Any]:
+        """Epochs and share of the images, of which the product is the budget's share of the whole."""
+        epochs = max(min(LEAST_EPOCHS, self.epochs), round(self.epochs * budget))
+        whole = self.flags.get("train_fraction", 1.0)
+        part = whole if round(self.epochs * budget) >= epochs else round(whole * self.epochs * budget / epochs, 6)
+        return {"epochs": epochs} | ({"train_fraction": part} if part < 1 else {})
+
+    def chosen(self, labels: list[str]) -> tuple[Trial, ...]:
+        """The trials of these labels, all where there are none, and those that teach them.
+
+        Raises:
+            InputError: there is no such trial; the line names the nearest.
+        """
+        known = {trial.label: trial for trial in self.trials}
+        for label in labels:
+            if label not in known:
+                raise InputError(f"--rows {label}: expected one of {', '.join(known)}{nearest(label, known)}")
+        wanted = {*labels} | {known[label].teacher for label in labels} if labels else {*known}
+        return tuple(trial for trial in self.trials if trial.label in wanted)
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment of a name.
+
+    Raises:
+        InputError: there is none; the line names the nearest.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(f"{name}: no such experiment{nearest(name, EXPERIMENTS)}; see smallvit list experiments")
+    return EXPERIMENTS[name]
+
+
+def twins(name: str, trial: Trial) -> set[tuple[str, str]]:
+    """Names of experiments and labels of trials that are the same runs as this trial of this experiment."""
+    own = _identity(experiment(name), trial)
+    return {
+        (other, each.label)
+        for other, candidate in EXPERIMENTS.items()
+        for each in candidate.trials
+        if _identity(candidate, each) == own
+    }
+
+
+def _identity(experiment: Experiment, trial: Trial) -> tuple[Any, ...]:
+    """What makes a trial's runs: images, length, model, training, teacher."""
+    teacher = next((each.row for each in experiment.trials if each.label == trial.teacher), None)
+    return experiment.data, experiment.epochs, tuple(sorted(experiment.flags.items())), trial.row, teacher
+
+
+def plain(label: str) -> str | None:
+    """The label of a model without the plugins that this one has."""
+    bare = label.partition("+")[0]
+    return bare if bare != label else None
+
+
+def paper(label: str, data: str, **more: Any) -> Trial:
+    """A model of Lee, Lee, Song 2021 with their training."""
+    policy = POLICIES.get(data, "autoaugment-cifar10")
+    model = PARTS.get(label, label)
+    return Trial(label=label, row=f"{model},recipe=paper,policy={policy}", against=plain(label), **more)
+
+
+def cnn(label: str, **more: Any) -> Trial:
+    """A CNN with a training of its own."""
+    return Trial(label=label, row=f"{label},recipe=cnn", **more)
+
+
+def lee2021(data: str) -> Experiment:
+    """The main table for one of its data sets."""
+    column = DATA.index(data)
+    first = [f"{arch}{plugins}" for arch in ("vit", "swin", "pit", "cait", "t2t") for plugins in ("", "+spt+lsa")]
+    ours = [paper(label, data, published=MAIN[label][column], source=LEE2021) for label in first]
+    cnns = [cnn(label, published=figures[column], source=GANI2022) for label, figures in CNNS.items()]
+    return Experiment(
+        title=f"SPT and LSA in five architectures, and CNNs, on {data}",
+        data=data,
+        epochs=300,
+        seeds=3,
+        trials=(*ours, *cnns),
+        flags={"val_fraction": 0.02},
+    )
+
+
+def ablation(data: str) -> Experiment:
+    """What SPT and LSA bring, each alone and part by part."""
+    trials = [
+        paper(label, data, published=figures[data], source=f"{LEE2021}, from a summary")
+        for label, figures in ABLATION.items()
+    ]
+    baseline = cnn("resnet56", published=CNNS["resnet56"][DATA.index(data)], source=GANI2022)
+    return Experiment(
+        title=f"The parts of SPT and LSA in ViT on {data}",
+        data=data,
+        epochs=300,
+        seeds=3,
+        trials=(*trials, baseline),
+        flags={"val_fraction": 0.02},
+    )
+
+
+DIGITS = Experiment(
+    title="SPT and LSA in five architectures on 1,295 images of digits",
+    data="digits",
+    epochs=100,
+    seeds=5,
+    trials=(
+        *(
+            Trial(label=f"{arch}{plugins}", row=f"{arch}{plugins}", against=arch if plugins else None)
+            for arch in ("vit", "swin", "pit", "t2t", "cait")
+            for plugins in ("", "+spt+lsa")
+        ),
+        cnn("resnet20"),
+    ),
+)
+
+
+def distilled(label: str, settings: str) -> Trial:
+    """A ViT with both plugins that a CNN teaches."""
+    row = f"vit+spt+lsa,recipe=paper,policy=autoaugment-cifar10,{settings}"
+    return Trial(label=label, row=row, teacher="resnet56", against="vit+spt+lsa")
+
+
+DEIT_CIFAR100 = Experiment(
+    title="DeiT's ways to learn from a CNN, and DeiT itself, on cifar100",
+    data="cifar100",
+    epochs=300,
+    seeds=3,
+    trials=(
+        cnn("resnet56", published=CNNS["resnet56"][1], source=GANI2022),
+        paper("vit+spt+lsa", "cifar100", published=MAIN["vit+spt+lsa"][1], source=LEE2021),
+        distilled("soft", "distill=soft"),
+        distilled("hard", "distill=hard"),
+        distilled("token", "distill=token"),
+        *(
+            Trial(label=arch, row=f"{arch},recipe=deit,patch_size=2", published=figure, source=DHVT2022)
+            for arch, figure in DEIT.items()
+        ),
+    ),
+    flags={"val_fraction": 0.02},
+)
+
+QUICK_CIFAR100 = Experiment(
+    title="Short trainings on cifar100",
+    data="cifar100",
+    epochs=40,
+    seeds=3,
+    trials=(
+        Trial(label="quick", row="vit+spt+lsa,recipe=quick", against="paper"),
+        Trial(label="paper", row="vit+spt+lsa,recipe=paper,policy=autoaugment-cifar10"),
+        cnn("resnet56"),
+    ),
+    flags={"val_fraction": 0.02},
+)
+
+
+def changed(label: str, settings: str, **more: Any) -> Trial:
+    """The paper's training of a small ViT with both plugins, but for one thing."""
+    policy = "" if "policy=" in settings else ",policy=autoaugment-cifar10"
+    row = f"vit96+spt+lsa,recipe=paper{policy}{settings and ','}{settings}"
+    return Trial(label=label, row=row, against=None if label == "paper" else "paper", **more)
+
+
+CHANGES = Experiment(
+    title="What changes the paper's training for the better: a small ViT with SPT and LSA on 60 images of each class",
+    data="cifar100",
+    epochs=30,
+    seeds=2,
+    trials=(
+        changed("paper", ""),
+        changed("decay of all weights", "decay_all=true"),
+        changed("repeated augmentation", "repeats=3"),
+        changed("moving average", "ema=0.99"),
+        changed("mixing per image", "mix_per=image"),
+        changed("RandAugment", "policy=rand-m9-n2-mstd0.5-inc1"),
+        changed("TrivialAugment", "policy=trivial"),
+        changed("no AutoAugment", "aug=mix,policy=none"),
+        changed("crop and flip alone", "aug=basic,policy=none"),
+        changed("rising stochastic depth", "rising_drop_path=true"),
+        changed("no stochastic depth", "drop_path=0"),
+        changed("LayerScale", "layer_scale=0.1"),
+        changed("sin-cos positions", "sincos=true"),
+        changed("average pooling", "average_pool=true"),
+        changed("Muon", "opt=muon"),
+        changed("longer warm-up", "warmup=0.2"),
+        changed("clipped gradient", "clip_grad=1"),
+        changed("a third of the rate", "lr=1e-3"),
+        changed("batches of 64", "batch_size=64"),
+        changed("binary cross-entropy", "loss=bce"),
+        cnn("resnet20"),
+        changed("CNN teacher", "distill=soft", teacher="resnet20"),
+    ),
+    flags={"val_fraction": 0.02, "train_fraction": 0.06},
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    **{f"lee2021/{data}": lee2021(data) for data in DATA},
+    "lee2021/ablation": ablation("cifar100"),
+    "lee2021/ablation-tiny-imagenet": ablation("tiny-imagenet"),
+    "lee2021/digits": DIGITS,
+    "deit/cifar100": DEIT_CIFAR100,
+    "quick/cifar100": QUICK_CIFAR100,
+    "best/ablation": CHANGES,
+}
+"""What `smallvit reproduce` takes."""

@@ -1,0 +1,119 @@
+"""What records say together: accuracy over seeds, what a model gains over another, speed. Needs no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smallvit.reproduction.experiments import Trial, experiment
+from smallvit.reproduction.records import Record, of
+
+PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "RTX 4090": 165.2}
+"""Matrix products in bfloat16, dense, in TFLOP/s by a part of the device's name, as NVIDIA's data sheets have them."""
+FLOPS_A_MAC = 6
+"""Of a training step for each multiply-accumulate of the forward pass: two there, four in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation of the sample (n - 1); nothing for a single one."""
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of values, one at least."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def __format__(self, form: str) -> str:
+        """Mean ± deviation, both in a number's format."""
+        return format(self.mean, form) + ("" if self.deviation is None else f" ± {self.deviation:{form.lstrip('+')}}")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A trial, and its records."""
+
+    trial: Trial
+    runs: tuple[Record, ...]
+    rivals: tuple[Record, ...]
+    """Those of the trial that it is to improve on."""
+
+    @property
+    def top1(self) -> Spread | None:
+        """Test accuracy in per cent."""
+        return self._spread(lambda run: run.top1)
+
+    @property
+    def gain(self) -> Spread | None:
+        """Points of accuracy over the rival, seed by seed."""
+        rivals = {run.seed: run.top1 for run in self.rivals}
+        gains = [run.top1 - rivals[run.seed] for run in self.runs if run.seed in rivals]
+        return Spread.of(gains) if gains else None
+
+    @property
+    def seconds(self) -> Spread | None:
+        """Of training."""
+        return self._spread(lambda run: run.summary["train_seconds"])
+
+    @property
+    def rate(self) -> Spread | None:
+        """Training images per second."""
+        return self._spread(lambda run: run.summary["images_per_second"])
+
+    @property
+    def teraflops(self) -> float | None:
+        """10¹² operations per second while training, those of the model's matrix products alone."""
+        return None if self.rate is None else FLOPS_A_MAC * self.first("macs") * self.rate.mean / 1e12
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """Of the device's fastest, where that is known."""
+        peak = next((peak for name, peak in PEAKS.items() if name in (self.first("hardware") or "")), None)
+        bf16 = self.first("precision") == "bf16"
+        return self.teraflops / peak if peak and bf16 and self.teraflops else None
+
+    @property
+    def overtaking(self) -> float | None:
+        """Share of its images after which its validation accuracy is what the rival's is at the end."""
+        mine, theirs = (curve(runs) for runs in (self.runs, self.rivals))
+        if not mine or not theirs:
+            return None
+        return next((number / len(mine) for number, top1 in enumerate(mine, 1) if top1 >= theirs[-1]), None)
+
+    def first(self, name: str) -> Any:
+        """A figure of the first run's summary."""
+        return self.runs[0].summary.get(name) if self.runs else None
+
+    def _spread(self, value: Callable[[Record], float]) -> Spread | None:
+        return Spread.of([value(run) for run in self.runs]) if self.runs else None
+
+
+def curve(runs: Sequence[Record]) -> list[float]:
+    """Mean validation accuracy after each epoch; nothing where it was not measured."""
+    columns = [run.epochs["val_top1"] for run in runs]
+    if not columns or any(None in column for column in columns):
+        return []
+    return [statistics.fmean(values) for values in zip(*columns, strict=True)]
+
+
+def outcomes(name: str, budget: float, records: Iterable[Record]) -> list[Outcome]:
+    """One for each trial of an experiment, whether it has records or not."""
+    found = of(records, name, budget)
+    return [
+        Outcome(trial, tuple(found.get(trial.label, ())), tuple(found.get(trial.against, ())))
+        for trial in experiment(name).trials
+    ]
+
+
+def published_gain(name: str, trial: Trial) -> float | None:
+    """Points of accuracy over the rival that others got."""
+    rival = next((other for other in experiment(name).trials if other.label == trial.against), None)
+    if rival is None or None in (trial.published, rival.published):
+        return None
+    return trial.published - rival.published

@@ -1,0 +1,156 @@
+"""An experiment done again: trains what is missing, keeps a record of each run, and shows what was published beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from smallvit import datasets, hardware
+from smallvit.comparison.contest import Entry
+from smallvit.comparison.rows import LONGEST
+from smallvit.comparison.standings import finished
+from smallvit.config import Config
+from smallvit.datasets.table import DATASETS
+from smallvit.errors import InputError
+from smallvit.options import flag
+from smallvit.reproduction import records, tables
+from smallvit.reproduction.experiments import Experiment, Trial, experiment, twins
+
+RECORDS = "records.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of an experiment is to be done, and where."""
+
+    name: str
+    budget: float
+    seeds: range
+    out: Path
+    labels: list[str]
+    """Of the trials that are wanted; all where there are none."""
+    flags: dict[str, Any]
+    """Options of the machine, and where the data lies."""
+    collection: Path | None = None
+    """A folder of records to which those of this experiment are added, and whose runs are not repeated."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """What its name stands for."""
+        return experiment(self.name)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Those that are wanted."""
+        return self.experiment.chosen(self.labels)
+
+    @property
+    def files(self) -> list[Path]:
+        """Where records go: into its own folder, and the collection."""
+        return [self.out / RECORDS, *([collected(self.collection, self.name)] if self.collection else [])]
+
+    def known(self) -> list[records.Record]:
+        """The records that are there."""
+        found = records.read(self.out / RECORDS)
+        return found + (records.gathered(self.collection) if self.collection else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A run of a trial."""
+
+    trial: Trial
+    entry: Entry
+
+
+def collected(collection: Path, name: str) -> Path:
+    """The file that a collection of records has for an experiment."""
+    return collection / f"{name}.jsonl"
+
+
+def reproduce(plan: Plan, console: Console) -> bool:
+    """Do an experiment, and print its table; returns whether all its runs are finished.
+
+    Raises:
+        InputError: no such experiment or trial, other data, or a folder that holds another run; nothing was trained.
+        KeyboardInterrupt: a signal ended a run, which is saved.
+        OSError: the records cannot be written.
+    """
+    hardware.pick_device(plan.flags.get("device", "auto"))
+    wanted, known = attempts(plan), plan.known()
+    missing = [attempt for attempt in wanted if not _is_known(attempt, plan, known)]
+    require_data(plan)
+    for attempt in {each.trial.label: each for each in missing if not each.entry.is_finished}.values():
+        if attempt.trial.teacher is None or Path(attempt.entry.options["teacher"]).exists():
+            attempt.entry.check()
+    for line in tables.announcement(plan.name, plan.budget):
+        console.print(line)
+    done = True
+    for number, attempt in enumerate(wanted, 1):
+        head = f"[{number}/{len(wanted)}] {attempt.trial.label}:"
+        if attempt not in missing:
+            console.print(f"{head} seed {attempt.entry.seed} is on record already")
+        elif attempt.entry.train(head, console):
+            _keep(attempt, plan)
+        else:
+            done = False
+    labels = [trial.label for trial in plan.trials]
+    for line in tables.terminal(plan.name, plan.budget, labels, plan.known(), console):
+        console.print(line)
+    return done
+
+
+def attempts(plan: Plan) -> list[Attempt]:
+    """Its runs: every trial's first seed, then every trial's second, ...; teachers before those they teach."""
+    return [Attempt(trial=trial, entry=_entry(plan, trial, seed)) for seed in plan.seeds for trial in plan.trials]
+
+
+def require_data(plan: Plan) -> None:
+    """Check that data given by its place has the experiment's classes.
+
+    Raises:
+        InputError: it has other ones.
+    """
+    wanted = DATASETS[plan.experiment.data].classes
+    dataset = datasets.load(Config.build(**plan.experiment.options(plan.budget) | plan.flags).data)
+    if (found := len(dataset.class_names)) != wanted:
+        name = plan.experiment.data
+        raise InputError(
+            f"{flag('data')} {plan.flags['data']}: has {found} classes, {name} has {wanted}; give {name} as a folder "
+            "of class folders, or use smallvit compare for other data"
+        )
+
+
+def _entry(plan: Plan, trial: Trial, seed: int) -> Entry:
+    row = trial.parsed()
+    options = row.given(plan.experiment.options(plan.budget) | plan.flags, row.recipe) | {"seed": seed}
+    if trial.teacher is not None:
+        options["teacher"] = str((plan.out / _folder(trial.teacher, seed)).resolve())
+    return Entry(row=row, seed=seed, folder=plan.out / _folder(trial.label, seed), recipe=row.recipe, options=options)
+
+
+def _folder(label: str, seed: int) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._+=,-]', '-', label)[:LONGEST]}-seed{seed}"
+
+
+def _is_known(attempt: Attempt, plan: Plan, known: Sequence[records.Record]) -> bool:
+    """Whether a record makes a run unnecessary: one whose folder is there is asked for it, as it may have to teach."""
+    names = twins(plan.name, attempt.trial)
+    teaches = any(trial.teacher == attempt.trial.label for trial in plan.trials)
+    return not teaches and any(
+        (each.experiment, each.row) in names and (each.seed, each.budget) == (attempt.entry.seed, plan.budget)
+        for each in known
+    )
+
+
+def _keep(attempt: Attempt, plan: Plan) -> None:
+    """Write a finished run's record."""
+    view = finished(attempt.entry.folder)
+    made = records.record(view, plan.name, attempt.trial.label, attempt.entry.seed, plan.budget)
+    for file in plan.files:
+        records.append(file, made)

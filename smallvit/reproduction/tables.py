@@ -1,0 +1,120 @@
+"""Tables of an experiment: in the terminal, and in Markdown. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from smallvit.reproduction.experiments import experiment
+from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
+from smallvit.reproduction.records import Record
+
+MISSING = "not yet measured"
+NONE = "–"
+WIDEST = 1000
+"""Columns of a table in the terminal."""
+
+
+def announcement(name: str, budget: float) -> list[str]:
+    """What an experiment is about, and how much of it a budget is."""
+    return [f"{name}: {experiment(name).title}", in_words(name, budget)]
+
+
+def in_words(name: str, budget: float) -> str:
+    """How long the training is at a budget."""
+    whole, length = experiment(name), experiment(name).length(budget)
+    part = length.get("train_fraction")
+    images = "all training images" if part is None else f"{part:.4g} of each class's training images"
+    told = f"{length['epochs']} passes over {images}"
+    if budget == 1:
+        return f"The whole experiment: {told}"
+    return (
+        f"Scaled down to a budget of {budget:g}: {told}, where the whole experiment has {whole.epochs}; "
+        "beside published figures it shows an order, not their level"
+    )
+
+
+def terminal(name: str, budget: float, labels: Sequence[str], records: Iterable[Record], console: Console) -> list:
+    """What to print in the end: the table of these trials, then how it came about."""
+    records = list(records)
+    shown = [outcome for outcome in outcomes(name, budget, records) if outcome.trial.label in labels]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    columns = [column for column in COLUMNS if column != "published" or any(o.trial.published for o in shown)]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for outcome in shown:
+        table.add_row(*(Text(COLUMNS[column](name, outcome)) for column in columns))
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
+    return ["", table, *(Text(line) for line in [in_words(name, budget), *notes(shown)])]
+
+
+def spread(value: Spread | None, form: str = ".2f") -> str:
+    """A mean and its deviation."""
+    return MISSING if value is None else format(value, form)
+
+
+def _gain(name: str, outcome: Outcome) -> str:
+    return NONE if outcome.gain is None else f"{outcome.gain:+.2f}"
+
+
+def _published(name: str, outcome: Outcome) -> str:
+    figure, gain = outcome.trial.published, published_gain(name, outcome.trial)
+    return NONE if figure is None else f"{figure:.2f}" + (f" ({gain:+.2f})" if gain is not None else "")
+
+
+def _number(figure: Callable[[Outcome], float | None], form: str = ",.0f") -> Callable[[str, Outcome], str]:
+    def cell(name: str, outcome: Outcome) -> str:
+        value = figure(outcome)
+        return NONE if value is None else format(value, form)
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[str, Outcome], str]] = {
+    "model": lambda name, outcome: outcome.trial.label,
+    "published": _published,
+    "test top-1 (%)": lambda name, outcome: spread(outcome.top1),
+    "seeds": lambda name, outcome: str(len(outcome.runs)),
+    "gain": _gain,
+    "parameters": _number(lambda outcome: outcome.first("parameters")),
+    "images seen": _number(lambda outcome: outcome.first("images_seen")),
+    "seconds": _number(lambda outcome: outcome.seconds and outcome.seconds.mean),
+    "images/s": _number(lambda outcome: outcome.rate and outcome.rate.mean),
+}
+"""A table's columns: title and cell."""
+SPEED: dict[str, Callable[[str, Outcome], str]] = {
+    "TFLOP/s": _number(lambda outcome: outcome.teraflops, ".3g"),
+    "of the peak": _number(lambda outcome: outcome.share_of_peak, ".1%"),
+    "overtakes after": _number(lambda outcome: outcome.overtaking, ".0%"),
+}
+"""More columns of a page."""
+
+
+def notes(shown: Sequence[Outcome]) -> list[str]:
+    """How the figures came about, a line each."""
+    runs = [run for outcome in shown for run in outcome.runs]
+    lines = ["Test top-1: mean ± standard deviation over seeds; gain: points over the model it is held against"]
+    if any(outcome.trial.published for outcome in shown):
+        sources = dict.fromkeys(outcome.trial.source for outcome in shown if outcome.trial.source)
+        lines.append(f"Published: {'; '.join(sources)}; in brackets its gain")
+    if runs:
+        machines = distinct(f"{run.summary['hardware']}, {run.summary['precision']}" for run in runs)
+        revisions = distinct(str(run.summary["git_revision"])[:12] for run in runs)
+        lines += [f"Hardware: {', '.join(machines)}", f"Revision: {', '.join(revisions)}"]
+    return lines
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Each once, in the order in which it comes."""
+    return list(dict.fromkeys(texts))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -215,6 +215,6 @@ def _literature() -> str:
         figures = [NONE if figure is None else f"{figure:.2f}" for figure in (each.cifar10, each.cifar100, each.tiny)]
         table.append([each.model, each.parameters, each.epochs, *figures, each.source])
     return (
-        "## What others published\n\nModels trained on the small data set alone; nothing here was measured by smallvit.\n\n"
-        f"{markdown(table)}\n"
+        "## What others published\n\n"
+        f"Models trained on the small data set alone; nothing here was measured by smallvit.\n\n{markdown(table)}\n"
     )

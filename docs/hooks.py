@@ -18,8 +18,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "build" / "package" / "smallvit"
 ROOMS = ("plugins", "datasets", "cli")
-README = "readme.md"
-"""Where the README is on the site."""
+PAGES = {"README.md": "readme.md", "RESULTS.md": "results.md"}
+"""Pages that lie beside docs/, and where they are on the site."""
 
 
 def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
@@ -36,16 +36,23 @@ def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> 
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README as a page, and what results/ holds as files."""
-    files.append(File.generated(config, README, content=(ROOT / "README.md").read_text()))
-    for path in sorted((ROOT / "results").iterdir()):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    """Add the pages beside docs/, and the records and pictures that results/ holds as files."""
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / name).read_text()))
+    for path in sorted((ROOT / "results").rglob("*.*")):
+        if path.suffix in (".jsonl", ".txt", ".png"):
+            place = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Have links lead to where things are on the site; what is not on it becomes plain text."""
-    if page.file.src_uri == README:
-        return re.sub(r"\]\(docs/", "](", markdown)
-    markdown = markdown.replace("](../README.md", f"]({README}").replace("](../results/", "](results/")
+    if page.file.src_uri in PAGES.values():
+        for name, place in PAGES.items():
+            markdown = markdown.replace(f"]({name}", f"]({place}")
+        return re.sub(r"\]\(docs/", "](", markdown).replace("](results)", "](results.md)")
+    for name, place in PAGES.items():
+        markdown = markdown.replace(f"](../{name}", f"]({place}")
+    markdown = markdown.replace("](../results/", "](results/")
     return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"`\1`", markdown)

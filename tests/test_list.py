@@ -80,7 +80,7 @@ def test_tables_name_all_there_is_or_what_fits(smallvit: Command, what: str, nam
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dta"], "expected one of archs, recipes, data, plugins, aug (did you mean 'data'?)"),
+        (["dta"], "expected one of archs, recipes, experiments, data, plugins, aug (did you mean 'data'?)"),
         (["archs", "vti"], "no name fits 'vti' (did you mean 'vit'?)"),
         (["archs", "deti_tiny_patch16_224"], "(did you mean 'deit_tiny_patch16_224'?)"),
         (["recipes", "x"], "no name fits 'x'"),

@@ -43,8 +43,8 @@ class Trial:
     """Label of the trial that this one is to improve on."""
 
     def parsed(self) -> rows.Row:
-        """Its row."""
-        return rows.parse(self.row)
+        """Its row, with its teacher by label: without one there is no distillation."""
+        return rows.parse(f"{self.row},teacher={self.teacher}" if self.teacher else self.row)
 
 
 @dataclass(frozen=True, kw_only=True)

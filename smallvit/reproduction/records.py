@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from smallvit import commands
@@ -24,7 +25,7 @@ from smallvit.watching import View
 
 EPOCHS = ("train_loss", "val_loss", "val_top1", "lr", "images_per_second", "seconds")
 """What is kept of each epoch."""
-PATHS = ("data", "init", "teacher", "data_dir")
+PATHS = ("data", "init", "teacher")
 """Options that may be paths, of which the last part is kept."""
 PRIVATE = ("out", "resume", "overwrite", "auto_resume", "device", "data_dir", "log", "checkpoint_minutes")
 """Options that say nothing about the model that came out."""
@@ -57,7 +58,7 @@ class Record:
 def record(view: View, experiment: str, row: str, seed: int, budget: float) -> Record:
     """What is to be kept of a finished run."""
     options = view.config.options()
-    config = {name: commands.portable(value) if name in PATHS else value for name, value in options.items()}
+    config = {name: commands.portable(value) if name in PATHS and value else value for name, value in options.items()}
     return Record(
         experiment=experiment,
         row=row,
@@ -68,6 +69,19 @@ def record(view: View, experiment: str, row: str, seed: int, budget: float) -> R
         summary=view.summary,
         epochs={name: [line[name] for line in view.history] for name in EPOCHS},
     )
+
+
+def require_writable(file: Path) -> None:
+    """Check that records can be added to a file, before anything is trained for them; makes its folder.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def append(file: Path, record: Record) -> bool:

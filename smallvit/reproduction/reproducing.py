@@ -20,6 +20,7 @@ from smallvit.errors import InputError
 from smallvit.options import flag
 from smallvit.reproduction import records, tables
 from smallvit.reproduction.experiments import Experiment, Trial, experiment, twins
+from smallvit.runs import Run
 
 RECORDS = "records.jsonl"
 
@@ -67,6 +68,11 @@ class Attempt:
     trial: Trial
     entry: Entry
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the model that is to teach it is trained, or none is to."""
+        return self.trial.teacher is None or (Path(self.entry.options["teacher"]) / Run.SUMMARY).exists()
+
 
 def collected(collection: Path, name: str) -> Path:
     """The file that a collection of records has for an experiment."""
@@ -77,17 +83,20 @@ def reproduce(plan: Plan, console: Console) -> bool:
     """Do an experiment, and print its table; returns whether all its runs are finished.
 
     Raises:
-        InputError: no such experiment or trial, other data, or a folder that holds another run; nothing was trained.
+        InputError: no such experiment or trial, other data, or a folder that holds another run or cannot be written
+            to; nothing was trained.
         KeyboardInterrupt: a signal ended a run, which is saved.
         OSError: the records cannot be written.
     """
     hardware.pick_device(plan.flags.get("device", "auto"))
     wanted, known = attempts(plan), plan.known()
-    missing = [attempt for attempt in wanted if not _is_known(attempt, plan, known)]
+    missing = _missing(wanted, plan, known)
     require_data(plan)
     for attempt in {each.trial.label: each for each in missing if not each.entry.is_finished}.values():
-        if attempt.trial.teacher is None or Path(attempt.entry.options["teacher"]).exists():
+        if attempt.has_teacher:
             attempt.entry.check()
+    for file in plan.files:
+        records.require_writable(file)
     for line in tables.announcement(plan.name, plan.budget):
         console.print(line)
     done = True
@@ -95,6 +104,9 @@ def reproduce(plan: Plan, console: Console) -> bool:
         head = f"[{number}/{len(wanted)}] {attempt.trial.label}:"
         if attempt not in missing:
             console.print(f"{head} seed {attempt.entry.seed} is on record already")
+        elif not attempt.has_teacher:
+            console.print(f"{head} seed {attempt.entry.seed} is left out, as {attempt.trial.teacher} failed")
+            done = False
         elif attempt.entry.train(head, console):
             _keep(attempt, plan)
         else:
@@ -138,11 +150,17 @@ def _folder(label: str, seed: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._+=,-]', '-', label)[:LONGEST]}-seed{seed}"
 
 
+def _missing(wanted: Sequence[Attempt], plan: Plan, known: Sequence[records.Record]) -> list[Attempt]:
+    """Those of which there is no record, and those that teach them: their folders are asked for."""
+    new = [attempt for attempt in wanted if not _is_known(attempt, plan, known)]
+    teachers = {(attempt.trial.teacher, attempt.entry.seed) for attempt in new}
+    return [each for each in wanted if each in new or (each.trial.label, each.entry.seed) in teachers]
+
+
 def _is_known(attempt: Attempt, plan: Plan, known: Sequence[records.Record]) -> bool:
-    """Whether a record makes a run unnecessary: one whose folder is there is asked for it, as it may have to teach."""
+    """Whether a run is on record."""
     names = twins(plan.name, attempt.trial)
-    teaches = any(trial.teacher == attempt.trial.label for trial in plan.trials)
-    return not teaches and any(
+    return any(
         (each.experiment, each.row) in names and (each.seed, each.budget) == (attempt.entry.seed, plan.budget)
         for each in known
     )

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The experiments that ask for a GPU, one after the other, those first whose figures are wanted most.
+#
+#   benchmarks/reproduce.sh OUT [MINUTES] [options of smallvit reproduce, such as --data DIR or --budget 0.01]
+#
+# OUT takes the runs' folders. After MINUTES the run at hand is saved and the script ends (exit code 124); started again,
+# here or on another machine to which OUT was brought, it goes on there. Records go to results/ and are not made twice.
+set -euo pipefail
+
+[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+out=$1
+shift
+minutes=""
+if [[ ${1-} =~ ^[0-9]+$ ]]; then
+    minutes=$1
+    shift
+fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+smallvit=${SMALLVIT:-smallvit}
+started=$SECONDS
+
+reproduce() { # NAME, then options
+    local limit=()
+    if [ -n "$minutes" ]; then
+        local left=$((minutes * 60 - (SECONDS - started)))
+        [ "$left" -gt 0 ] || exit 124
+        limit=(timeout --signal=TERM --kill-after=120 "$left")
+    fi
+    local code=0
+    ${limit[@]+"${limit[@]}"} "$smallvit" reproduce "$@" --out "$out/$1" --record "$root/results" ${more[@]+"${more[@]}"} || code=$?
+    [ "$code" -eq 0 ] || [ "$code" -eq 1 ] || exit "$code" # 1: a training failed, the others go on
+}
+
+more=("$@")
+plain_and_patched=(--rows vit --rows vit+spt+lsa)
+reproduce lee2021/cifar100 "${plain_and_patched[@]}" --seeds 1
+reproduce best/cifar100 --seeds 1
+reproduce lee2021/cifar100 "${plain_and_patched[@]}" --seeds 2
+for arch in swin pit cait; do
+    reproduce lee2021/cifar100 --rows "$arch" --rows "$arch+spt+lsa" --seeds 1
+done
+reproduce quick/cifar100
+reproduce lee2021/cifar100
+reproduce lee2021/ablation
+reproduce best/cifar100
+reproduce deit/cifar100

@@ -18,12 +18,12 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from smallvit.errors import InputError
 from smallvit.files import write_text
 from smallvit.reproduction import records as recorded
-from smallvit.reproduction.experiments import EXPERIMENTS
+from smallvit.reproduction.experiments import EXPERIMENTS, plain
 from smallvit.reproduction.literature import FROM_SCRATCH
 from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
 from smallvit.reproduction.plots import plot_learning, plot_speed
 from smallvit.reproduction.records import Record
-from smallvit.reproduction.tables import COLUMNS, NONE, SPEED, in_words, markdown, notes, spread
+from smallvit.reproduction.tables import COLUMNS, NONE, costs, distinct, in_words, machines, markdown, spread
 
 HEAD = """\
 # Results
@@ -36,6 +36,11 @@ Accuracies are test accuracies in per cent, mean ± standard deviation (n - 1) o
 run, with the weights that were best on validation images held out of the training images. Published figures are other
 people's, at their own length of training; their epoch is the one that is best on the test, where they took it so.
 """
+COSTS_SAID = (
+    "Seconds: of training, mean over seeds. TFLOP/s: of the model's matrix products, six for each of its "
+    "multiply-accumulates. Overtakes after: share of its images, and seconds, after which its validation accuracy is "
+    "what the model it is held against has in the end."
+)
 
 
 def write(results: Path, page: Path) -> None:
@@ -106,10 +111,12 @@ def _accuracies(name: str, shown: dict[float, list[Outcome]]) -> str:
 
 
 def _explained(name: str, shown: Sequence[Outcome], compared: bool) -> str:
-    rivals = dict.fromkeys(outcome.trial.against for outcome in shown if outcome.trial.against)
+    held = [outcome.trial for outcome in shown if outcome.trial.against]
     lines = ["In brackets behind a measured accuracy: seeds."]
-    if rivals:
-        lines.append(f"Gain: points of accuracy over {', '.join(rivals)}, seed by seed.")
+    if held:
+        rivals = ", ".join(distinct(trial.against for trial in held))
+        bare = all(trial.against == plain(trial.label) for trial in held)
+        lines.append(f"Gain: points of accuracy over {'the model without plugins' if bare else rivals}, seed by seed.")
     if compared:
         sources = dict.fromkeys(outcome.trial.source for outcome in shown if outcome.trial.source)
         lines.append(f"Published: {'; '.join(sources)}; in brackets its gain.")
@@ -119,28 +126,20 @@ def _explained(name: str, shown: Sequence[Outcome], compared: bool) -> str:
 def _costs(name: str, budget: float, shown: Sequence[Outcome], results: Path) -> str:
     """Length, speed and pictures at a budget."""
     measured = [outcome for outcome in shown if outcome.runs]
-    columns = {title: COLUMNS[title] for title in ("model", "parameters", "images seen", "seconds", "images/s")} | SPEED
-    if all(outcome.share_of_peak is None for outcome in measured):
-        columns.pop("of the peak")
-    rows = [list(columns), *([cell(name, outcome) for cell in columns.values()] for outcome in measured)]
     seeds = max(len(outcome.runs) for outcome in measured)
     scale = "" if budget == 1 else f" --budget {budget:g}"
-    told = [f"- {line}" for line in notes(measured) if line.startswith(("Hardware", "Revision"))]
+    pictures = {
+        picture(name, budget): "accuracy over images seen",
+        f"{picture(name, budget)}-speed": "accuracy and speed",
+    }
     lines = [
         f"### {name} at a budget of {budget:g}" if budget != 1 else f"### {name}, whole",
         f"{in_words(name, budget)}. `smallvit reproduce {name}{scale} --seeds {seeds}`",
-        markdown(rows),
-        "Seconds: of training, mean over seeds. TFLOP/s: of the model's matrix products, six for each of its "
-        "multiply-accumulates. Overtakes after: share of its images after which its validation accuracy is what the "
-        "model it is held against has in the end.",
-        "\n".join(told),
+        costs(name, measured),
+        COSTS_SAID,
+        "\n".join(f"- {line}" for line in machines(measured)),
     ]
-    for stem, what in (
-        (picture(name, budget), "accuracy over images seen"),
-        (f"{picture(name, budget)}-speed", "accuracy and speed"),
-    ):
-        if (results / f"{stem}.png").is_file():
-            lines.append(f"![{name}: {what}](results/{stem}.png)")
+    lines += [f"![{name}: {what}](results/{stem}.png)" for stem, what in pictures.items()] * (len(measured) > 1)
     return "\n\n".join(lines)
 
 

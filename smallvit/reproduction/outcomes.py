@@ -50,6 +50,12 @@ class Outcome:
         return self._spread(lambda run: run.top1)
 
     @property
+    def val_top1(self) -> Spread | None:
+        """Accuracy on validation images, by which the epoch was chosen; nothing where there were none."""
+        known = all(run.summary["val_top1"] is not None for run in self.runs)
+        return self._spread(lambda run: run.summary["val_top1"]) if known else None
+
+    @property
     def gain(self) -> Spread | None:
         """Points of accuracy over the rival, seed by seed."""
         rivals = {run.seed: run.top1 for run in self.rivals}

@@ -43,7 +43,7 @@ def terminal(name: str, budget: float, labels: Sequence[str], records: Iterable[
     records = list(records)
     shown = [outcome for outcome in outcomes(name, budget, records) if outcome.trial.label in labels]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    columns = [column for column in COLUMNS if column != "published" or any(o.trial.published for o in shown)]
+    columns = [column for column in TERMINAL if column != "published" or any(o.trial.published for o in shown)]
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for outcome in shown:
@@ -74,38 +74,59 @@ def _number(figure: Callable[[Outcome], float | None], form: str = ",.0f") -> Ca
     return cell
 
 
+def _overtaking(name: str, outcome: Outcome) -> str:
+    share = outcome.overtaking
+    return NONE if share is None else f"{share:.0%}, {share * outcome.seconds.mean:,.0f} s"
+
+
 COLUMNS: dict[str, Callable[[str, Outcome], str]] = {
     "model": lambda name, outcome: outcome.trial.label,
     "published": _published,
     "test top-1 (%)": lambda name, outcome: spread(outcome.top1),
+    "validation (%)": lambda name, outcome: NONE if outcome.val_top1 is None else spread(outcome.val_top1),
     "seeds": lambda name, outcome: str(len(outcome.runs)),
     "gain": _gain,
     "parameters": _number(lambda outcome: outcome.first("parameters")),
     "images seen": _number(lambda outcome: outcome.first("images_seen")),
     "seconds": _number(lambda outcome: outcome.seconds and outcome.seconds.mean),
     "images/s": _number(lambda outcome: outcome.rate and outcome.rate.mean),
-}
-"""A table's columns: title and cell."""
-SPEED: dict[str, Callable[[str, Outcome], str]] = {
     "TFLOP/s": _number(lambda outcome: outcome.teraflops, ".3g"),
     "of the peak": _number(lambda outcome: outcome.share_of_peak, ".1%"),
-    "overtakes after": _number(lambda outcome: outcome.overtaking, ".0%"),
+    "overtakes after": _overtaking,
 }
-"""More columns of a page."""
+"""What a table can say of an outcome: title and cell."""
+TERMINAL = ("model", "published", "test top-1 (%)", "seeds", "gain", "parameters", "images seen", "seconds", "images/s")
+COSTS = (
+    *("model", "validation (%)", "parameters", "images seen", "seconds", "images/s"),
+    *("TFLOP/s", "of the peak", "overtakes after"),
+)
+
+
+def costs(name: str, measured: Sequence[Outcome]) -> str:
+    """What models cost at a budget, in Markdown."""
+    known = any(outcome.share_of_peak is not None for outcome in measured)
+    columns = [column for column in COSTS if known or column != "of the peak"]
+    return markdown([columns, *([COLUMNS[column](name, outcome) for column in columns] for outcome in measured)])
 
 
 def notes(shown: Sequence[Outcome]) -> list[str]:
     """How the figures came about, a line each."""
-    runs = [run for outcome in shown for run in outcome.runs]
     lines = ["Test top-1: mean ± standard deviation over seeds; gain: points over the model it is held against"]
     if any(outcome.trial.published for outcome in shown):
-        sources = dict.fromkeys(outcome.trial.source for outcome in shown if outcome.trial.source)
+        sources = distinct(outcome.trial.source for outcome in shown if outcome.trial.source)
         lines.append(f"Published: {'; '.join(sources)}; in brackets its gain")
-    if runs:
-        machines = distinct(f"{run.summary['hardware']}, {run.summary['precision']}" for run in runs)
-        revisions = distinct(str(run.summary["git_revision"])[:12] for run in runs)
-        lines += [f"Hardware: {', '.join(machines)}", f"Revision: {', '.join(revisions)}"]
-    return lines
+    return lines + machines(shown)
+
+
+def machines(shown: Sequence[Outcome]) -> list[str]:
+    """On what it was measured, and with which code."""
+    runs = [run for outcome in shown for run in outcome.runs]
+    if not runs:
+        return []
+    hardware = distinct(f"{run.summary['hardware']}, {run.summary['precision']}" for run in runs)
+    versions = distinct(", ".join(" ".join(item) for item in run.summary["versions"].items()) for run in runs)
+    revisions = distinct(str(run.summary["git_revision"])[:12] for run in runs)
+    return [f"Hardware: {'; '.join(hardware)}", f"Versions: {'; '.join(versions)}", f"Revision: {', '.join(revisions)}"]
 
 
 def distinct(texts: Iterable[str]) -> list[str]:

@@ -4,10 +4,11 @@
 #   benchmarks/reproduce.sh OUT [MINUTES] [options of smallvit reproduce, such as --data DIR or --budget 0.01]
 #
 # OUT takes the runs' folders. After MINUTES the run at hand is saved and the script ends (exit code 124); started again,
-# here or on another machine to which OUT was brought, it goes on there. Records go to results/ and are not made twice.
+# here or on another machine where OUT and the images lie at the same places, it goes on there. Records go to results/
+# and are not made twice.
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1
 shift
 minutes=""

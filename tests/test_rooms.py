@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ TORCHLESS = (
     *(f"smallvit/judgement/{name}.py" for name in ("chance", "pictures", "verdict")),
     *(f"smallvit/pages/{name}.py" for name in ("page", "dossier", "telling", "charts", "drawings", "illustrations")),
     *(f"smallvit/comparison/{name}.py" for name in ("rows", "standings", "scatter")),
+    *(f"smallvit/reproduction/{name}.py" for name in ("experiments", "literature", "records", "outcomes")),
+    *(f"smallvit/reproduction/{name}.py" for name in ("tables", "plots", "document")),
     *(f"smallvit/costs/{name}.py" for name in ("loglog", "tables")),
 )
 """What reads records and draws, and what must be there at once."""
@@ -67,3 +70,10 @@ def test_what_is_to_need_no_torch_is_there() -> None:
 def test_the_heart_is_imported_by_its_own_names_only() -> None:
     for path in FILES:
         assert not {"plugins", "datasets", "cli"} & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_the_wheel_has_every_package() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {f"smallvit.{path.parent.name}" for path in (ROOT / "smallvit").glob("*/__init__.py")}
+    rooms = {"smallvit", "smallvit.plugins", "smallvit.datasets", "smallvit.cli"}
+    assert {*packages} == folders | rooms

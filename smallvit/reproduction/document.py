@@ -152,7 +152,7 @@ def filled(note: Path, name: str, found: Sequence[Record]) -> str:
     try:
         template = Environment(undefined=StrictUndefined, autoescape=False).from_string(note.read_text())
         return template.render(figures(name, found)).strip()
-    except (TemplateError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (TemplateError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{note}: {type(error).__name__}: {error}") from None
 
 
@@ -162,7 +162,7 @@ def figures(name: str, found: Sequence[Record]) -> dict[str, Callable[..., str]]
     def outcome(label: str, experiment: str | None = None, budget: float | None = None) -> Outcome:
         where = experiment or name
         at = recorded.budgets(found, where)[0] if budget is None else budget
-        return next(each for each in outcomes(where, at, found) if each.trial.label == label)
+        return {each.trial.label: each for each in outcomes(where, at, found)}[label]
 
     return {
         "top1": lambda label, **where: spread(outcome(label, **where).top1),

@@ -52,8 +52,8 @@ class Plan:
 
     @property
     def files(self) -> list[Path]:
-        """Where records go: into its own folder, and the collection."""
-        return [self.out / RECORDS, *([collected(self.collection, self.name)] if self.collection else [])]
+        """Where records go: into the collection, and its own folder."""
+        return [*([collected(self.collection, self.name)] if self.collection else []), self.out / RECORDS]
 
     def known(self) -> list[records.Record]:
         """The records that are there."""
@@ -88,33 +88,50 @@ def reproduce(plan: Plan, console: Console) -> bool:
         KeyboardInterrupt: a signal ended a run, which is saved.
         OSError: the records cannot be written.
     """
+    wanted = attempts(plan)
+    missing = _missing(wanted, plan, plan.known())
+    if missing:
+        require_possible(plan, missing)
+    _collect(wanted, plan)
+    for line in tables.announcement(plan.name, plan.budget):
+        console.print(line)
+    done = []
+    for number, each in enumerate(wanted, 1):
+        done.append(_attempt(each, f"[{number}/{len(wanted)}]", each in missing, plan, console))
+    labels = [trial.label for trial in plan.trials]
+    for line in tables.terminal(plan.name, plan.budget, labels, plan.known(), console):
+        console.print(line)
+    return all(done)
+
+
+def require_possible(plan: Plan, missing: Sequence[Attempt]) -> None:
+    """Check all that a person could have got wrong, before anything is trained.
+
+    Raises:
+        InputError: no such device, other data, a folder that holds another run, or records that cannot be written.
+    """
     hardware.pick_device(plan.flags.get("device", "auto"))
-    wanted, known = attempts(plan), plan.known()
-    missing = _missing(wanted, plan, known)
     require_data(plan)
     for attempt in {each.trial.label: each for each in missing if not each.entry.is_finished}.values():
         if attempt.has_teacher:
             attempt.entry.check()
     for file in plan.files:
         records.require_writable(file)
-    for line in tables.announcement(plan.name, plan.budget):
-        console.print(line)
-    done = True
-    for number, attempt in enumerate(wanted, 1):
-        head = f"[{number}/{len(wanted)}] {attempt.trial.label}:"
-        if attempt not in missing:
-            console.print(f"{head} seed {attempt.entry.seed} is on record already")
-        elif not attempt.has_teacher:
-            console.print(f"{head} seed {attempt.entry.seed} is left out, as {attempt.trial.teacher} failed")
-            done = False
-        elif attempt.entry.train(head, console):
-            _keep(attempt, plan)
-        else:
-            done = False
-    labels = [trial.label for trial in plan.trials]
-    for line in tables.terminal(plan.name, plan.budget, labels, plan.known(), console):
-        console.print(line)
-    return done
+
+
+def _attempt(attempt: Attempt, head: str, missing: bool, plan: Plan, console: Console) -> bool:
+    """Do a run that is missing, and keep its record; returns whether it is finished."""
+    head = f"{head} {attempt.trial.label}:"
+    if not missing:
+        console.print(f"{head} seed {attempt.entry.seed} is on record already")
+        return True
+    if not attempt.has_teacher:
+        console.print(f"{head} seed {attempt.entry.seed} is left out, as {attempt.trial.teacher} failed")
+        return False
+    if not attempt.entry.train(head, console):
+        return False
+    _keep(attempt, plan)
+    return True
 
 
 def attempts(plan: Plan) -> list[Attempt]:
@@ -172,3 +189,13 @@ def _keep(attempt: Attempt, plan: Plan) -> None:
     made = records.record(view, plan.name, attempt.trial.label, attempt.entry.seed, plan.budget)
     for file in plan.files:
         records.append(file, made)
+
+
+def _collect(wanted: Sequence[Attempt], plan: Plan) -> None:
+    """Add to the collection what the experiment's own folder has on record of these runs, made without it."""
+    if plan.collection is None:
+        return
+    asked = {(plan.name, each.trial.label, each.entry.seed, plan.budget) for each in wanted}
+    for made in records.read(plan.out / RECORDS):
+        if made.identity in asked:
+            records.append(collected(plan.collection, plan.name), made)

@@ -1,0 +1,718 @@
+"""Experiments done again: their size at a budget, what is trained and kept of it, and whether figures add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smallvit import Config, InputError, TrainingError, commands, engine
+from smallvit.cli import main
+from smallvit.cli.options import options_parser, parsed
+from smallvit.comparison import apart
+from smallvit.interrupt import Interrupted
+from smallvit.reproduction import experiments, records
+from smallvit.reproduction.experiments import EXPERIMENTS, Experiment, Trial, twins
+from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
+from smallvit.reproduction.records import Record
+from smallvit.runs import Run
+
+Command = Callable[..., tuple[int, str, str]]
+
+NAME, BUDGET = "lee2021/digits", "0.004"  # 2 passes over a fifth of the images
+ROWS = ("--rows", "vit", "--rows", "vit+spt+lsa")
+TRIALS = [(name, trial) for name, each in EXPERIMENTS.items() for trial in each.trials]
+BUDGETS = (1.0, 0.9, 0.5, 0.333, 0.1, 0.095, 0.05, 0.034, 0.01, 0.003, 1e-3)
+
+PARSER = options_parser("smallvit train", "")
+
+# Lee, Lee, Song 2021: CIFAR-10, CIFAR-100, SVHN, Tiny-ImageNet, plain and with both plugins
+PAPER = {
+    "vit": ((93.58, 73.81, 97.82, 57.07), (94.53, 76.92, 97.79, 61.07)),
+    "swin": ((94.46, 76.87, 97.72, 60.87), (95.93, 79.99, 97.92, 64.95)),
+    "pit": ((94.24, 74.99, 97.83, 60.25), (95.88, 79.00, 97.93, 62.91)),
+    "cait": ((94.91, 76.89, 98.13, 64.37), (95.81, 80.32, 98.28, 67.18)),
+    "t2t": ((95.30, 77.00, 97.90, 60.57), (95.57, 77.36, 97.91, 61.83)),
+}
+# Gani et al. 2022, in the same order
+CNNS = {
+    "resnet56": (94.65, 74.44, 97.61, 56.51),
+    "resnet110": (95.27, 76.18, 97.82, 59.77),
+    "efficientnet_b0": (88.38, 61.64, 96.06, 55.48),
+    "resnet18": (90.44, 64.49, 96.78, 53.32),
+}
+# The same paper's ablation of ViT: CIFAR-100, Tiny-ImageNet
+PARTS = {
+    "vit": (73.81, 57.07),
+    "vit+temperature": (74.35, 57.95),
+    "vit+mask": (74.34, 58.29),
+    "vit+lsa": (74.87, 58.50),
+    "vit+spt": (76.29, 60.67),
+    "vit+spt+lsa": (76.92, 61.07),
+    "resnet56": (74.44, 56.51),
+}
+
+
+@dataclass
+class Trainer:
+    """What `apart.train` does, in this process: quicker by the imports."""
+
+    names: list[str] = field(default_factory=list)
+    """Of the folders that were trained in."""
+    failing: set[str] = field(default_factory=set)
+    """Of those whose training ends early and badly, after a first epoch."""
+    interrupting: dict[str, AbstractContextManager[None]] = field(default_factory=dict)
+    """By name, those that a signal ends."""
+
+    def __call__(self, options: dict[str, Any], folder: Path) -> int:
+        self.names.append(folder.name)
+        config = Config.build(**options, out=str(folder), auto_resume=True)
+        if folder.name in self.interrupting:
+            with self.interrupting.pop(folder.name):
+                engine.train(config)
+            raise Interrupted(signal.SIGINT)
+        try:
+            engine.train(config)
+        except (TrainingError, InputError):
+            return 1
+        if folder.name in self.failing:
+            (folder / Run.SUMMARY).unlink()
+        return int(folder.name in self.failing)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "LEAST_EPOCHS", 2)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    trainer = Trainer()
+    monkeypatch.setattr(apart, "train", trainer)
+    return trainer
+
+
+def reproduce(*arguments: object) -> int:
+    return main(["reproduce", *map(str, arguments)])
+
+
+@dataclass(frozen=True)
+class Done:
+    """Two rows of two seeds, and what was printed."""
+
+    out: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out, text = tmp_path_factory.mktemp("reproduced") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
+        patch.setattr(apart, "train", Trainer())
+        patch.setattr(experiments, "LEAST_EPOCHS", 2)
+        patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
+        assert reproduce(NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", out) == 0
+    return Done(out, text.getvalue())
+
+
+@pytest.fixture
+def mine(done: Done, tmp_path: Path) -> Path:
+    """A copy of these runs."""
+    return Path(shutil.copytree(done.out, tmp_path / "mine"))
+
+
+def summaries(out: Path, label: str, seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
+    return [json.loads((out / f"{label}-seed{seed}" / Run.SUMMARY).read_text()) for seed in seeds]
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    """The cells of the table that was printed, by model and title."""
+    printed = re.split(r"\n(?:Scaled down|The whole)", text[text.rindex("\nmodel ") :].strip())[0]
+    titles, _, *rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+
+
+def made(row: str = "vit", seed: int = 0, top1: float = 90.0, **changes: Any) -> Record:
+    """A record by hand."""
+    summary = {
+        "test_top1": top1,
+        "train_seconds": 100.0,
+        "images_per_second": 1000.0,
+        "parameters": 450_346,
+        "macs": 7_860_288,
+        "images_seen": 129_800,
+        "hardware": "a machine",
+        "precision": "bf16",
+        "git_revision": "0123456789abcdef",
+    }
+    val = changes.pop("val_top1", [50.0, 80.0])
+    named = {name: changes.pop(name) for name in ("experiment", "budget") if name in changes}
+    epochs = {name: [0.0] * len(val) for name in records.EPOCHS} | {"val_top1": val}
+    return Record(
+        **({"experiment": NAME, "budget": 1.0} | named),
+        row=row,
+        seed=seed,
+        command=f"smallvit train --arch {row} --seed {seed}",
+        config={"arch": row, "seed": seed},
+        summary=summary | changes,
+        epochs=epochs,
+    )
+
+
+def configured(command: str) -> Config:
+    """What a command of smallvit train asks for."""
+    assert command.startswith("smallvit train ")
+    return Config.build(**parsed(PARSER, shlex.split(command)[2:]))
+
+
+# Size
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_budget_is_its_share_of_the_images_that_are_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "LEAST_EPOCHS", 10)
+    each = EXPERIMENTS[name]
+    least, whole = min(10, each.epochs), each.flags.get("train_fraction", 1.0)
+    for budget in BUDGETS:
+        options = each.options(budget)
+        epochs, part = options["epochs"], options.get("train_fraction", 1.0)
+        assert least <= epochs <= each.epochs, budget
+        assert part == whole or epochs == least, f"{budget}: images are spared only where epochs no longer can be"
+        rounding = 0.5 * whole if part == whole else epochs * 0.5e-6
+        assert epochs * part == pytest.approx(each.epochs * whole * budget, abs=rounding + 1e-12), budget
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_whole_experiment_takes_all_images_that_it_has(name: str) -> None:
+    each = EXPERIMENTS[name]
+    assert each.options(1.0) == each.flags | {"data": each.data, "epochs": each.epochs}
+
+
+# Rows
+
+
+def options_of(name: str, trial: Trial, budget: float) -> dict[str, Any]:
+    row = trial.parsed()
+    options = row.given(EXPERIMENTS[name].options(budget), row.recipe)
+    return options | ({"teacher": f"runs/{trial.teacher}-seed0"} if trial.teacher else {})
+
+
+@pytest.mark.parametrize(("name", "trial"), TRIALS, ids=[f"{name}:{trial.label}" for name, trial in TRIALS])
+def test_every_trial_is_a_configuration_and_its_command_gives_it_back(name: str, trial: Trial) -> None:
+    for budget in (1.0, 0.01):
+        config = Config.build(**options_of(name, trial, budget))
+        assert config.data.data == EXPERIMENTS[name].data
+        assert config.optim.epochs == EXPERIMENTS[name].options(budget)["epochs"]
+        assert (config.distill.teacher is not None) == (trial.teacher is not None)
+    command = commands.training(config, records.PRIVATE, in_place=False)
+    assert configured(command).options() == config.options()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_labels_are_unique_and_teachers_come_before_their_pupils(name: str) -> None:
+    trials = EXPERIMENTS[name].trials
+    labels = [trial.label for trial in trials]
+    assert len(set(labels)) == len(labels)
+    for place, trial in enumerate(trials):
+        assert trial.against is None or trial.against in labels
+        assert trial.against != trial.label
+        assert trial.teacher is None or trial.teacher in labels[:place]
+        assert (trial.published is None) == (trial.source is None)
+
+
+def test_published_figures_are_those_of_the_papers() -> None:
+    def published(name: str) -> dict[str, float | None]:
+        return {trial.label: trial.published for trial in EXPERIMENTS[name].trials}
+
+    for column, data in enumerate(("cifar10", "cifar100", "svhn", "tiny-imagenet")):
+        plain, both = ({arch: rows[plugins][column] for arch, rows in PAPER.items()} for plugins in (0, 1))
+        cnns = {name: figures[column] for name, figures in CNNS.items()}
+        assert published(f"lee2021/{data}") == plain | {f"{arch}+spt+lsa": top1 for arch, top1 in both.items()} | cnns
+    for column, name in enumerate(("lee2021/ablation", "lee2021/ablation-tiny-imagenet")):
+        assert published(name) == {label: figures[column] for label, figures in PARTS.items()}
+    taught = published("deit/cifar100")
+    assert (taught["deit_tiny_patch16_224"], taught["deit_small_patch16_224"]) == (67.52, 69.78)
+    assert not any(published(NAME).values())
+
+
+def test_published_gains_are_differences_of_published_figures() -> None:
+    for arch, (plain, both) in PAPER.items():
+        for trial in EXPERIMENTS["lee2021/cifar100"].trials:
+            if trial.label == f"{arch}+spt+lsa":
+                assert published_gain("lee2021/cifar100", trial) == pytest.approx(both[1] - plain[1])
+            elif trial.label == arch:
+                assert published_gain("lee2021/cifar100", trial) is None
+
+
+def trial_of(name: str, label: str) -> Trial:
+    return next(trial for trial in EXPERIMENTS[name].trials if trial.label == label)
+
+
+def test_the_same_runs_in_two_experiments_are_twins() -> None:
+    found = twins("lee2021/ablation", trial_of("lee2021/ablation", "vit"))
+    assert {("lee2021/ablation", "vit"), ("lee2021/cifar100", "vit")} <= found
+    small = twins("best/ablation", trial_of("best/ablation", "paper"))
+    assert not small & (found | twins("lee2021/cifar100", trial_of("lee2021/cifar100", "vit+spt+lsa")))
+    assert not any(name == "lee2021/ablation-tiny-imagenet" for name, _ in found)
+
+
+def test_a_twins_record_counts_once() -> None:
+    twin, own = made(experiment="lee2021/cifar100", top1=70.0), made(experiment="lee2021/ablation", top1=71.0)
+    other = made(experiment="lee2021/cifar100", budget=0.5)
+    assert records.of([twin, other], "lee2021/ablation", 1.0) == {"vit": [twin]}
+    found = records.of([twin, own], "lee2021/ablation", 1.0)
+    assert [len(runs) for runs in found.values()] == [1]
+    assert records.budgets([twin, other], "lee2021/ablation") == [1.0, 0.5]
+    assert records.budgets([twin], "best/ablation") == []
+
+
+# Records
+
+
+def test_a_record_is_read_as_it_was_written_and_no_second_time(tmp_path: Path) -> None:
+    file, kept = tmp_path / "deep" / "er.jsonl", made(top1=1 / 3)
+    assert records.read(file) == []
+    assert records.append(file, kept)
+    assert records.read(file) == [kept]
+    before = file.read_bytes()
+    assert not records.append(file, made(top1=55.0))
+    assert file.read_bytes() == before
+    others = [made(seed=1), made("vit+spt+lsa"), made(budget=0.5), made(experiment="lee2021/cifar100")]
+    assert all(records.append(file, other) for other in others)
+    assert records.read(file) == [kept, *others]
+    assert file.read_bytes().startswith(before)
+
+
+def test_a_last_line_without_its_end_is_not_written_on(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    records.append(file, made())
+    file.write_text(file.read_text().rstrip("\n"))
+    assert records.append(file, made(seed=1))
+    assert records.read(file) == [made(), made(seed=1)]
+    assert file.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "3", "", '{"experiment": "x"}', "null", '"text"'])
+def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "records.jsonl"
+    records.append(file, made())
+    file.write_text(file.read_text() + damage + "\n")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(file))}, line 2: no record of a run; remove the line$"):
+        records.read(file)
+    with pytest.raises(InputError, match="line 2"):
+        records.append(file, made(seed=1))
+
+
+@pytest.mark.parametrize(
+    "lacking", [{"summary": None}, {"summary": {}}, {"summary": {"test_top1": None}}, {"more": 1}], ids=str
+)
+def test_a_record_without_an_accuracy_is_none(tmp_path: Path, lacking: dict[str, Any]) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(vars(made()) | lacking) + "\n")
+    with pytest.raises(InputError, match="line 1: no record"):
+        records.read(file)
+
+
+def test_a_collection_is_read_file_by_file(tmp_path: Path) -> None:
+    for name, seed in (("b/one", 0), ("a/two", 1)):
+        records.append(tmp_path / f"{name}.jsonl", made(seed=seed))
+    (tmp_path / "beside.jsonl").write_text("of another form\n")
+    assert [each.seed for each in records.gathered(tmp_path)] == [1, 0]
+
+
+@pytest.fixture
+def ten_classes(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Path:
+    for number in range(10):
+        write_images(tmp_path / "photos" / f"class{number}", 12, 20 * number + 20)
+    return tmp_path / "photos"
+
+
+def test_a_record_holds_no_place_and_its_command_is_the_run(smallvit: Command, trained: Trainer, ten_classes: Path):
+    arguments = (NAME, "--rows", "vit", "--seeds", 1, "--seed", 3, "--data", "photos", "--data-dir", ten_classes.parent)
+    code, _, _ = smallvit("reproduce", *arguments, "--budget", "0.02", "--out", "out")
+    assert code == 0
+    (kept,) = records.read(Path("out") / "records.jsonl")
+    assert kept.identity == (NAME, "vit", 3, 0.02)
+    written = json.dumps(vars(kept))
+    assert str(ten_classes.parent) not in written
+    assert not re.search(r'[" =]/\w', written)
+    config = json.loads((Path("out") / "vit-seed3" / Run.CONFIG).read_text())
+    assert config["data"] == str(ten_classes)
+    assert kept.config["data"] == "photos"
+    assert {name for name in kept.config if kept.config[name] != config[name]} == {"data"}
+    again = configured(kept.command).options()
+    assert {name: again[name] for name in kept.config} == kept.config
+    lines = [json.loads(line) for line in (Path("out") / "vit-seed3" / Run.METRICS).read_text().splitlines()]
+    assert kept.epochs == {name: [line[name] for line in lines] for name in records.EPOCHS}
+
+
+# From the command line
+
+
+def test_the_table_is_what_the_summaries_say(done: Done) -> None:
+    plain, both = (summaries(done.out, label) for label in ("vit", "vit+spt+lsa"))
+    gains = [mine["test_top1"] - theirs["test_top1"] for mine, theirs in zip(both, plain, strict=True)]
+    found = table(done.text)
+    assert list(found) == ["vit", "vit+spt+lsa"]
+    for label, runs, gain in (
+        ("vit", plain, "–"),
+        ("vit+spt+lsa", both, f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}"),
+    ):
+        top1, rates, seconds = (
+            [run[name] for run in runs] for name in ("test_top1", "images_per_second", "train_seconds")
+        )
+        assert found[label] == {
+            "model": label,
+            "test top-1 (%)": f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}",
+            "seeds": "2",
+            "gain": gain,
+            "parameters": f"{runs[0]['parameters']:,}",
+            "images seen": f"{runs[0]['images_seen']:,}",
+            "seconds": f"{statistics.mean(seconds):,.0f}",
+            "images/s": f"{statistics.mean(rates):,.0f}",
+        }
+
+
+def test_a_record_is_kept_of_every_run(done: Done) -> None:
+    found = records.read(done.out / "records.jsonl")
+    runs = [(label, seed) for seed in (0, 1) for label in ("vit", "vit+spt+lsa")]
+    assert [each.identity for each in found] == [(NAME, label, seed, float(BUDGET)) for label, seed in runs]
+    for each, (label, seed) in zip(found, runs, strict=True):
+        (summary,) = summaries(done.out, label, (seed,))
+        assert {name: each.summary[name] for name in summary} == summary
+        assert (each.config["epochs"], each.config["train_fraction"], each.config["teacher"]) == (2, 0.2, None)
+
+
+def test_the_same_command_trains_nothing_and_shows_the_same(
+    smallvit: Command, trained: Trainer, done: Done, mine: Path
+) -> None:
+    before = (mine / "records.jsonl").read_bytes()
+    code, out, _ = smallvit("reproduce", NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", mine)
+    assert code == 0
+    assert not trained.names
+    assert out[out.rindex("\nmodel ") :] == done.text[done.text.rindex("\nmodel ") :]
+    assert (mine / "records.jsonl").read_bytes() == before
+
+
+def test_runs_that_lost_their_records_get_them_again(smallvit: Command, trained: Trainer, mine: Path) -> None:
+    wanted = sorted((mine / "records.jsonl").read_text().splitlines())
+    (mine / "records.jsonl").unlink()
+    code, out, _ = smallvit("reproduce", NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", mine)
+    assert code == 0
+    assert out.count("there already") == len(trained.names) + 4
+    assert sorted((mine / "records.jsonl").read_text().splitlines()) == wanted
+
+
+def test_a_collection_takes_what_is_there_and_spares_the_training(
+    smallvit: Command, trained: Trainer, done: Done, mine: Path
+) -> None:
+    arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--record", "kept")
+    assert smallvit("reproduce", *arguments, "--out", mine)[0] == 0
+    file = Path("kept") / f"{NAME}.jsonl"
+    assert records.read(file) == records.read(mine / "records.jsonl")
+    before = file.read_bytes()
+    code, out, _ = smallvit("reproduce", *arguments, "--out", "elsewhere")
+    assert code == 0
+    assert out.count("is on record already") == 4
+    assert table(out) == table(done.text)
+    assert not trained.names
+    assert file.read_bytes() == before
+    assert not Path("elsewhere").exists()
+
+
+def test_new_runs_go_into_the_collection_too(smallvit: Command, trained: Trainer) -> None:
+    arguments = (NAME, "--budget", BUDGET, "--rows", "vit", "--record", "kept", "--out", "out", "--seeds")
+    for seeds in (1, 2):
+        assert smallvit("reproduce", *arguments, seeds)[0] == 0
+        assert len(records.read(Path("kept") / f"{NAME}.jsonl")) == seeds
+    assert trained.names == ["vit-seed0", "vit-seed1"]
+    assert records.gathered(Path("kept")) == records.read(Path("out") / "records.jsonl")
+
+
+def test_an_interrupted_run_is_gone_on_with(
+    smallvit: Command,
+    trained: Trainer,
+    done: Done,
+    mine: Path,
+    interrupted: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    kept = (mine / "records.jsonl").read_text().splitlines(keepends=True)
+    (mine / "records.jsonl").write_text("".join(kept[:1]))
+    for folder in ("vit-seed1", "vit+spt+lsa-seed0", "vit+spt+lsa-seed1"):
+        shutil.rmtree(mine / folder)
+    arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", mine)
+    trained.interrupting["vit-seed1"] = interrupted(5)
+    code, out, err = smallvit("reproduce", *arguments)
+    assert (code, err.splitlines()[-1]) == (130, "interrupted; the same command goes on")
+    assert trained.names == ["vit+spt+lsa-seed0", "vit-seed1"]
+    assert "[4/4]" not in out
+    assert not (mine / "vit-seed1" / Run.SUMMARY).exists()
+    assert len(records.read(mine / "records.jsonl")) == 2
+
+    code, out, _ = smallvit("reproduce", *arguments)
+    assert code == 0
+    assert "goes on in" in out
+    assert trained.names[2:] == ["vit-seed1", "vit+spt+lsa-seed1"]
+    assert len(records.read(mine / "records.jsonl")) == 4
+    for name in (Run.BEST, Run.LAST):
+        assert (mine / "vit-seed1" / name).read_bytes() == (done.out / "vit-seed1" / name).read_bytes()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(smallvit: Command, trained: Trainer, done: Done, mine: Path) -> None:
+    kept = (mine / "records.jsonl").read_text().splitlines(keepends=True)
+    (mine / "records.jsonl").write_text("".join(kept[:2]))
+    shutil.rmtree(mine / "vit-seed1")
+    shutil.rmtree(mine / "vit+spt+lsa-seed1")
+    trained.failing.add("vit-seed1")
+    code, out, _ = smallvit("reproduce", NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", mine)
+    assert code == 1
+    assert "failed (exit code 1)" in out
+    assert trained.names == ["vit-seed1", "vit+spt+lsa-seed1"]
+    found, whole = table(out), table(done.text)
+    assert [found[label]["seeds"] for label in found] == ["1", "2"]
+    assert found["vit+spt+lsa"]["test top-1 (%)"] == whole["vit+spt+lsa"]["test top-1 (%)"]
+    (plain,), (both,) = (summaries(done.out, label, (0,)) for label in ("vit", "vit+spt+lsa"))
+    assert found["vit"]["test top-1 (%)"] == f"{plain['test_top1']:.2f}"
+    assert found["vit+spt+lsa"]["gain"] == f"{both['test_top1'] - plain['test_top1']:+.2f}"
+
+
+# Teachers
+
+
+@pytest.fixture
+def taught(monkeypatch: pytest.MonkeyPatch) -> str:
+    trials = (
+        Trial(label="teacher", row="vit"),
+        Trial(label="alone", row="vit+lsa"),
+        Trial(label="pupil", row="vit+lsa,distill=soft", teacher="teacher", against="alone"),
+    )
+    small = Experiment(title="A pupil", data="digits", epochs=1, seeds=2, trials=trials, flags={"train_fraction": 0.2})
+    monkeypatch.setitem(EXPERIMENTS, "mine/taught", small)
+    return "mine/taught"
+
+
+def test_a_pupil_has_the_teacher_of_its_own_seed(smallvit: Command, trained: Trainer, taught: str) -> None:
+    code, out, _ = smallvit("reproduce", taught, "--rows", "pupil", "--out", "out", "--record", "kept")
+    assert code == 0
+    assert trained.names == ["teacher-seed0", "pupil-seed0", "teacher-seed1", "pupil-seed1"]
+    assert list(table(out)) == ["teacher", "pupil"]
+    for seed in (0, 1):
+        config = json.loads((Path("out") / f"pupil-seed{seed}" / Run.CONFIG).read_text())
+        assert config["teacher"] == str((Path("out") / f"teacher-seed{seed}").resolve())
+        assert (config["seed"], config["distill"]) == (seed, "soft")
+    kept = {each.identity[1:3]: each.config["teacher"] for each in records.read(Path("out") / "records.jsonl")}
+    assert {each: kept[each] for each in kept if each[0] == "pupil"} == {
+        ("pupil", seed): f"teacher-seed{seed}" for seed in (0, 1)
+    }
+    assert all(teacher is None for (label, _), teacher in kept.items() if label == "teacher")
+
+    trained.names.clear()  # what is on record elsewhere needs no teacher, what is not does
+    assert smallvit("reproduce", taught, "--rows", "pupil", "--out", "new", "--record", "kept")[0] == 0
+    assert not trained.names
+    file = Path("kept") / f"{taught}.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    assert smallvit("reproduce", taught, "--rows", "pupil", "--out", "new", "--record", "kept")[0] == 0
+    assert trained.names == ["teacher-seed1", "pupil-seed1"]
+    assert len(records.read(file)) == 4
+
+
+def test_a_teacher_that_fails_teaches_nobody(smallvit: Command, trained: Trainer, taught: str) -> None:
+    trained.failing.add("teacher-seed0")
+    code, out, _ = smallvit("reproduce", taught, "--rows", "pupil", "--out", "out")
+    assert code == 1
+    assert trained.names == ["teacher-seed0", "teacher-seed1", "pupil-seed1"]
+    assert "pupil: seed 0 is left out, as teacher failed" in out
+    assert {label: cells["seeds"] for label, cells in table(out).items()} == {"teacher": "1", "pupil": "1"}
+
+
+def test_a_teacher_that_was_interrupted_early_is_gone_on_with(
+    smallvit: Command, trained: Trainer, taught: str, interrupted: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    trained.interrupting["teacher-seed0"] = interrupted(1)
+    arguments = (taught, "--rows", "pupil", "--seeds", 1, "--out", "out")
+    assert smallvit("reproduce", *arguments)[0] == 130
+    assert not (Path("out") / "teacher-seed0" / Run.BEST).exists()
+    assert smallvit("reproduce", *arguments)[0] == 0
+    assert trained.names == ["teacher-seed0", "teacher-seed0", "pupil-seed0"]
+
+
+# Bad input
+
+ONE = (NAME, "--rows", "vit")
+BAD = {
+    "nothing": ([], "nothing to reproduce: give an experiment's name; smallvit list experiments shows them"),
+    "name": (["lee2021/digit"], "lee2021/digit: no such experiment (did you mean 'lee2021/digits'?); see smallvit"),
+    "row": ([NAME, "--rows", "vti"], "--rows vti: expected one of vit, vit+spt+lsa, "),
+    "like a row": ([NAME, "--rows", "vit+spt+las"], "(did you mean 'vit+spt+lsa'?)"),
+    "no budget": ([NAME, "--budget", "0"], "--budget 0.0: expected a share above 0, at most 1"),
+    "two budgets": ([NAME, "--budget", "2"], "--budget 2.0: expected a share above 0, at most 1"),
+    "nan": ([NAME, "--budget", "nan"], "--budget nan: expected a share above 0, at most 1"),
+    "text": ([NAME, "--budget", "half"], "--budget: invalid float value: 'half'"),
+    "no seeds": ([NAME, "--seeds", "0"], "--seeds 0: expected at least 1"),
+    "no data": ([NAME, "--data", "nowhere"], "nowhere"),
+    "other data": ([NAME, "--data", "images"], "images: has 3 classes, digits has 10; give digits as a folder"),
+    "a file of records": ([*ONE, "--record", "file"], "file/lee2021/digits.jsonl: cannot be written ("),
+    "records nowhere": ([*ONE, "--record", "/proc/nowhere"], "/proc/nowhere/lee2021/digits.jsonl: cannot be written ("),
+    "runs in a file": ([*ONE, "--out", "file"], "file/records.jsonl: cannot be "),
+    "device": ([NAME, "--device", "cuda:99"], "--device cuda:99: "),
+    "another verb's flag": ([NAME, "--epochs", "3"], "unknown argument '--epochs'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_found_before_anything_is_trained(
+    smallvit: Command, trained: Trainer, image_folder: Path, case: str
+) -> None:
+    arguments, message = BAD[case]
+    Path("file").write_text("")
+    before = sorted(Path().rglob("*"))
+    code, out, err = smallvit("reproduce", *arguments)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert "[1/" not in out
+    assert not trained.names
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_under_torchrun_nothing_is_reproduced(
+    smallvit: Command, trained: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = smallvit("reproduce", NAME)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "start it without torchrun" in err
+    assert not trained.names
+
+
+def test_runs_of_another_budget_are_not_taken_for_those_asked_for(
+    smallvit: Command, trained: Trainer, mine: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
+    code, _, err = smallvit("reproduce", NAME, "--budget", "0.006", *ROWS, "--seeds", 2, "--out", mine)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "vit-seed0: holds a run with --train-fraction 0.2, not 0.3; choose another --out" in err
+    assert not trained.names
+    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
+
+
+@pytest.mark.parametrize("where", ["out/records.jsonl", "kept/lee2021/digits.jsonl", "kept/other/experiment.jsonl"])
+def test_damaged_records_are_named_before_anything_is_trained(smallvit: Command, trained: Trainer, where: str) -> None:
+    Path(where).parent.mkdir(parents=True)
+    Path(where).write_text("{}\n")
+    code, _, err = smallvit("reproduce", NAME, "--out", "out", "--record", "kept")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"{where}, line 1: no record of a run; remove the line" in err
+    assert not trained.names
+    assert [path for path in Path().rglob("*") if path.is_file()] == [Path(where)]
+
+
+# Figures
+
+
+def outcome(runs: tuple[Record, ...], rivals: tuple[Record, ...] = ()) -> Outcome:
+    return Outcome(trial_of(NAME, "vit+spt+lsa"), runs, rivals)
+
+
+def test_a_spread_is_mean_and_deviation_of_the_sample() -> None:
+    three = Spread.of([90.0, 92.0, 97.0])
+    assert (three.mean, three.count) == (93.0, 3)
+    assert three.deviation == pytest.approx(13**0.5)  # (9 + 1 + 16) / 2
+    assert (f"{three:.2f}", f"{three:+.1f}") == ("93.00 ± 3.61", "+93.0 ± 3.6")
+    assert f"{Spread.of([90.125]):.2f}" == "90.12"
+
+
+def test_a_gain_is_taken_seed_by_seed() -> None:
+    runs = tuple(made("vit+spt+lsa", seed, top1) for seed, top1 in ((0, 95.0), (1, 91.0), (2, 99.0)))
+    rivals = tuple(made("vit", seed, top1) for seed, top1 in ((1, 90.0), (0, 92.0), (5, 10.0)))
+    found = outcome(runs, rivals)
+    assert found.gain == Spread(2.0, pytest.approx(2**0.5), 2)  # 3 and 1
+    assert found.top1.mean == pytest.approx(95.0)
+    assert outcome(runs).gain is None
+    assert outcome((), rivals).gain is None
+    assert outcome((), rivals).top1 is None
+
+
+def test_operations_a_second_are_six_for_each_multiply_accumulate() -> None:
+    runs = tuple(
+        made(seed=seed, macs=200_000_000, images_per_second=rate, hardware="NVIDIA H200")
+        for seed, rate in ((0, 20_000.0), (1, 30_000.0))
+    )
+    assert outcome(runs).teraflops == pytest.approx(30.0)  # 6 · 2e8 · 25e3
+    assert outcome(runs).share_of_peak == pytest.approx(30.0 / 989.4)
+    assert outcome((made(hardware="NVIDIA H200", precision="fp32"),)).share_of_peak is None
+    assert outcome((made(hardware="AMD EPYC, 2 threads"),)).share_of_peak is None
+    assert outcome(()).teraflops is None
+    assert outcome(()).share_of_peak is None
+
+
+def test_a_model_overtakes_where_its_mean_curve_reaches_the_rivals_end() -> None:
+    rivals = (made("vit", 0, val_top1=[20.0, 40.0, 55.0, 50.0]), made("vit", 1, val_top1=[20.0, 40.0, 60.0, 70.0]))
+    runs = (
+        made("vit+spt+lsa", 0, val_top1=[30.0, 80.0, 60.0, 80.0]),
+        made("vit+spt+lsa", 1, val_top1=[30.0, 38.0, 61.0, 60.0]),
+    )
+    assert outcome(runs, rivals).overtaking == 0.75  # means 30, 59, 60.5, 70 against 60
+    assert outcome(runs[1:], rivals[1:]).overtaking is None
+    assert outcome(runs, ()).overtaking is None
+    unmeasured = made("vit", 0, val_top1=[None, None])
+    assert outcome(runs, (unmeasured,)).overtaking is None
+    assert outcome((unmeasured,), rivals).overtaking is None
+
+
+def test_every_trial_has_an_outcome_measured_or_not() -> None:
+    found = outcomes(NAME, 1.0, [made("vit", 0), made("vit+spt+lsa", 0, 91.0), made("vit", 1, budget=0.5)])
+    assert [each.trial for each in found] == list(EXPERIMENTS[NAME].trials)
+    by_label = {each.trial.label: each for each in found}
+    assert {label: len(each.runs) for label, each in by_label.items() if each.runs} == {"vit": 1, "vit+spt+lsa": 1}
+    assert by_label["vit+spt+lsa"].gain == Spread(1.0, None, 1)
+    assert by_label["swin"].top1 is None
+
+
+# Lists and imports
+
+
+def test_experiments_are_listed_with_their_rows(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "600")
+
+    def listed(text: str) -> dict[str, list[str]]:
+        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line[:1] == "│"]
+        return {first: rest for first, *rest in cells}
+
+    code, out, _ = smallvit("list", "experiments")
+    assert code == 0
+    assert listed(out) == {
+        name: [each.data, str(each.epochs), str(each.seeds), str(len(each.trials)), each.title]
+        for name, each in EXPERIMENTS.items()
+    }
+    code, out, _ = smallvit("list", "experiments", "lee*")
+    fitting = {name: each for name, each in EXPERIMENTS.items() if name.startswith("lee")}
+    assert code == 0
+    assert list(listed(out)) == list(fitting)
+    for name, each in fitting.items():
+        assert f"{name}: {', '.join(trial.label for trial in each.trials)}" in (
+            line.strip() for line in out.splitlines()
+        )
+
+
+def test_help_bad_names_and_what_reads_records_load_no_torch() -> None:
+    modules = ("experiments", "records", "outcomes", "tables", "plots", "document")
+    check = "import sys\n" + "".join(f"import smallvit.reproduction.{name}\n" for name in modules)
+    check += "from smallvit.cli import main\n"
+    for arguments in (["--help"], ["lee2021"], [NAME, "--rows", "x"], [NAME, "--budget", "0"]):
+        check += f"try: main({['reproduce', *arguments]})\nexcept SystemExit: pass\n"
+    check += "main(['list', 'experiments'])\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0

@@ -21,8 +21,8 @@ Do a named experiment again: train its models over several seeds, and set them b
   smallvit reproduce lee2021/digits --budget 0.3                  # minutes on a CPU
 
 Each run has a folder of its own below --out, by default reproduce/NAME. The same command goes on after an interruption,
-or on another machine where folder and images lie at the same places. A record of each finished run is added to records.jsonl there,
-and with --record DIR to a collection of records, DIR/NAME.jsonl, whose runs are not repeated.
+or on another machine where folder and images lie at the same places. A record of each finished run is added to
+records.jsonl there, and with --record DIR to a collection of records, DIR/NAME.jsonl, whose runs are not repeated.
 Exit codes: 0 done, 1 a training failed, 2 bad input, 130 interrupted.
 See also: smallvit compare, RESULTS.md, docs/reproducing.md.
 """

@@ -39,7 +39,8 @@ def plot_comparison(records: list[dict[str, Any]], path: Path, title: str) -> bo
         return False
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained", dpi=DPI)
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}: bars are standard deviations over seeds, areas grow with parameters", fontsize=10)
+    apart = ": " if len(panels) > 1 else "\n"
+    figure.suptitle(f"{title}{apart}bars are standard deviations over seeds, areas grow with parameters", fontsize=10)
     placed = []
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         placed.append((axes, _draw(axes, points, name)))

@@ -52,12 +52,13 @@ def write(results: Path, page: Path) -> None:
     """
     found = recorded.gathered(results)
     for name in EXPERIMENTS:
-        for budget in recorded.budgets(found, name):
-            shown, stem = outcomes(name, budget, found), picture(name, budget)
-            measured = [outcome for outcome in shown if outcome.runs]
+        for budget in _own_budgets(found, name):
+            measured = [outcome for outcome in outcomes(name, budget, found) if outcome.runs]
+            stem, title = results / picture(name, budget), name if budget == 1 else f"{name} at a budget of {budget:g}"
             if len(measured) > 1:
-                plot_speed(measured, results / f"{stem}-speed.png", f"{name} at a budget of {budget:g}")
-                plot_learning(measured, results / f"{stem}.png", f"{name} at a budget of {budget:g}")
+                stem.parent.mkdir(exist_ok=True)
+                plot_speed(measured, Path(f"{stem}-speed.png"), title)
+                plot_learning(measured, Path(f"{stem}.png"), title)
     write_text(page, text(results))
 
 
@@ -72,7 +73,7 @@ def text(results: Path) -> str:
 
 def picture(name: str, budget: float) -> str:
     """Beginning of the names of an experiment's pictures, below the folder of the records."""
-    return f"{name}@{budget:g}"
+    return f"{name}-{budget:g}"
 
 
 def _contents() -> str:
@@ -90,7 +91,9 @@ def section(name: str, found: Sequence[Record], results: Path) -> str:
     note = results / "notes" / f"{name.replace('/', '-')}.md"
     if note.is_file():
         parts.append(filled(note, name, found))
-    parts += [_costs(name, budget, shown[budget], results) for budget in budgets]
+    own = _own_budgets(found, name)
+    parts += [_costs(name, budget, shown[budget]) for budget in own]
+    parts += [_elsewhere(name, budget, shown[budget]) for budget in budgets if budget not in own]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,7 +126,19 @@ def _explained(name: str, shown: Sequence[Outcome], compared: bool) -> str:
     return " ".join(lines)
 
 
-def _costs(name: str, budget: float, shown: Sequence[Outcome], results: Path) -> str:
+def _own_budgets(found: Sequence[Record], name: str) -> list[float]:
+    """The budgets at which it has records of its own, not those of a twin alone."""
+    own = {record.budget for record in found if record.experiment == name}
+    return [budget for budget in recorded.budgets(found, name) if budget in own]
+
+
+def _elsewhere(name: str, budget: float, shown: Sequence[Outcome]) -> str:
+    """Where the records are that others' runs have made."""
+    others = distinct(f"[{r.experiment}](#{r.experiment.replace('/', '')})" for outcome in shown for r in outcome.runs)
+    return f"{in_words(name, budget)}. These runs are on record under {', '.join(others)}."
+
+
+def _costs(name: str, budget: float, shown: Sequence[Outcome]) -> str:
     """Length, speed and pictures at a budget."""
     measured = [outcome for outcome in shown if outcome.runs]
     seeds = max(len(outcome.runs) for outcome in measured)

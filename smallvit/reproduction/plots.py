@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,9 +58,10 @@ def _draw_curves(axes: Axes, shown: Sequence[Outcome], curves: Sequence[Sequence
     """A model and its rival have one colour, the rival's line is dashed."""
     families = list(dict.fromkeys(outcome.trial.label.partition("+")[0] for outcome in shown))
     several = len(families) > 1
+    colours = colormaps["tab10" if len(families) <= 10 else "tab20"].colors
     for number, (outcome, values) in enumerate(zip(shown, curves, strict=True)):
         label = outcome.trial.label
-        colour = f"C{(families.index(label.partition('+')[0]) if several else number) % 10}"
+        colour = colours[(families.index(label.partition("+")[0]) if several else number) % len(colours)]
         plain = several and any(other.trial.against == label for other in shown)
         seen = [outcome.first("images_seen") * step / len(values) / 1000 for step in range(1, len(values) + 1)]
         axes.plot(seen, values, "--" if plain else "-", color=colour, label=label, linewidth=1.3)
@@ -69,9 +72,9 @@ def _draw_curves(axes: Axes, shown: Sequence[Outcome], curves: Sequence[Sequence
 
 def _draw_gains(axes: Axes, shown: Sequence[Outcome]) -> None:
     ordered = sorted(shown, key=lambda outcome: outcome.gain.mean)
-    names = [f"{outcome.trial.label}" for outcome in ordered]
+    names = [outcome.trial.label for outcome in ordered]
     gains = [outcome.gain.mean for outcome in ordered]
-    bars = [outcome.gain.deviation or 0 for outcome in ordered]
+    bars = [math.nan if outcome.gain.deviation is None else outcome.gain.deviation for outcome in ordered]
     colours = ["C2" if gain > 0 else "C3" for gain in gains]
     axes.barh(names, gains, xerr=bars, color=colours, alpha=0.6, error_kw={"linewidth": 1, "capsize": 3})
     axes.axvline(0, color="0.3", linewidth=0.8)

@@ -192,6 +192,7 @@ def figures(name: str, found: Sequence[Record]) -> dict[str, Callable[..., str]]
             f"{outcome(label, **where).rate.mean / outcome(other, **where).rate.mean:.2f}"
         ),
         "overtaking": lambda label, **where: f"{outcome(label, **where).overtaking:.0%}",
+        "temperature": lambda label, **where: f"{outcome(label, **where).temperature:.3f}",
     }
 
 

@@ -73,6 +73,12 @@ class Outcome:
         return self._spread(lambda run: run.summary["images_per_second"])
 
     @property
+    def temperature(self) -> Spread | None:
+        """What LSA's learnt temperatures are in the end, their mean over layers and heads; nothing without them."""
+        learnt = all(run.epochs.get("temperature") for run in self.runs)
+        return self._spread(lambda run: run.epochs["temperature"][-1]) if learnt else None
+
+    @property
     def teraflops(self) -> float | None:
         """10¹² operations per second while training, those of the model's matrix products alone."""
         return None if self.rate is None else FLOPS_A_MAC * self.first("macs") * self.rate.mean / 1e12

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -67,8 +69,16 @@ def record(view: View, experiment: str, row: str, seed: int, budget: float) -> R
         command=commands.training(view.config, PRIVATE, in_place=False),
         config={name: value for name, value in config.items() if name not in PRIVATE},
         summary=view.summary,
-        epochs={name: [line[name] for line in view.history] for name in EPOCHS},
+        epochs={name: [line[name] for line in view.history] for name in EPOCHS} | _temperatures(view.history),
     )
+
+
+def _temperatures(history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The mean of LSA's learnt temperatures over layers and heads after each epoch, where there are any."""
+    learnt = [line.get("temperatures") for line in history]
+    if not all(learnt):
+        return {}
+    return {"temperature": [statistics.fmean(chain.from_iterable(each.values())) for each in learnt]}
 
 
 def require_writable(file: Path) -> None:

@@ -5,10 +5,11 @@
 #
 # OUT takes the runs' folders. After MINUTES the run at hand is saved and the script ends (exit code 124); started again,
 # here or on another machine where OUT and the images lie at the same places, it goes on there. Records go to results/
-# and are not made twice.
+# and are not made twice. Experiments that cannot be done (exit code 2) do not keep the others from it; the script ends
+# with that code.
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1
 shift
 minutes=""
@@ -27,12 +28,25 @@ reproduce() { # NAME, then options
         [ "$left" -gt 0 ] || exit 124
         limit=(timeout --signal=TERM --kill-after=120 "$left")
     fi
-    local code=0
-    ${limit[@]+"${limit[@]}"} "$smallvit" reproduce "$@" --out "$out/$1" --record "$root/results" ${more[@]+"${more[@]}"} || code=$?
-    [ "$code" -eq 0 ] || [ "$code" -eq 1 ] || exit "$code" # 1: a training failed, the others go on
+    local code=0 name=$1
+    ${limit[@]+"${limit[@]}"} "$smallvit" reproduce "$@" --out "$out/$name$scale" --record "$root/results" ${more[@]+"${more[@]}"} || code=$?
+    case $code in
+        0 | 1) ;; # 1: a training failed
+        2) worst=2 ;;
+        *) exit "$code" ;;
+    esac
 }
 
 more=("$@")
+worst=0
+scale="" # in the names of folders, as runs of another length are others
+while [ $# -gt 0 ]; do
+    case $1 in
+        --budget) scale="@${2-}" ;;
+        --budget=*) scale="@${1#*=}" ;;
+    esac
+    shift
+done
 plain_and_patched=(--rows vit --rows vit+spt+lsa)
 reproduce lee2021/cifar100 "${plain_and_patched[@]}" --seeds 1
 reproduce best/cifar100 --seeds 1
@@ -45,3 +59,4 @@ reproduce lee2021/cifar100
 reproduce lee2021/ablation
 reproduce best/cifar100
 reproduce deit/cifar100
+exit "$worst"

@@ -59,7 +59,7 @@ def _own(parser: Parser) -> None:
 
 def main(argv: list[str]) -> int:
     """Do an experiment again; 1 if a training failed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("smallvit reproduce trains one run after the other, on one device: start it without torchrun")
     given = parsed(parser(), argv)
     own = {name: given.pop(name) for name in ("name", "budget", "rows", "seeds", "data", "record")}
@@ -71,11 +71,14 @@ def main(argv: list[str]) -> int:
 
 
 def _reproduce(own: dict[str, Any], flags: dict[str, Any]) -> int:
+    from smallvit.datasets.table import DATASETS
     from smallvit.reproduction.experiments import experiment
 
     chosen = experiment(own["name"])
     chosen.chosen(own["rows"])  # before torch is imported
-    budget = own["budget"]
+    budget = chosen.counted(own["budget"])
+    if own["data"] is not None and not DATASETS[chosen.data].archives:
+        raise InputError(f"--data {own['data']}: {chosen.data} come with scikit-learn; leave out --data")
     usual = os.path.join("reproduce", own["name"] + (f"@{budget:g}" if budget < 1 else ""))
     out = Path(os.path.expanduser(flags.pop("out", usual)))
     first, count = flags.pop("seed", 0), own["seeds"] or chosen.seeds

@@ -16,7 +16,7 @@ ARCH = "vit"
 ALIASES = {"vit96": "vit"}
 """Architectures that another name stands for at some image sizes."""
 PLUGINS = ("spt", "lsa", "dist_token")
-ANEW = ("dropout", "drop_path")
+ANEW = ("dropout", "drop_path", "rising_drop_path")
 """Options of the model that weights do not decide."""
 
 

@@ -26,7 +26,7 @@ BACKBONE = "backbone"
 def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDataset, config: DataConfig) -> str:
     """Give a model, made from `spec`, the weights that `name` stands for; returns what was done, in words.
 
-    Position embeddings and tables of relative positions are interpolated for the model's image size; plugins that the
+    Learnt positions and tables of relative positions are interpolated for the model's image size; plugins that the
     weights have not begin as `spec` says, and heads as they are where the classes are others.
 
     Raises:
@@ -48,12 +48,14 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
         notes.append(f"stride {strides[0] or 'of its own'} becomes {strides[1] or 'its own'}, as fits the images")
     models.equip(source, spec["arch"], **{each: spec[each] for each in models.EQUIPMENT})
     notes += [f"{plugin} added" for plugin in PLUGINS if spec[plugin] and not own.get(plugin)]
-    heads = models.head_names(model)
+    fresh = models.head_names(model)
     if _same_classes(card, own, dataset):
-        heads = {each for each in heads if each not in source.state_dict()}
+        fresh = {each for each in fresh if each not in source.state_dict()}
     else:
         notes.append(f"new heads for {spec['num_classes']} classes")
-    _fill(model, source.state_dict(), heads, card)
+    if spec.get("sincos"):
+        fresh = {*fresh, "pos_embed"}  # those of its own size, not interpolated ones
+    _fill(model, source.state_dict(), fresh, card)
     return f"{name}: " + ", ".join(notes)
 
 

@@ -3,7 +3,7 @@
 average_pool      the head reads the mean of the patches' tokens, and there is no class token
 sincos            fixed positions, sines and cosines of both coordinates; the class token's is 0
 layer_scale       a learnt factor for each channel of every residual branch, which begins at this value
-rising_drop_path  stochastic depth grows from 0 in the first block to its rate in the last
+rising_drop_path  stochastic depth grows from 0 in the first block to its rate in the last, as timm's own ViTs have it
 
 The first two are those of Beyer, Zhai, Kolesnikov 2022 (arXiv:2205.01580), LayerScale is CaiT's (Touvron et al. 2021,
 arXiv:2103.17239), stochastic depth that grows is that of Huang et al. 2016 (arXiv:1603.09382). timm computes them.
@@ -49,7 +49,13 @@ def arguments(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish(model: VisionTransformer, wanted: Mapping[str, Any], drop_path: float) -> None:
-    """Change in a model what timm has no argument for, in place."""
+    """Change in a model what timm has no argument for, in place.
+
+    Raises:
+        InputError: it cannot have a variant.
+    """
+    if "layer_scale" in wanted and not all(hasattr(block, "ls1") for block in model.blocks):
+        raise InputError("--layer-scale: the blocks of this model have no place for it; leave it out")
     if "sincos" in wanted:
         fix_positions(model)
     if "rising_drop_path" in wanted:

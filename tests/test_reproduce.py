@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,9 +14,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,13 @@ from smallvit import Config, InputError, TrainingError, commands, engine
 from smallvit.cli import main
 from smallvit.cli.options import options_parser, parsed
 from smallvit.comparison import apart
+from smallvit.datasets.table import DATASETS
 from smallvit.interrupt import Interrupted
-from smallvit.reproduction import experiments, records
-from smallvit.reproduction.experiments import EXPERIMENTS, Experiment, Trial, twins
+from smallvit.reproduction import ledger, records, tables, trials
+from smallvit.reproduction.experiments import EXPERIMENTS, twins
 from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
 from smallvit.reproduction.records import Record
+from smallvit.reproduction.trials import Experiment, Trial
 from smallvit.runs import Run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -96,7 +102,7 @@ class Trainer:
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments, "LEAST_EPOCHS", 2)
+    monkeypatch.setattr(trials, "LEAST_EPOCHS", 2)
 
 
 @pytest.fixture
@@ -123,7 +129,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     out, text = tmp_path_factory.mktemp("reproduced") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
         patch.setattr(apart, "train", Trainer())
-        patch.setattr(experiments, "LEAST_EPOCHS", 2)
+        patch.setattr(trials, "LEAST_EPOCHS", 2)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
         assert reproduce(NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", out) == 0
     return Done(out, text.getvalue())
@@ -155,19 +161,27 @@ def made(row: str = "vit", seed: int = 0, top1: float = 90.0, **changes: Any) ->
         "parameters": 450_346,
         "macs": 7_860_288,
         "images_seen": 129_800,
+        "test_images": 359,
+        "val_top1": 80.0,
+        "peak_memory_bytes": 10_000_000,
         "hardware": "a machine",
         "precision": "bf16",
+        "compile": "off",
+        "versions": {"torch": "2.11"},
         "git_revision": "0123456789abcdef",
     }
     val = changes.pop("val_top1", [50.0, 80.0])
     named = {name: changes.pop(name) for name in ("experiment", "budget") if name in changes}
     epochs = {name: [0.0] * len(val) for name in records.EPOCHS} | {"val_top1": val}
+    named = {"experiment": NAME, "budget": 1.0} | named
+    whole, options = EXPERIMENTS[named["experiment"]], changes.pop("options", {})
+    asked = trials.required(whole, trial_of(named["experiment"], row), named["budget"])
     return Record(
-        **({"experiment": NAME, "budget": 1.0} | named),
+        **named,
         row=row,
         seed=seed,
         command=f"smallvit train --arch {row} --seed {seed}",
-        config={"arch": row, "seed": seed},
+        config=asked | {"seed": seed} | options,
         summary=summary | changes,
         epochs=epochs,
     )
@@ -184,7 +198,7 @@ def configured(command: str) -> Config:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_budget_is_its_share_of_the_images_that_are_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "LEAST_EPOCHS", 10)
+    monkeypatch.setattr(trials, "LEAST_EPOCHS", 10)
     each = EXPERIMENTS[name]
     least, whole = min(10, each.epochs), each.flags.get("train_fraction", 1.0)
     for budget in BUDGETS:
@@ -200,6 +214,29 @@ def test_a_budget_is_its_share_of_the_images_that_are_shown(name: str, monkeypat
 def test_the_whole_experiment_takes_all_images_that_it_has(name: str) -> None:
     each = EXPERIMENTS[name]
     assert each.options(1.0) == each.flags | {"data": each.data, "epochs": each.epochs}
+
+
+def test_a_budget_that_spares_nothing_is_the_whole() -> None:
+    whole = EXPERIMENTS["lee2021/cifar100"]
+    assert [whole.counted(budget) for budget in (1.0, 0.999, 0.998, 0.5)] == [1.0, 1.0, 0.998, 0.5]
+
+
+@pytest.mark.parametrize(("name", "least"), [("lee2021/cifar100", 1 / 490), ("lee2021/digits", 1 / 129.384)])
+def test_a_budget_leaves_an_image_of_each_class_to_learn_from(name: str, least: float) -> None:
+    each = replace(EXPERIMENTS[name], epochs=2)  # of as many it spares none, but images
+    assert each.counted(least * 1.01) == least * 1.01
+    with pytest.raises(InputError, match=r"^--budget 0\.00\d+: leaves 0\.99 training images of each class"):
+        each.counted(least * 0.99)
+
+
+def test_svhn_is_mirrored_as_by_the_papers_code_and_others_as_suits_them() -> None:
+    for name in ("svhn", "cifar10", "cifar100", "tiny-imagenet"):
+        assert EXPERIMENTS[f"lee2021/{name}"].options(1.0).get("flip") == (0.5 if name == "svhn" else None)
+
+
+def test_words_of_published_figures_stand_where_there_are_any() -> None:
+    assert "it shows an order" in tables.in_words("lee2021/cifar100", 0.1)
+    assert "it shows an order" not in tables.in_words(NAME, 0.1)
 
 
 # Rows
@@ -285,36 +322,36 @@ def test_a_twins_record_counts_once() -> None:
 
 def test_a_record_is_read_as_it_was_written_and_no_second_time(tmp_path: Path) -> None:
     file, kept = tmp_path / "deep" / "er.jsonl", made(top1=1 / 3)
-    assert records.read(file) == []
-    assert records.append(file, kept)
-    assert records.read(file) == [kept]
+    assert ledger.read(file) == []
+    assert ledger.append(file, kept)
+    assert ledger.read(file) == [kept]
     before = file.read_bytes()
-    assert not records.append(file, made(top1=55.0))
+    assert not ledger.append(file, made(top1=55.0))
     assert file.read_bytes() == before
     others = [made(seed=1), made("vit+spt+lsa"), made(budget=0.5), made(experiment="lee2021/cifar100")]
-    assert all(records.append(file, other) for other in others)
-    assert records.read(file) == [kept, *others]
+    assert all(ledger.append(file, other) for other in others)
+    assert ledger.read(file) == [kept, *others]
     assert file.read_bytes().startswith(before)
 
 
 def test_a_last_line_without_its_end_is_not_written_on(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
-    records.append(file, made())
+    ledger.append(file, made())
     file.write_text(file.read_text().rstrip("\n"))
-    assert records.append(file, made(seed=1))
-    assert records.read(file) == [made(), made(seed=1)]
+    assert ledger.append(file, made(seed=1))
+    assert ledger.read(file) == [made(), made(seed=1)]
     assert file.read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "3", "", '{"experiment": "x"}', "null", '"text"'])
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "records.jsonl"
-    records.append(file, made())
+    ledger.append(file, made())
     file.write_text(file.read_text() + damage + "\n")
     with pytest.raises(InputError, match=rf"^{re.escape(str(file))}, line 2: no record of a run; remove the line$"):
-        records.read(file)
+        ledger.read(file)
     with pytest.raises(InputError, match="line 2"):
-        records.append(file, made(seed=1))
+        ledger.append(file, made(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -324,34 +361,166 @@ def test_a_record_without_an_accuracy_is_none(tmp_path: Path, lacking: dict[str,
     file = tmp_path / "records.jsonl"
     file.write_text(json.dumps(vars(made()) | lacking) + "\n")
     with pytest.raises(InputError, match="line 1: no record"):
-        records.read(file)
+        ledger.read(file)
 
 
 def test_a_collection_is_read_file_by_file(tmp_path: Path) -> None:
-    for name, seed in (("b/one", 0), ("a/two", 1)):
-        records.append(tmp_path / f"{name}.jsonl", made(seed=seed))
-    (tmp_path / "beside.jsonl").write_text("of another form\n")
-    assert [each.seed for each in records.gathered(tmp_path)] == [1, 0]
+    for name, seed in (("lee2021/digits", 0), ("best/cifar100", 1)):
+        ledger.append(tmp_path / f"{name}.jsonl", made(seed=seed))
+    (tmp_path / "vit-seed0").mkdir()
+    for beside in ("records.jsonl", "vit-seed0/metrics.jsonl"):
+        (tmp_path / beside).write_text("of another form\n")
+    assert [each.seed for each in ledger.gathered(tmp_path)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"experiment": 3}, {"row": None}, {"seed": "0"}, {"seed": True}, {"budget": "1"}, {"budget": 0}),
+        *({"command": None}, {"config": []}, {"epochs": []}, {"epochs": {}}),
+        *({"test_top1": float("nan")}, {"test_top1": "90"}, {"macs": None}, {"train_seconds": None}),
+        *({"val_top1": "80"}, {"hardware": None}, {"precision": 16}, {"compile": True}, {"versions": "2.11"}),
+        {"git_revision": 12},
+    ],
+    ids=str,
+)
+def test_a_record_that_lacks_what_tables_need_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    file, parts = tmp_path / "records.jsonl", vars(made())
+    changed = {name: change.pop(name) for name in [*change] if name in parts}
+    file.write_text(json.dumps(parts | {"summary": parts["summary"] | change} | changed) + "\n")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(file))}, line 1: no record of a run"):
+        ledger.read(file)
+
+
+def test_a_last_line_that_breaks_off_is_passed_over_and_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    ledger.append(file, made())
+    whole = file.read_bytes()
+    for torn in (whole[:20], whole[:-2], b'{"row": "\xc3'):
+        file.write_bytes(whole + torn)
+        assert ledger.read(file) == [made()]
+        assert not ledger.append(file, made())
+        assert ledger.append(file, made(seed=1))
+        assert file.read_bytes().startswith(whole)
+        assert ledger.read(file) == [made(), made(seed=1)]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "records.jsonl"
+    ledger.append(file, made())
+    before = file.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written"):
+        ledger.append(file, made(seed=1))
+    assert file.read_bytes() == before
+
+
+def test_two_that_keep_the_same_run_at_once_keep_it_once(tmp_path: Path) -> None:
+    file, answers = tmp_path / "records.jsonl", []
+    with open(file, "a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        other = threading.Thread(target=lambda: answers.append(ledger.append(file, made())))
+        other.start()
+        other.join(0.2)
+        stream.write(json.dumps(vars(made())) + "\n")
+    other.join()
+    assert answers == [False]
+    assert ledger.read(file) == [made()]
+
+
+def test_a_record_made_with_other_options_counts_for_nothing(tmp_path: Path) -> None:
+    name, stale = "lee2021/cifar100", {"options": {"lr": 1e-4}}
+    assert records.of([made(experiment=name, **stale)], name, 1.0) == {}
+    assert records.budgets([made(experiment=name, **stale)], name) == []
+    assert records.of([made(experiment=name, options={"no_such_option": 1})], name, 1.0) == {}
+    new = made(experiment=name)
+    for both in ([made(experiment=name, **stale), new], [new, made(experiment=name, **stale)]):
+        assert records.of(both, name, 1.0) == {"vit": [new]}
+    file = tmp_path / "records.jsonl"
+    assert ledger.append(file, made(experiment=name, **stale))
+    assert ledger.append(file, new)
+    assert len(ledger.read(file)) == 2
+
+
+def test_a_record_made_elsewhere_or_before_an_option_was_there_counts() -> None:
+    machine = {"device": "cpu", "amp": "off", "workers": 3, "streaming": "on", "compile": "graphs", "data": "c100"}
+    one = made(experiment="best/cifar100", row="vit+spt+lsa", options=machine)
+    assert (one.config["flip"], one.config["aug"]) == (None, "paper")
+    del one.config["layer_scale"], one.config["split_seed"]
+    assert records.of([one], "best/cifar100", 1.0) == {"vit+spt+lsa": [one]}
+    lacking = made(experiment="lee2021/cifar100", row="vit+spt+lsa")
+    del lacking.config["val_fraction"]  # a default that is not the experiment's
+    assert records.of([lacking], "lee2021/cifar100", 1.0) == {}
 
 
 @pytest.fixture
-def ten_classes(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Path:
-    for number in range(10):
-        write_images(tmp_path / "photos" / f"class{number}", 12, 20 * number + 20)
-    return tmp_path / "photos"
+def tens(tmp_path: Path, write_images: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An experiment on a data set that can be given as the folder photos."""
+    for number in range(3):
+        write_images(tmp_path / "photos" / "train" / f"class{number}", 10, 80 * number + 20)
+        write_images(tmp_path / "photos" / "test" / f"class{number}", 4, 80 * number + 20)
+    described = {"classes": 3, "img_size": 16, "in_chans": 3, "train": 30, "test": 12}
+    monkeypatch.setitem(DATASETS, "tens", replace(DATASETS["cifar10"], **described))
+    small = Experiment(title="Tens", data="tens", epochs=4, seeds=1, trials=(Trial(label="vit", row="vit"),))
+    monkeypatch.setitem(EXPERIMENTS, "mine/tens", small)
+    return "mine/tens"
 
 
-def test_a_record_holds_no_place_and_its_command_is_the_run(smallvit: Command, trained: Trainer, ten_classes: Path):
-    arguments = (NAME, "--rows", "vit", "--seeds", 1, "--seed", 3, "--data", "photos", "--data-dir", ten_classes.parent)
-    code, _, _ = smallvit("reproduce", *arguments, "--budget", "0.02", "--out", "out")
+OTHER_DATA = {
+    "another class": (lambda photos, write: write(photos / "train" / "class3", 3), "has 4 classes, tens has 3"),
+    "an image more": (lambda photos, write: write(photos / "train" / "class1", 11), "31 training images, tens has 30"),
+    "fewer test images": (
+        lambda photos, write: (photos / "test/class0/000.png").unlink(),
+        "11 test images, tens has 12",
+    ),
+    "no test": (lambda photos, write: shutil.rmtree(photos / "test"), "has 24 training images, tens has 30"),
+    "its own val": (
+        lambda photos, write: [
+            (photos / "val" / f"class{number}").mkdir(parents=True)
+            or (photos / f"train/class{number}/000.png").rename(photos / f"val/class{number}/000.png")
+            for number in range(3)
+        ],
+        "has 3 validation images of its own, tens has 0",
+    ),
+    "another size": (
+        lambda photos, write: [write(place, len([*place.iterdir()]), 9, (20, 20)) for place in photos.glob("*/*")],
+        "has 20 pixels a side, tens has 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_DATA)
+def test_a_folder_of_other_images_is_refused(
+    smallvit: Command, trained: Trainer, tens: str, write_images: Callable[..., list[Path]], case: str
+) -> None:
+    change, message = OTHER_DATA[case]
+    change(Path("photos"), write_images)
+    code, _, err = smallvit("reproduce", tens, "--data", "photos", "--budget", "0.5")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert not trained.names
+
+
+def test_a_record_holds_no_place_and_its_command_is_the_run(
+    smallvit: Command, trained: Trainer, tens: str, tmp_path: Path
+) -> None:
+    arguments = (tens, "--seed", 3, "--data", "photos", "--data-dir", tmp_path)
+    code, _, _ = smallvit("reproduce", *arguments, "--budget", "0.5", "--out", "out")
     assert code == 0
-    (kept,) = records.read(Path("out") / "records.jsonl")
-    assert kept.identity == (NAME, "vit", 3, 0.02)
+    (kept,) = ledger.read(Path("out") / "records.jsonl")
+    assert kept.identity == (tens, "vit", 3, 0.5)
+    assert records.of([kept], tens, 0.5) == {"vit": [kept]}
     written = json.dumps(vars(kept))
-    assert str(ten_classes.parent) not in written
+    assert str(tmp_path) not in written
     assert not re.search(r'[" =]/\w', written)
     config = json.loads((Path("out") / "vit-seed3" / Run.CONFIG).read_text())
-    assert config["data"] == str(ten_classes)
+    assert config["data"] == str(tmp_path / "photos")
     assert kept.config["data"] == "photos"
     assert {name for name in kept.config if kept.config[name] != config[name]} == {"data"}
     again = configured(kept.command).options()
@@ -388,7 +557,7 @@ def test_the_table_is_what_the_summaries_say(done: Done) -> None:
 
 
 def test_a_record_is_kept_of_every_run(done: Done) -> None:
-    found = records.read(done.out / "records.jsonl")
+    found = ledger.read(done.out / "records.jsonl")
     runs = [(label, seed) for seed in (0, 1) for label in ("vit", "vit+spt+lsa")]
     assert [each.identity for each in found] == [(NAME, label, seed, float(BUDGET)) for label, seed in runs]
     for each, (label, seed) in zip(found, runs, strict=True):
@@ -423,7 +592,7 @@ def test_a_collection_takes_what_is_there_and_spares_the_training(
     arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--record", "kept")
     assert smallvit("reproduce", *arguments, "--out", mine)[0] == 0
     file = Path("kept") / f"{NAME}.jsonl"
-    assert records.read(file) == records.read(mine / "records.jsonl")
+    assert ledger.read(file) == ledger.read(mine / "records.jsonl")
     before = file.read_bytes()
     code, out, _ = smallvit("reproduce", *arguments, "--out", "elsewhere")
     assert code == 0
@@ -434,13 +603,42 @@ def test_a_collection_takes_what_is_there_and_spares_the_training(
     assert not Path("elsewhere").exists()
 
 
-def test_new_runs_go_into_the_collection_too(smallvit: Command, trained: Trainer) -> None:
-    arguments = (NAME, "--budget", BUDGET, "--rows", "vit", "--record", "kept", "--out", "out", "--seeds")
+@pytest.mark.parametrize("out", ["out", "kept"])
+def test_new_runs_go_into_the_collection_too(smallvit: Command, trained: Trainer, out: str) -> None:
+    arguments = (NAME, "--budget", BUDGET, "--rows", "vit", "--record", "kept", "--out", out, "--seeds")
     for seeds in (1, 2):
         assert smallvit("reproduce", *arguments, seeds)[0] == 0
-        assert len(records.read(Path("kept") / f"{NAME}.jsonl")) == seeds
+        assert len(ledger.read(Path("kept") / f"{NAME}.jsonl")) == seeds
     assert trained.names == ["vit-seed0", "vit-seed1"]
-    assert records.gathered(Path("kept")) == records.read(Path("out") / "records.jsonl")
+    assert ledger.gathered(Path("kept")) == ledger.read(Path(out) / "records.jsonl")
+
+
+def test_a_run_on_record_with_other_options_is_made_anew(smallvit: Command, trained: Trainer, done: Done) -> None:
+    stale = ledger.read(done.out / "records.jsonl")[0]
+    stale.config["lr"] = 0.5
+    file = Path("kept") / f"{NAME}.jsonl"
+    ledger.append(file, stale)
+    arguments = (NAME, "--budget", BUDGET, "--rows", "vit", "--seeds", 1, "--record", "kept", "--out", "out")
+    code, out, _ = smallvit("reproduce", *arguments)
+    assert (code, trained.names) == (0, ["vit-seed0"])
+    assert table(out)["vit"]["seeds"] == "1"
+    assert [each.identity for each in ledger.read(file)] == [stale.identity] * 2
+
+
+def test_a_run_that_another_has_done_meanwhile_is_not_done_again(
+    smallvit: Command, trained: Trainer, done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = ledger.read(done.out / "records.jsonl")[1]  # vit+spt+lsa, seed 0
+
+    def train(options: dict[str, Any], folder: Path) -> int:
+        ledger.append(Path("kept") / f"{NAME}.jsonl", theirs)
+        return trained(options, folder)
+
+    monkeypatch.setattr(apart, "train", train)
+    arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 1, "--record", "kept", "--out", "out")
+    code, out, _ = smallvit("reproduce", *arguments)
+    assert (code, trained.names) == (0, ["vit-seed0"])
+    assert "vit+spt+lsa: seed 0 is on record already" in out
 
 
 def test_an_interrupted_run_is_gone_on_with(
@@ -455,19 +653,19 @@ def test_an_interrupted_run_is_gone_on_with(
     for folder in ("vit-seed1", "vit+spt+lsa-seed0", "vit+spt+lsa-seed1"):
         shutil.rmtree(mine / folder)
     arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", mine)
-    trained.interrupting["vit-seed1"] = interrupted(5)
+    trained.interrupting["vit-seed1"] = interrupted(11)  # in the second epoch
     code, out, err = smallvit("reproduce", *arguments)
     assert (code, err.splitlines()[-1]) == (130, "interrupted; the same command goes on")
     assert trained.names == ["vit+spt+lsa-seed0", "vit-seed1"]
     assert "[4/4]" not in out
     assert not (mine / "vit-seed1" / Run.SUMMARY).exists()
-    assert len(records.read(mine / "records.jsonl")) == 2
+    assert len(ledger.read(mine / "records.jsonl")) == 2
 
     code, out, _ = smallvit("reproduce", *arguments)
     assert code == 0
     assert "goes on in" in out
     assert trained.names[2:] == ["vit-seed1", "vit+spt+lsa-seed1"]
-    assert len(records.read(mine / "records.jsonl")) == 4
+    assert len(ledger.read(mine / "records.jsonl")) == 4
     for name in (Run.BEST, Run.LAST):
         assert (mine / "vit-seed1" / name).read_bytes() == (done.out / "vit-seed1" / name).read_bytes()
 
@@ -487,7 +685,8 @@ def test_a_run_that_fails_does_not_stop_the_others(smallvit: Command, trained: T
     assert found["vit+spt+lsa"]["test top-1 (%)"] == whole["vit+spt+lsa"]["test top-1 (%)"]
     (plain,), (both,) = (summaries(done.out, label, (0,)) for label in ("vit", "vit+spt+lsa"))
     assert found["vit"]["test top-1 (%)"] == f"{plain['test_top1']:.2f}"
-    assert found["vit+spt+lsa"]["gain"] == f"{both['test_top1'] - plain['test_top1']:+.2f}"
+    gain = both["test_top1"] - plain["test_top1"]
+    assert found["vit+spt+lsa"]["gain"] == f"{gain:+.2f} (1 of 2 seeds)"
 
 
 # Teachers
@@ -514,7 +713,7 @@ def test_a_pupil_has_the_teacher_of_its_own_seed(smallvit: Command, trained: Tra
         config = json.loads((Path("out") / f"pupil-seed{seed}" / Run.CONFIG).read_text())
         assert config["teacher"] == str((Path("out") / f"teacher-seed{seed}").resolve())
         assert (config["seed"], config["distill"]) == (seed, "soft")
-    kept = {each.identity[1:3]: each.config["teacher"] for each in records.read(Path("out") / "records.jsonl")}
+    kept = {each.identity[1:3]: each.config["teacher"] for each in ledger.read(Path("out") / "records.jsonl")}
     assert {each: kept[each] for each in kept if each[0] == "pupil"} == {
         ("pupil", seed): f"teacher-seed{seed}" for seed in (0, 1)
     }
@@ -527,7 +726,7 @@ def test_a_pupil_has_the_teacher_of_its_own_seed(smallvit: Command, trained: Tra
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
     assert smallvit("reproduce", taught, "--rows", "pupil", "--out", "new", "--record", "kept")[0] == 0
     assert trained.names == ["teacher-seed1", "pupil-seed1"]
-    assert len(records.read(file)) == 4
+    assert len(ledger.read(file)) == 4
 
 
 def test_a_teacher_that_fails_teaches_nobody(smallvit: Command, trained: Trainer, taught: str) -> None:
@@ -563,8 +762,11 @@ BAD = {
     "nan": ([NAME, "--budget", "nan"], "--budget nan: expected a share above 0, at most 1"),
     "text": ([NAME, "--budget", "half"], "--budget: invalid float value: 'half'"),
     "no seeds": ([NAME, "--seeds", "0"], "--seeds 0: expected at least 1"),
-    "no data": ([NAME, "--data", "nowhere"], "nowhere"),
-    "other data": ([NAME, "--data", "images"], "images: has 3 classes, digits has 10; give digits as a folder"),
+    "no data": (["lee2021/svhn", "--data", "nowhere"], "nowhere: no such folder"),
+    "other data": (["lee2021/svhn", "--data", "images"], "images: has 3 classes, svhn has 10; give svhn as a folder"),
+    "digits": ([NAME, "--data", "nowhere"], "--data nowhere: digits come with scikit-learn; leave out --data"),
+    "a tiny budget": ([NAME, "--budget", "1e-5"], "--budget 1e-05: leaves 0.065 training images of each class"),
+    "a seed of several": ([NAME, "--seed", "-1", "--seeds", "3"], "--seed -1: expected 0 or more"),
     "a file of records": ([*ONE, "--record", "file"], "file/lee2021/digits.jsonl: cannot be written ("),
     "records nowhere": ([*ONE, "--record", "/proc/nowhere"], "/proc/nowhere/lee2021/digits.jsonl: cannot be written ("),
     "runs in a file": ([*ONE, "--out", "file"], "file/records.jsonl: cannot be "),
@@ -588,10 +790,11 @@ def test_bad_input_is_found_before_anything_is_trained(
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("processes", ["2", "abc"])
 def test_under_torchrun_nothing_is_reproduced(
-    smallvit: Command, trained: Trainer, monkeypatch: pytest.MonkeyPatch
+    smallvit: Command, trained: Trainer, monkeypatch: pytest.MonkeyPatch, processes: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", processes)
     code, _, err = smallvit("reproduce", NAME)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "start it without torchrun" in err
@@ -609,7 +812,7 @@ def test_runs_of_another_budget_are_not_taken_for_those_asked_for(
     assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
 
 
-@pytest.mark.parametrize("where", ["out/records.jsonl", "kept/lee2021/digits.jsonl", "kept/other/experiment.jsonl"])
+@pytest.mark.parametrize("where", ["out/records.jsonl", "kept/lee2021/digits.jsonl", "kept/best/cifar100.jsonl"])
 def test_damaged_records_are_named_before_anything_is_trained(smallvit: Command, trained: Trainer, where: str) -> None:
     Path(where).parent.mkdir(parents=True)
     Path(where).write_text("{}\n")
@@ -655,8 +858,30 @@ def test_operations_a_second_are_six_for_each_multiply_accumulate() -> None:
     assert outcome(runs).share_of_peak == pytest.approx(30.0 / 989.4)
     assert outcome((made(hardware="NVIDIA H200", precision="fp32"),)).share_of_peak is None
     assert outcome((made(hardware="AMD EPYC, 2 threads"),)).share_of_peak is None
+    assert outcome((made(hardware="NVIDIA H200 MIG 1g.18gb"),)).share_of_peak is None
     assert outcome(()).teraflops is None
     assert outcome(()).share_of_peak is None
+
+
+def test_speeds_are_those_of_the_first_runs_machine() -> None:
+    runs = tuple(
+        made(seed=seed, top1=top1, hardware=machine, images_per_second=rate, train_seconds=seconds)
+        for seed, top1, machine, rate, seconds in (
+            (0, 90.0, "NVIDIA H200", 20_000.0, 10.0),
+            (1, 92.0, "a slow one", 20.0, 9000.0),
+            (2, 94.0, "NVIDIA H200", 30_000.0, 20.0),
+        )
+    )
+    found = outcome(runs)
+    assert (found.rate.mean, found.seconds.mean, found.top1.mean) == (25_000.0, 15.0, 92.0)
+    assert found.teraflops == pytest.approx(6 * 7_860_288 * 25_000 / 1e12)
+
+
+def test_a_gain_of_fewer_pairs_than_runs_says_so() -> None:
+    runs = tuple(made("vit+spt+lsa", seed, 91.0) for seed in (0, 1))
+    rivals = (made("vit", 1, 90.0),)
+    assert tables.COLUMNS["gain"](NAME, outcome(runs, rivals)) == "+1.00 (1 of 2 seeds)"
+    assert tables.COLUMNS["gain"](NAME, outcome(runs[1:], rivals)) == "+1.00"
 
 
 def test_a_model_overtakes_where_its_mean_curve_reaches_the_rivals_end() -> None:
@@ -666,6 +891,8 @@ def test_a_model_overtakes_where_its_mean_curve_reaches_the_rivals_end() -> None
         made("vit+spt+lsa", 1, val_top1=[30.0, 38.0, 61.0, 60.0]),
     )
     assert outcome(runs, rivals).overtaking == 0.75  # means 30, 59, 60.5, 70 against 60
+    assert outcome(runs, rivals[:1]).overtaking == outcome(runs[:1], rivals[:1]).overtaking == 0.5
+    assert outcome(runs[1:], rivals).overtaking is None, "seeds that both have"
     assert outcome(runs[1:], rivals[1:]).overtaking is None
     assert outcome(runs, ()).overtaking is None
     unmeasured = made("vit", 0, val_top1=[None, None])
@@ -682,7 +909,39 @@ def test_every_trial_has_an_outcome_measured_or_not() -> None:
     assert by_label["swin"].top1 is None
 
 
-# Lists and imports
+# Lists, scripts and imports
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reproduce.sh"
+
+
+def test_the_script_and_the_docs_name_experiments() -> None:
+    named = re.findall(r"^ *reproduce (\S+)", SCRIPT.read_text(), re.MULTILINE)
+    assert len(named) > 5
+    page = (SCRIPT.parents[1] / "docs" / "reproducing.md").read_text()
+    listed: list[str] = []
+    for cell in re.findall(r"^\| (`\S.*?) \|", page.split("## Budgets")[0], re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", cell):
+            listed.append(name if "/" in name else f"{listed[-1].partition('/')[0]}/{name}")
+    assert {*named} <= {*EXPERIMENTS}
+    assert sorted(listed) == sorted(EXPERIMENTS)
+
+
+def test_the_script_goes_on_after_bad_input_and_keeps_budgets_apart(tmp_path: Path) -> None:
+    fake = tmp_path / "smallvit"
+    fake.write_text('#!/bin/sh\necho "$@"\n[ "$2" != best/cifar100 ] || exit 2\n[ "$2" != quick/cifar100 ] || exit 1\n')
+    fake.chmod(0o755)
+    command = ["bash", SCRIPT, "OUT", "--budget", "0.01"]
+    done = subprocess.run(
+        command, env=os.environ | {"SMALLVIT": str(fake)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("reproduce deit/cifar100")
+    assert all(f"--out OUT/{line.split()[1]}@0.01 " in line for line in lines)
+
+
+# Imports
 
 
 def test_experiments_are_listed_with_their_rows(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from smallvit import Config, InputError
 from smallvit.inherit import inherited
 from smallvit.opening import MAY_DIFFER
 from smallvit.regularise import regularised
-from smallvit.reproduction import document, records
+from smallvit.reproduction import document, ledger, records
 from smallvit.reproduction.experiments import EXPERIMENTS
 from smallvit.reproduction.literature import FROM_SCRATCH
 from smallvit.reproduction.records import Record
+from smallvit.reproduction.trials import required
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PAGE = ROOT / "results", ROOT / "README.md", ROOT / "RESULTS.md"
@@ -50,25 +51,46 @@ def test_every_picture_of_the_page_is_there() -> None:
         Image.open(ROOT / place).verify()
 
 
-def test_every_record_is_of_a_trial() -> None:
+def strays(results: Path) -> list[str]:
+    """Records that the page does not show: of no trial, or in another experiment's file."""
     known = {(name, trial.label) for name, each in EXPERIMENTS.items() for trial in each.trials}
-    for file in RESULTS.glob("*/*.jsonl"):
-        for record in records.read(file):
-            assert (record.experiment, record.row) in known, f"{file}: the page does not show it"
-            assert file == RESULTS / f"{record.experiment}.jsonl"
+    return [
+        f"{file}: {record.identity}"
+        for file in results.glob("*/*.jsonl")
+        for record in ledger.read(file)
+        if (record.experiment, record.row) not in known or file != results / f"{record.experiment}.jsonl"
+    ]
 
 
-def test_every_record_was_made_as_its_experiment_says() -> None:
-    for file in RESULTS.glob("*/*.jsonl"):
-        for record in records.read(file):
-            experiment = EXPERIMENTS[record.experiment]
-            row = {trial.label: trial for trial in experiment.trials}[record.row].parsed()
-            asked = row.given(experiment.options(record.budget), row.recipe) | {"seed": record.seed}
-            wanted = regularised(inherited(Config.build(**asked))).options()
-            free = {*MAY_DIFFER, *records.PRIVATE, "data", "teacher", "streaming", "amp"}
-            found = regularised(Config.build(**record.config)).options()
-            differing = {name for name in wanted.keys() - free if wanted[name] != found[name]}
-            assert not differing, f"{file}: {record.row}, seed {record.seed}"
+def unlike(results: Path) -> list[str]:
+    """Records made with other options than their experiments ask for, and which these are."""
+    found = []
+    for record in (record for file in results.glob("*/*.jsonl") for record in ledger.read(file)):
+        experiment = EXPERIMENTS[record.experiment]
+        row = {trial.label: trial for trial in experiment.trials}[record.row].parsed()
+        asked = row.given(experiment.options(record.budget), row.recipe) | {"seed": record.seed}
+        wanted = regularised(inherited(Config.build(**asked))).options()
+        free = {*MAY_DIFFER, *records.PRIVATE, "data", "teacher", "streaming", "amp"}
+        there = regularised(Config.build(**record.config)).options()
+        differing = {name for name in wanted.keys() - free if wanted[name] != there[name]}
+        found += [f"{record.identity}: {differing}"] * bool(differing)
+    return found
+
+
+def test_every_record_is_of_a_trial_and_was_made_as_its_experiment_says() -> None:
+    assert ledger.gathered(RESULTS), "there are none"
+    assert not strays(RESULTS)
+    assert not unlike(RESULTS)
+
+
+def test_records_that_no_trial_has_or_asks_for_are_found(tmp_path: Path) -> None:
+    one = made("vit", 0, 90.0)
+    folder = written(tmp_path / "results", [one, made("vit", 1, 90.0, "lee2021/cifar100", 0.05)])
+    assert (strays(folder), unlike(folder)) == ([], [])
+    ledger.append(folder / "lee2021" / "svhn.jsonl", one)
+    ledger.append(folder / "lee2021" / "digits.jsonl", replace(one, config=one.config | {"lr": 0.5}))
+    assert strays(folder) == [f"{folder / 'lee2021' / 'svhn.jsonl'}: {one.identity}"]
+    assert unlike(folder) == [f"{one.identity}: {{'lr'}}"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -78,7 +100,7 @@ def test_every_experiment_has_a_section_that_says_what_is_not_measured(name: str
     assert f"(#{anchor})" in page
     rows = table(section(page, name))
     assert list(rows) == [trial.label for trial in EXPERIMENTS[name].trials]
-    measured = records.of(records.gathered(RESULTS), name, 1.0)
+    measured = records.of(ledger.gathered(RESULTS), name, 1.0)
     for label, cells in rows.items():
         assert (cells["measured"] == "not yet measured") == (label not in measured)
 
@@ -106,14 +128,19 @@ def made(row: str, seed: int, top1: float, name: str = "lee2021/digits", budget:
         "parameters": 450_346,
         "macs": 8_000_000,
         "images_seen": 129_800,
+        "test_images": 359,
+        "peak_memory_bytes": 10_000_000,
         "hardware": "a machine",
         "precision": "bf16",
+        "compile": "off",
         "versions": {"torch": "2.11"},
         "git_revision": "0123456789abcdef",
     }
     epochs = {each: [0.0, 0.0] for each in records.EPOCHS} | {"val_top1": [70.0, 80.0]}
     words = {"experiment": name, "row": row, "seed": seed, "budget": budget, "command": f"smallvit train --seed {seed}"}
-    return Record(**words, config={}, summary=summary | more, epochs=epochs)
+    trial = {trial.label: trial for trial in EXPERIMENTS[name].trials}[row]
+    config = required(EXPERIMENTS[name], trial, budget) | {"seed": seed}
+    return Record(**words, config=config, summary=summary | more, epochs=epochs)
 
 
 DIGITS = (made("vit", 0, 90.0), made("vit", 1, 92.0), made("vit+spt+lsa", 1, 96.0), made("vit+spt+lsa", 0, 92.0))
@@ -128,7 +155,7 @@ def results(tmp_path: Path) -> Path:
 
 def written(folder: Path, made: Iterable[Record]) -> Path:
     for record in made:
-        records.append(folder / f"{record.experiment}.jsonl", record)
+        ledger.append(folder / f"{record.experiment}.jsonl", record)
     return folder
 
 
@@ -154,6 +181,22 @@ def test_published_figures_stand_beside_those_of_every_budget(results: Path) -> 
         "at a budget of 0.5": "70.00 (1)",
     }
     assert rows["vit+spt+lsa"]["published"] == "76.92 (+3.11)"
+
+
+def test_other_records_say_on_which_hardware_they_were_made(results: Path) -> None:
+    def run(seed: int, hardware: str) -> str:
+        return json.dumps(
+            {"command": f"smallvit train --seed {seed}", "summary": DIGITS[0].summary | {"hardware": hardware}}
+        )
+
+    file = results / "others.jsonl"
+    file.write_text("\n".join(run(seed, machine) for seed, machine in ((0, "one"), (1, "one"), (2, "two"))))
+    rows = table(document.text(results).split("\n## Other records\n")[1])
+    assert rows["`smallvit train`"]["hardware"] == "one; two"
+    for damage in ("{", "3", '{"command": "smallvit train"}', run(3, "one").replace('"one"', "1")):
+        file.write_text(run(0, "one") + "\n" + damage + "\n")
+        with pytest.raises(InputError, match=rf"^{re.escape(str(file))}, line 2: no record of a run"):
+            document.text(results)
 
 
 @pytest.mark.parametrize("figure", ["test_top1", "train_seconds", "images_per_second", "parameters", "git_revision"])

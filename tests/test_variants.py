@@ -11,9 +11,11 @@ from timm.layers import DropPath
 import smallvit
 from smallvit.errors import InputError
 from smallvit.exports.timm_folder import is_timms
+from smallvit.inherit import inherited
 from smallvit.models import create_model
 from smallvit.optim import create_optimizer
 from smallvit.options import OptimConfig
+from smallvit.setup import prepare
 
 ALL = {"average_pool": True, "sincos": True, "layer_scale": 0.1, "rising_drop_path": True}
 
@@ -68,6 +70,12 @@ def test_layer_scale_multiplies_every_branch() -> None:
     torch.testing.assert_close(scaled(images), plain.head(plain.norm(tokens[:, 0])))
 
 
+def test_timms_own_stochastic_depth_rises_anyway() -> None:
+    own, asked = (model("vit_tiny_patch16_224", rising_drop_path=rising) for rising in (False, True))
+    rates = [[block.drop_path1.drop_prob for block in each.blocks[1:]] for each in (own, asked)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
 def test_stochastic_depth_grows_in_a_line() -> None:
     rates = [layer.drop_prob for layer in model(rising_drop_path=True).modules() if isinstance(layer, DropPath)]
     assert rates == pytest.approx([0.1 * block / 5 for block in range(6) for _ in range(2)])
@@ -81,6 +89,7 @@ def test_stochastic_depth_grows_in_a_line() -> None:
         ("deit3_small_patch16_224", {"layer_scale": 0.1}, None),  # timm's plain ViT
         ("deit_tiny_distilled_patch16_224", {"average_pool": True}, "--average-pool: --arch deit_tiny_distilled"),
         ("vit96", {"average_pool": True, "dist_token": True}, "it has no class token"),
+        ("vit_small_patch16_18x2_224", {"layer_scale": 0.1}, "--layer-scale: the blocks of this model have no place"),
     ],
 )
 def test_what_is_no_plain_vit_has_no_variants(arch: str, options: dict, message: str | None) -> None:
@@ -106,6 +115,26 @@ def test_a_run_with_all_of_them_and_both_plugins_is_rebuilt_from_its_file(tmp_pa
     assert loaded.cls_token is None
     assert not loaded.pos_embed.requires_grad
     assert [type(layer).__name__ for layer in (loaded.blocks[0].ls1, loaded.fc_norm)] == ["LayerScale", "LayerNorm"]
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of a ViT with fixed positions and stochastic depth that rises, at 8 pixels."""
+    out = str(tmp_path_factory.mktemp("runs") / "varied")
+    smallvit.train(smallvit.Config.build(epochs=1, train_fraction=0.1, out=out, sincos=True, rising_drop_path=True))
+    return out
+
+
+def test_a_run_decides_itself_whether_its_stochastic_depth_rises(varied: str) -> None:
+    begun = [inherited(smallvit.Config.build(init=varied, rising_drop_path=rising)).model for rising in (False, True)]
+    assert [(each.rising_drop_path, each.sincos) for each in begun] == [(False, True), (True, True)]
+
+
+def test_fixed_positions_are_computed_anew_for_images_of_another_size(varied: str) -> None:
+    resized = prepare(smallvit.Config.build(init=varied, img_size=12)).model
+    fresh = create_model("vit96", img_size=12, in_chans=1, num_classes=10, sincos=True)
+    torch.testing.assert_close(resized.pos_embed.cpu(), fresh.pos_embed)
+    assert not resized.pos_embed.requires_grad
 
 
 def test_timm_alone_does_not_build_them() -> None:

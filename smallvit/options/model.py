@@ -47,7 +47,7 @@ class ModelConfig:
     drop_path: float | None = None
     """Stochastic depth: probability of skipping a residual branch; by default 0.1 for transformers."""
     rising_drop_path: bool = False
-    """Let stochastic depth grow from 0 in a ViT's first block to --drop-path in its last."""
+    """Let stochastic depth grow from 0 in a ViT's first block to --drop-path in its last; timm's own do so anyway."""
     average_pool: bool = False
     """Have a ViT's head read the mean of its patches' tokens; there is no class token then."""
     sincos: bool = False

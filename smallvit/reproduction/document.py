@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from smallvit.errors import InputError
 from smallvit.files import write_text
+from smallvit.reproduction import ledger
 from smallvit.reproduction import records as recorded
 from smallvit.reproduction.experiments import EXPERIMENTS, plain
 from smallvit.reproduction.literature import FROM_SCRATCH
@@ -36,10 +38,12 @@ Accuracies are test accuracies in per cent, mean ± standard deviation (n - 1) o
 run, with the weights that were best on validation images held out of the training images. Published figures are other
 people's, at their own length of training; their epoch is the one that is best on the test, where they took it so.
 """
+MEANS = ("test_top1", "images_seen", "train_seconds")
+"""What is told of other records, as means over seeds."""
 COSTS_SAID = (
-    "Seconds: of training, mean over seeds. TFLOP/s: of the model's matrix products, six for each of its "
-    "multiply-accumulates. Overtakes after: share of its images, and seconds, after which its validation accuracy is "
-    "what the model it is held against has in the end."
+    "Seconds: of training, mean over seeds on one machine. TFLOP/s: of the model's matrix products, six for each of "
+    "its multiply-accumulates. Overtakes after: share of its images, and seconds, after which its validation accuracy "
+    "is what the model it is held against has in the end."
 )
 
 
@@ -50,7 +54,7 @@ def write(results: Path, page: Path) -> None:
         InputError: a record or a note is damaged.
         OSError: something cannot be written.
     """
-    found = recorded.gathered(results)
+    found = ledger.gathered(results)
     for name in EXPERIMENTS:
         for budget in _own_budgets(found, name):
             measured = [outcome for outcome in outcomes(name, budget, found) if outcome.runs]
@@ -64,7 +68,7 @@ def write(results: Path, page: Path) -> None:
 
 def text(results: Path) -> str:
     """The page."""
-    found = recorded.gathered(results)
+    found = ledger.gathered(results)
     parts = [HEAD, _contents()]
     parts += [section(name, found, results) for name in EXPERIMENTS]
     parts += [_others(results), _literature()]
@@ -200,15 +204,12 @@ def _others(results: Path) -> str:
     """Runs that belong to no experiment, those that differ in their seed alone in one row."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for file in sorted(results.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            run = json.loads(line)
-            words = run["command"].partition(" --seed")[0]
-            rows.setdefault((file.name, words), []).append(run["summary"])
-    table = [["command", "test top-1 (%)", "seeds", "parameters", "images seen", "seconds", "record"]]
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            words, summary = _other(line, file, number)
+            rows.setdefault((file.name, words), []).append(summary)
+    table = [["command", "test top-1 (%)", "seeds", "parameters", "images seen", "seconds", "hardware", "record"]]
     for (file, words), summaries in rows.items():
-        means = {
-            each: Spread.of([s[each] for s in summaries]) for each in ("test_top1", "images_seen", "train_seconds")
-        }
+        means = {each: Spread.of([s[each] for s in summaries]) for each in MEANS}
         table.append(
             [
                 f"`{words}`",
@@ -217,11 +218,28 @@ def _others(results: Path) -> str:
                 f"{summaries[0]['parameters']:,}",
                 f"{means['images_seen'].mean:,.0f}",
                 f"{means['train_seconds'].mean:,.0f}",
+                "; ".join(distinct(summary["hardware"] for summary in summaries)),
                 f"[{file}](results/{file})",
             ]
         )
     logs = ", ".join(f"[{file.name}](results/{file.name})" for file in sorted(results.glob("*.txt")))
     return f"## Other records\n\n{markdown(table)}\n\nTimings, as the benchmarks printed them: {logs}\n"
+
+
+def _other(line: str, file: Path, number: int) -> tuple[str, dict[str, Any]]:
+    """Command, without its seed, and summary of a run that belongs to no experiment.
+
+    Raises:
+        InputError: the line is damaged.
+    """
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        run = json.loads(line)
+        words, summary = run["command"].partition(" --seed")[0], run["summary"]
+        if all(recorded.is_number(summary[name]) for name in (*MEANS, "parameters")) and isinstance(
+            summary["hardware"], str
+        ):
+            return words, summary
+    raise InputError(f"{file}, line {number}: no record of a run; remove the line")
 
 
 def _literature() -> str:

@@ -1,90 +1,23 @@
 """Named experiments: data set, models, training, seeds, and what was published. Needs no torch.
 
-    smallvit reproduce lee2021/cifar100 --budget 0.05
-
-A budget below 1 shows each model that share of the images that the whole experiment shows it: in fewer epochs, down to
-ten; below that, of a part of each class's training images.
+smallvit reproduce lee2021/cifar100 --budget 0.05
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from smallvit.comparison import rows
 from smallvit.errors import InputError, nearest
-from smallvit.reproduction.literature import ABLATION, CNNS, DATA, DEIT, DHVT2022, GANI2022, LEE2021, MAIN
+from smallvit.reproduction.literature import ABLATION, CNNS, DATA, DEIT, DHVT2022, GANI2022, LEE2021, LEE2021_CODE, MAIN
+from smallvit.reproduction.trials import Experiment, Trial
 
-LEAST_EPOCHS = 10
-"""A smaller budget than so many epochs takes fewer images instead."""
 POLICIES = {"svhn": "autoaugment-svhn", "tiny-imagenet": "autoaugment-imagenet"}
 """AutoAugment's policy by data set, where it is not CIFAR's; named, as a folder of the same images has another."""
-
-
+FLIPS = {"svhn": {"flip": 0.5}}
+"""Mirroring by data set, where smallvit would not and the paper's code does."""
 PARTS = {"vit+temperature": "vit+lsa,lsa-mask=false", "vit+mask": "vit+lsa,lsa-temperature=fixed"}
 """Rows of models that have one part of a plugin."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A model of an experiment."""
-
-    label: str
-    """What it is called, and what --rows takes."""
-    row: str
-    """Model and training, in the form of `smallvit compare --arch`."""
-    published: float | None = None
-    """Test accuracy in per cent that others got."""
-    source: str | None = None
-    """Who."""
-    teacher: str | None = None
-    """Label of the trial whose model of the same seed teaches this one."""
-    against: str | None = None
-    """Label of the trial that this one is to improve on."""
-
-    def parsed(self) -> rows.Row:
-        """Its row, with its teacher by label: without one there is no distillation."""
-        return rows.parse(f"{self.row},teacher={self.teacher}" if self.teacher else self.row)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Models trained on the same images, for as many of them."""
-
-    title: str
-    data: str
-    """Data set by name."""
-    epochs: int
-    """Passes over the images."""
-    seeds: int
-    """Runs of each model."""
-    trials: tuple[Trial, ...]
-    flags: dict[str, Any] = field(default_factory=dict)
-    """Options of all models."""
-
-    def options(self, budget: float) -> dict[str, Any]:
-        """Options of all models at this budget: what `Config.build` takes."""
-        return self.flags | {"data": self.data} | self.length(budget)
-
-    def length(self, budget: float) -> dict[str, Any]:
-        """Epochs and share of the images, of which the product is the budget's share of the whole."""
-        epochs = max(min(LEAST_EPOCHS, self.epochs), round(self.epochs * budget))
-        whole = self.flags.get("train_fraction", 1.0)
-        part = whole if round(self.epochs * budget) >= epochs else round(whole * self.epochs * budget / epochs, 6)
-        return {"epochs": epochs} | ({"train_fraction": part} if part < 1 else {})
-
-    def chosen(self, labels: list[str]) -> tuple[Trial, ...]:
-        """The trials of these labels, all where there are none, and those that teach them.
-
-        Raises:
-            InputError: there is no such trial; the line names the nearest.
-        """
-        known = {trial.label: trial for trial in self.trials}
-        for label in labels:
-            if label not in known:
-                raise InputError(f"--rows {label}: expected one of {', '.join(known)}{nearest(label, known)}")
-        wanted = {*labels} | {known[label].teacher for label in labels} if labels else {*known}
-        return tuple(trial for trial in self.trials if trial.label in wanted)
 
 
 def experiment(name: str) -> Experiment:
@@ -137,7 +70,7 @@ def lee2021(data: str) -> Experiment:
     """The main table for one of its data sets."""
     column = DATA.index(data)
     first = [f"{arch}{plugins}" for arch in ("vit", "swin", "pit", "cait", "t2t") for plugins in ("", "+spt+lsa")]
-    ours = [paper(label, data, published=MAIN[label][column], source=LEE2021) for label in first]
+    ours = [paper(label, data, published=MAIN[label][column], source=LEE2021_CODE) for label in first]
     cnns = [cnn(label, published=figures[column], source=GANI2022) for label, figures in CNNS.items()]
     return Experiment(
         title=f"SPT and LSA in five architectures, and CNNs, on {data}",
@@ -145,7 +78,7 @@ def lee2021(data: str) -> Experiment:
         epochs=300,
         seeds=3,
         trials=(*ours, *cnns),
-        flags={"val_fraction": 0.02},
+        flags={"val_fraction": 0.02} | FLIPS.get(data, {}),
     )
 
 
@@ -196,7 +129,7 @@ DEIT_CIFAR100 = Experiment(
     seeds=3,
     trials=(
         cnn("resnet56", published=CNNS["resnet56"][1], source=GANI2022),
-        replace(paper("vit+spt+lsa", "cifar100", published=MAIN["vit+spt+lsa"][1], source=LEE2021), against=None),
+        replace(paper("vit+spt+lsa", "cifar100", published=MAIN["vit+spt+lsa"][1], source=LEE2021_CODE), against=None),
         distilled("soft", "distill=soft"),
         distilled("hard", "distill=hard"),
         distilled("token", "distill=token"),
@@ -226,11 +159,11 @@ LOW = "1e-3"
 """Label of the paper's training at the rate that its code has by default."""
 
 
-def small(label: str, settings: str, **more: Any) -> Trial:
-    """A small ViT with both plugins, by the paper's training unless another recipe is named."""
+def small(label: str, settings: str, plugins: str = "+spt+lsa", **more: Any) -> Trial:
+    """A small ViT, by the paper's training unless another recipe is named."""
     recipe = "" if "recipe=" in settings else "recipe=paper,"
     policy = "" if "policy=" in settings else "policy=autoaugment-cifar10,"
-    return Trial(label=label, row=f"vit96+spt+lsa,{recipe}{policy}{settings}".rstrip(","), **more)
+    return Trial(label=label, row=f"vit96{plugins},{recipe}{policy}{settings}".rstrip(","), **more)
 
 
 def low(change: str, settings: str, **more: Any) -> Trial:
@@ -251,6 +184,11 @@ CHANGES = Experiment(
         small("best without rising stochastic depth", "recipe=best,rising_drop_path=false", against="best"),
         small("best without sin-cos positions", "recipe=best,sincos=false", against="best"),
         small("best at a third of the rate", "recipe=best,lr=1e-3", against="best"),
+        small("best with batches of 32", "recipe=best,batch_size=32", against="best"),
+        small("best with a moving average", "recipe=best,ema=0.99", against="best"),
+        small("best without SPT", "recipe=best", plugins="+lsa", against="best"),
+        small("best without LSA", "recipe=best", plugins="+spt", against="best"),
+        small("best without SPT and LSA", "recipe=best", plugins="", against="best"),
         small(LOW, "lr=1e-3", against="paper"),
         low("Muon", "opt=muon"),
         low("batches of 64", "batch_size=64"),
@@ -282,8 +220,8 @@ BEST = Experiment(
         Trial(
             label="vit+spt+lsa, best", row="vit+spt+lsa,recipe=best,policy=autoaugment-cifar10", against="vit+spt+lsa"
         ),
-        paper("vit+spt+lsa", "cifar100", published=MAIN["vit+spt+lsa"][1], source=LEE2021),
-        paper("vit", "cifar100", published=MAIN["vit"][1], source=LEE2021),
+        paper("vit+spt+lsa", "cifar100", published=MAIN["vit+spt+lsa"][1], source=LEE2021_CODE),
+        paper("vit", "cifar100", published=MAIN["vit"][1], source=LEE2021_CODE),
         cnn("resnet56", published=CNNS["resnet56"][1], source=GANI2022),
     ),
     flags={"val_fraction": 0.02},

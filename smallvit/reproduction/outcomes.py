@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smallvit.reproduction.experiments import Trial, experiment
+from smallvit.reproduction.experiments import experiment
 from smallvit.reproduction.records import Record, of
+from smallvit.reproduction.trials import Trial
 
 PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "RTX 4090": 165.2}
 """Matrix products in bfloat16, dense, in TFLOP/s by a part of the device's name, as NVIDIA's data sheets have them."""
@@ -64,13 +65,13 @@ class Outcome:
 
     @property
     def seconds(self) -> Spread | None:
-        """Of training."""
-        return self._spread(lambda run: run.summary["train_seconds"])
+        """Of training, on the first run's machine."""
+        return self._spread(lambda run: run.summary["train_seconds"], self.on_one_machine)
 
     @property
     def rate(self) -> Spread | None:
-        """Training images per second."""
-        return self._spread(lambda run: run.summary["images_per_second"])
+        """Training images per second, on the first run's machine."""
+        return self._spread(lambda run: run.summary["images_per_second"], self.on_one_machine)
 
     @property
     def temperature(self) -> Spread | None:
@@ -85,15 +86,20 @@ class Outcome:
 
     @property
     def share_of_peak(self) -> float | None:
-        """Of the device's fastest, where that is known."""
-        peak = next((peak for name, peak in PEAKS.items() if name in (self.first("hardware") or "")), None)
+        """Of the device's fastest, where that is known; nothing for a part of a device."""
+        hardware = self.first("hardware") or ""
+        peak = None if "MIG" in hardware else next((PEAKS[name] for name in PEAKS if name in hardware), None)
         bf16 = self.first("precision") == "bf16"
         return self.teraflops / peak if peak and bf16 and self.teraflops else None
 
     @property
     def overtaking(self) -> float | None:
-        """Share of its images after which its validation accuracy is what the rival's is at the end."""
-        mine, theirs = (curve(runs) for runs in (self.runs, self.rivals))
+        """Share of its images after which its validation accuracy is what the rival's is at the end.
+
+        Means are over the seeds that both have.
+        """
+        mine = curve([run for run in self.runs if run.seed in {other.seed for other in self.rivals}])
+        theirs = curve([run for run in self.rivals if run.seed in {other.seed for other in self.runs}])
         if not mine or not theirs:
             return None
         return next((number / len(mine) for number, top1 in enumerate(mine, 1) if top1 >= theirs[-1]), None)
@@ -102,8 +108,14 @@ class Outcome:
         """A figure of the first run's summary."""
         return self.runs[0].summary.get(name) if self.runs else None
 
-    def _spread(self, value: Callable[[Record], float]) -> Spread | None:
-        return Spread.of([value(run) for run in self.runs]) if self.runs else None
+    @property
+    def on_one_machine(self) -> list[Record]:
+        """The runs on the hardware of the first, as speeds of several have no mean."""
+        return [run for run in self.runs if run.summary["hardware"] == self.first("hardware")]
+
+    def _spread(self, value: Callable[[Record], float], runs: Sequence[Record] | None = None) -> Spread | None:
+        values = [value(run) for run in (self.runs if runs is None else runs)]
+        return Spread.of(values) if values else None
 
 
 def curve(runs: Sequence[Record]) -> list[float]:

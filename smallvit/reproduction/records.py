@@ -1,28 +1,35 @@
 """Records of finished runs: what a run was, on what, by which command, and what came of it. Needs no torch.
 
-A file holds one JSON object a line and is only ever appended to:
+One JSON object:
 
     experiment, row, seed, budget   which run of which experiment
     command, config                 what trains such a model again, and every option
     summary                         accuracy, time, speed, size, hardware, versions, revision
     epochs                          what was measured after each epoch, by name
+
+A record counts where its options are those that its experiment asks for today; others are passed over.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import math
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from smallvit import commands
+from smallvit.comparison.standings import NUMBERS, WORDS
+from smallvit.config import Config
 from smallvit.errors import InputError
+from smallvit.opening import MAY_DIFFER
+from smallvit.regularise import regularised
 from smallvit.reproduction.experiments import experiment, twins
+from smallvit.reproduction.trials import Experiment, Trial, required
 from smallvit.watching import View
 
 EPOCHS = ("train_loss", "val_loss", "val_top1", "lr", "images_per_second", "seconds")
@@ -31,6 +38,21 @@ PATHS = ("data", "init", "teacher")
 """Options that may be paths, of which the last part is kept."""
 PRIVATE = ("out", "resume", "overwrite", "auto_resume", "device", "data_dir", "log", "checkpoint_minutes")
 """Options that say nothing about the model that came out."""
+FREE = {*MAY_DIFFER, *PRIVATE, "data", "teacher", "streaming", "amp", "seed"}
+"""Options in which runs of the same trial may differ: of the machine, where files lie, and the seed."""
+FIGURES = (*NUMBERS, "train_seconds")
+"""Numbers of a summary that tables need."""
+KINDS: dict[str, tuple[type, ...]] = {
+    "experiment": (str,),
+    "row": (str,),
+    "seed": (int,),
+    "budget": (float, int),
+    "command": (str,),
+    "config": (dict,),
+    "summary": (dict,),
+    "epochs": (dict,),
+}
+"""Types of a record's parts."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,19 @@ class Record:
     def top1(self) -> float:
         """Test accuracy in per cent."""
         return self.summary["test_top1"]
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """The options that tell its run from those of other trials; nothing where smallvit has other ones today."""
+        return _options(json.dumps(self.config, sort_keys=True))
+
+
+@functools.cache
+def _options(config: str) -> dict[str, Any] | None:
+    try:
+        return fixed(regularised(Config.build(**json.loads(config))).options())
+    except InputError:
+        return None
 
 
 def record(view: View, experiment: str, row: str, seed: int, budget: float) -> Record:
@@ -81,82 +116,66 @@ def _temperatures(history: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"temperature": [statistics.fmean(chain.from_iterable(each.values())) for each in learnt]}
 
 
-def require_writable(file: Path) -> None:
-    """Check that records can be added to a file, before anything is trained for them; makes its folder.
-
-    Raises:
-        InputError: they cannot.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror}); choose another folder") from None
-
-
-def append(file: Path, record: Record) -> bool:
-    """Add a record to the file, which is made if need be; returns whether it is new there.
-
-    Raises:
-        InputError: the file is damaged, or cannot be written.
-    """
-    if any(other.identity == record.identity for other in read(file)):
-        return False
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+") as stream:
-            stream.seek(0)
-            torn = stream.read()[-1:] not in ("", "\n")
-            stream.write("\n" * torn + json.dumps(vars(record)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
-    return True
-
-
-def read(file: Path) -> list[Record]:
-    """The records in a file; none where it is not there.
-
-    Raises:
-        InputError: a line is none.
-    """
-    try:
-        lines = file.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
-    return [_read(line, file, number) for number, line in enumerate(lines, 1)]
-
-
-def _read(line: str, file: Path, number: int) -> Record:
-    try:
+def parsed(line: bytes) -> Record | None:
+    """The record in a line; nothing where it holds none, or one that lacks what tables need."""
+    with suppress(ValueError, TypeError):
         found = Record(**json.loads(line))
-        float(found.top1)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{file}, line {number}: no record of a run; remove the line") from None
-    return found
+        return found if _is_sound(found) else None
+    return None
 
 
-def gathered(folder: Path) -> list[Record]:
-    """The records of all files in a folder and those within it, by the files' names.
+def _is_sound(record: Record) -> bool:
+    """Whether a record has what tables need."""
+    if any(type(getattr(record, name)) not in kinds for name, kinds in KINDS.items()):
+        return False
+    summary, epochs = record.summary, record.epochs
+    return (
+        0 < record.budget <= 1
+        and all(is_number(summary.get(name)) for name in FIGURES)
+        and all(isinstance(summary.get(name), str) for name in WORDS)
+        and (summary.get("val_top1", "") is None or is_number(summary.get("val_top1")))
+        and isinstance(summary.get("versions"), dict)
+        and isinstance(summary.get("git_revision", 0), str | None)
+        and epochs.keys() >= {*EPOCHS}
+        and all(isinstance(column, list) for column in epochs.values())
+    )
 
-    Raises:
-        InputError: one of them is damaged.
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def of_trial(records: Iterable[Record], name: str, trial: Trial) -> list[Record]:
+    """The records of a trial's runs, at any budget.
+
+    A run that is on record under another experiment counts for this one too, if it is the same; one that was made
+    with other options than the experiment has counts for none.
     """
-    return [record for file in sorted(folder.glob("*/*.jsonl")) for record in read(file)]
+    names, whole = twins(name, trial), experiment(name)
+    return [each for each in records if (each.experiment, each.row) in names and _is_as_asked(each, whole, trial)]
+
+
+def _is_as_asked(record: Record, experiment: Experiment, trial: Trial) -> bool:
+    """Whether a record's options are those that a trial asks for."""
+    try:
+        asked = required(experiment, trial, record.budget)
+    except InputError:  # a budget that leaves nothing
+        return False
+    return record.options == fixed(asked)
+
+
+def fixed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options in which runs of the same trial do not differ."""
+    return {name: value for name, value in options.items() if name not in FREE}
 
 
 def of(records: Iterable[Record], name: str, budget: float) -> dict[str, list[Record]]:
-    """The records of an experiment at a budget by its trials' labels, in the order of seeds.
-
-    A run that is on record under another experiment counts for this one too, if it is the same.
-    """
+    """The records of an experiment at a budget by its trials' labels, in the order of seeds."""
+    here = [each for each in records if each.budget == budget]
     found: dict[str, list[Record]] = {}
     for trial in experiment(name).trials:
-        names = twins(name, trial)
-        mine = {r.seed: r for r in records if (r.experiment, r.row) in names and r.budget == budget}
+        mine = {each.seed: each for each in of_trial(here, name, trial)}
         if mine:
             found[trial.label] = [mine[seed] for seed in sorted(mine)]
     return found
@@ -164,5 +183,6 @@ def of(records: Iterable[Record], name: str, budget: float) -> dict[str, list[Re
 
 def budgets(records: Iterable[Record], name: str) -> list[float]:
     """The budgets at which an experiment has records, the largest first."""
-    names = {twin for trial in experiment(name).trials for twin in twins(name, trial)}
-    return sorted({r.budget for r in records if (r.experiment, r.row) in names}, reverse=True)
+    records = list(records)
+    found = {each.budget for trial in experiment(name).trials for each in of_trial(records, name, trial)}
+    return sorted(found, reverse=True)

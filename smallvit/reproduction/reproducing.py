@@ -18,8 +18,9 @@ from smallvit.config import Config
 from smallvit.datasets.table import DATASETS
 from smallvit.errors import InputError
 from smallvit.options import flag
-from smallvit.reproduction import records, tables
-from smallvit.reproduction.experiments import Experiment, Trial, experiment, twins
+from smallvit.reproduction import ledger, records, tables
+from smallvit.reproduction.experiments import experiment
+from smallvit.reproduction.trials import Experiment, Trial
 from smallvit.runs import Run
 
 RECORDS = "records.jsonl"
@@ -57,8 +58,8 @@ class Plan:
 
     def known(self) -> list[records.Record]:
         """The records that are there."""
-        found = records.read(self.out / RECORDS)
-        return found + (records.gathered(self.collection) if self.collection else [])
+        found = ledger.read(self.out / RECORDS)
+        return found + (ledger.gathered(self.collection) if self.collection else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,14 @@ def reproduce(plan: Plan, console: Console) -> bool:
     """Do an experiment, and print its table; returns whether all its runs are finished.
 
     Raises:
-        InputError: no such experiment or trial, other data, or a folder that holds another run or cannot be written
-            to; nothing was trained.
+        InputError: no such experiment or trial, a bad option, other data, or a folder that holds another run or cannot
+            be written to; nothing was trained.
         KeyboardInterrupt: a signal ended a run, which is saved.
         OSError: the records cannot be written.
     """
     wanted = attempts(plan)
+    for each in wanted:
+        Config.build(**each.entry.options)
     missing = _missing(wanted, plan, plan.known())
     if missing:
         require_possible(plan, missing)
@@ -97,7 +100,8 @@ def reproduce(plan: Plan, console: Console) -> bool:
         console.print(line)
     done = []
     for number, each in enumerate(wanted, 1):
-        done.append(_attempt(each, f"[{number}/{len(wanted)}]", each in missing, plan, console))
+        still = each in missing and each in _missing(wanted, plan, plan.known())  # others may have done it meanwhile
+        done.append(_attempt(each, f"[{number}/{len(wanted)}]", still, plan, console))
     labels = [trial.label for trial in plan.trials]
     for line in tables.terminal(plan.name, plan.budget, labels, plan.known(), console):
         console.print(line)
@@ -116,7 +120,7 @@ def require_possible(plan: Plan, missing: Sequence[Attempt]) -> None:
         if attempt.has_teacher:
             attempt.entry.check()
     for file in plan.files:
-        records.require_writable(file)
+        ledger.require_writable(file)
 
 
 def _attempt(attempt: Attempt, head: str, missing: bool, plan: Plan, console: Console) -> bool:
@@ -140,19 +144,30 @@ def attempts(plan: Plan) -> list[Attempt]:
 
 
 def require_data(plan: Plan) -> None:
-    """Check that data given by its place has the experiment's classes.
+    """Check that data given by its place is the experiment's: as many classes and images, of the same size.
 
     Raises:
-        InputError: it has other ones.
+        InputError: it is not.
     """
-    wanted = DATASETS[plan.experiment.data].classes
-    dataset = datasets.load(Config.build(**plan.experiment.options(plan.budget) | plan.flags).data)
-    if (found := len(dataset.class_names)) != wanted:
-        name = plan.experiment.data
-        raise InputError(
-            f"{flag('data')} {plan.flags['data']}: has {found} classes, {name} has {wanted}; give {name} as a folder "
-            "of class folders, or use smallvit compare for other data"
-        )
+    if "data" not in plan.flags:
+        return
+    name, entry = plan.experiment.data, DATASETS[plan.experiment.data]
+    options = plan.experiment.flags | plan.flags
+    dataset = datasets.load(Config.build(**options | {"train_fraction": 1.0}).data)
+    figures = {
+        "classes": (len(dataset.class_names), entry.classes),
+        "training images": (len(dataset.train) + len(dataset.val), entry.train),
+        "test images": (len(dataset.test), entry.test),
+        "channels": (dataset.in_chans, entry.in_chans),
+        "pixels a side": (dataset.img_size, entry.img_size),
+        "validation images of its own": (0 if dataset.drew_val else len(dataset.val), 0),
+    }
+    for what, (found, wanted) in figures.items():
+        if found != wanted:
+            raise InputError(
+                f"{flag('data')} {plan.flags['data']}: has {found:,} {what}, {name} has {wanted:,}; give {name} as a "
+                "folder of class folders, or use smallvit compare for other data"
+            )
 
 
 def _entry(plan: Plan, trial: Trial, seed: int) -> Entry:
@@ -175,12 +190,9 @@ def _missing(wanted: Sequence[Attempt], plan: Plan, known: Sequence[records.Reco
 
 
 def _is_known(attempt: Attempt, plan: Plan, known: Sequence[records.Record]) -> bool:
-    """Whether a run is on record."""
-    names = twins(plan.name, attempt.trial)
-    return any(
-        (each.experiment, each.row) in names and (each.seed, each.budget) == (attempt.entry.seed, plan.budget)
-        for each in known
-    )
+    """Whether a run is on record, made as it would be now."""
+    found = records.of_trial(known, plan.name, attempt.trial)
+    return any((each.seed, each.budget) == (attempt.entry.seed, plan.budget) for each in found)
 
 
 def _keep(attempt: Attempt, plan: Plan) -> None:
@@ -188,14 +200,16 @@ def _keep(attempt: Attempt, plan: Plan) -> None:
     view = finished(attempt.entry.folder)
     made = records.record(view, plan.name, attempt.trial.label, attempt.entry.seed, plan.budget)
     for file in plan.files:
-        records.append(file, made)
+        ledger.append(file, made)
 
 
 def _collect(wanted: Sequence[Attempt], plan: Plan) -> None:
     """Add to the collection what the experiment's own folder has on record of these runs, made without it."""
     if plan.collection is None:
         return
-    asked = {(plan.name, each.trial.label, each.entry.seed, plan.budget) for each in wanted}
-    for made in records.read(plan.out / RECORDS):
-        if made.identity in asked:
-            records.append(collected(plan.collection, plan.name), made)
+    found = ledger.read(plan.out / RECORDS)
+    for each in wanted:
+        asked = (plan.name, each.trial.label, each.entry.seed, plan.budget)
+        for made in records.of_trial(found, plan.name, each.trial):
+            if made.identity == asked:
+                ledger.append(collected(plan.collection, plan.name), made)

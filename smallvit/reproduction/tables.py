@@ -32,10 +32,9 @@ def in_words(name: str, budget: float) -> str:
     told = f"{length['epochs']} passes over {images}"
     if budget == 1:
         return f"The whole experiment: {told}"
-    return (
-        f"Scaled down to a budget of {budget:g}: {told}, where the whole experiment has {whole.epochs}; "
-        "beside published figures it shows an order, not their level"
-    )
+    scaled = f"Scaled down to a budget of {budget:g}: {told}, where the whole experiment has {whole.epochs}"
+    compared = any(trial.published for trial in whole.trials)
+    return scaled + "; beside published figures it shows an order, not their level" * compared
 
 
 def terminal(name: str, budget: float, labels: Sequence[str], records: Iterable[Record], console: Console) -> list:
@@ -58,7 +57,10 @@ def spread(value: Spread | None, form: str = ".2f") -> str:
 
 
 def _gain(name: str, outcome: Outcome) -> str:
-    return NONE if outcome.gain is None else f"{outcome.gain:+.2f}"
+    gain = outcome.gain
+    if gain is None:
+        return NONE
+    return f"{gain:+.2f}" + (f" ({gain.count} of {len(outcome.runs)} seeds)" if gain.count < len(outcome.runs) else "")
 
 
 def _published(name: str, outcome: Outcome) -> str:

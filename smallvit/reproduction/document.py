@@ -103,31 +103,33 @@ def section(name: str, found: Sequence[Record], results: Path) -> str:
 
 def _accuracies(name: str, shown: dict[float, list[Outcome]]) -> str:
     """Published and measured accuracies of every model, at every budget."""
-    compared = any(outcome.trial.published for outcome in shown[1.0])
-    head = ["model", *["published"] * compared]
-    for budget in shown:
-        head += ["measured" if budget == 1 else f"at a budget of {budget:g}", "gain"]
-    rows = [head]
-    for place, outcome in enumerate(shown[1.0]):
-        row = [outcome.trial.label, *[COLUMNS["published"](name, outcome)] * compared]
-        for columns in shown.values():
-            each = columns[place]
-            row += [spread(each.top1) + (f" ({len(each.runs)})" if each.runs else ""), COLUMNS["gain"](name, each)]
-        rows.append(row)
-    return markdown(rows) + "\n\n" + _explained(name, shown[1.0], compared)
-
-
-def _explained(name: str, shown: Sequence[Outcome], compared: bool) -> str:
-    held = [outcome.trial for outcome in shown if outcome.trial.against]
+    first = shown[1.0]
+    rivals = distinct(outcome.trial.against for outcome in first if outcome.trial.against)
+    bare = all(outcome.trial.against in (None, plain(outcome.trial.label)) for outcome in first)
+    columns = {"model": [outcome.trial.label for outcome in first]}
+    if len(rivals) > 1 and not bare:
+        columns["held against"] = [outcome.trial.against or NONE for outcome in first]
+    if compared := any(outcome.trial.published for outcome in first):
+        columns["published"] = [COLUMNS["published"](name, outcome) for outcome in first]
+    for budget, outcomes_ in shown.items():
+        scale = "" if budget == 1 else f" at a budget of {budget:g}"
+        columns[f"measured{scale}"] = [_measured(outcome) for outcome in outcomes_]
+        if any(outcome.gain for outcome in outcomes_):
+            columns[f"gain{scale}"] = [COLUMNS["gain"](name, outcome) for outcome in outcomes_]
     lines = ["In brackets behind a measured accuracy: seeds."]
-    if held:
-        rivals = ", ".join(distinct(trial.against for trial in held))
-        bare = all(trial.against == plain(trial.label) for trial in held)
-        lines.append(f"Gain: points of accuracy over {'the model without plugins' if bare else rivals}, seed by seed.")
+    if rivals:
+        over = (
+            "the model without plugins" if bare else rivals[0] if len(rivals) == 1 else "the model it is held against"
+        )
+        lines.append(f"Gain: points of accuracy over {over}, seed by seed.")
     if compared:
-        sources = dict.fromkeys(outcome.trial.source for outcome in shown if outcome.trial.source)
+        sources = distinct(outcome.trial.source for outcome in first if outcome.trial.source)
         lines.append(f"Published: {'; '.join(sources)}; in brackets its gain.")
-    return " ".join(lines)
+    return markdown([list(columns), *zip(*columns.values(), strict=True)]) + "\n\n" + " ".join(lines)
+
+
+def _measured(outcome: Outcome) -> str:
+    return spread(outcome.top1) + (f" ({len(outcome.runs)})" if outcome.runs else "")
 
 
 def _own_budgets(found: Sequence[Record], name: str) -> list[float]:
@@ -195,6 +197,7 @@ def figures(name: str, found: Sequence[Record]) -> dict[str, Callable[..., str]]
         "ratio": lambda label, other, **where: (
             f"{outcome(label, **where).rate.mean / outcome(other, **where).rate.mean:.2f}"
         ),
+        "parameters": lambda label, **where: f"{outcome(label, **where).first('parameters'):,}",
         "overtaking": lambda label, **where: f"{outcome(label, **where).overtaking:.0%}",
         "temperature": lambda label, **where: f"{outcome(label, **where).temperature:.3f}",
     }

@@ -110,6 +110,7 @@ DIGITS = Experiment(
             for arch in ("vit", "swin", "pit", "t2t", "cait")
             for plugins in ("", "+spt+lsa")
         ),
+        Trial(label="pit, patches of 2 px", row="pit,patch_size=2", against="pit"),
         cnn("resnet20"),
     ),
     flags={"batch_size": 32},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,14 +56,14 @@ def plot_learning(shown: Sequence[Outcome], path: Path, title: str) -> bool:
 
 
 def _draw_curves(axes: Axes, shown: Sequence[Outcome], curves: Sequence[Sequence[float]]) -> None:
-    """A model and its rival have one colour, the rival's line is dashed."""
-    families = list(dict.fromkeys(outcome.trial.label.partition("+")[0] for outcome in shown))
-    several = len(families) > 1
-    colours = colormaps["tab10" if len(families) <= 10 else "tab20"].colors
+    """A model with plugins and the one without have one colour, where there are pairs alone; the latter is dashed."""
+    members = Counter(outcome.trial.label.partition("+")[0] for outcome in shown)
+    families, paired = list(members), max(members.values()) == 2 < len(shown)
+    colours = colormaps["tab10" if len(shown) <= 10 else "tab20"].colors
     for number, (outcome, values) in enumerate(zip(shown, curves, strict=True)):
         label = outcome.trial.label
-        colour = colours[(families.index(label.partition("+")[0]) if several else number) % len(colours)]
-        plain = several and any(other.trial.against == label for other in shown)
+        colour = colours[(families.index(label.partition("+")[0]) if paired else number) % len(colours)]
+        plain = paired and any(other.trial.against == label for other in shown)
         seen = [outcome.first("images_seen") * step / len(values) / 1000 for step in range(1, len(values) + 1)]
         axes.plot(seen, values, "--" if plain else "-", color=colour, label=label, linewidth=1.3)
     axes.set(xlabel="images seen (thousands)", ylabel="validation top-1 (%), mean over seeds")

@@ -162,7 +162,7 @@ def written(folder: Path, made: Iterable[Record]) -> Path:
 def test_means_deviations_and_gains_are_computed_from_the_records(results: Path) -> None:
     page = document.text(results)
     rows = table(section(page, "lee2021/digits"))
-    assert rows["vit"] == {"model": "vit", "measured": "91.00 ± 1.41 (2)", "gain": "–"}
+    assert rows["vit"] == {"model": "vit", "held against": "–", "measured": "91.00 ± 1.41 (2)", "gain": "–"}
     assert rows["vit+spt+lsa"]["measured"] == "94.00 ± 2.83 (2)"
     assert rows["vit+spt+lsa"]["gain"] == "+3.00 ± 1.41"  # 2 and 4
     assert {rows[label]["measured"] for label in rows if label[:3] != "vit"} == {"not yet measured"}

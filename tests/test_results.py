@@ -417,7 +417,8 @@ def test_another_digit_in_an_accuracy_of_the_readme_is_noticed(known: dict[str, 
 def test_numbers_are_found_in_whatever_form_they_are_told() -> None:
     told = (
         "| ViT | 450,347 | 98.14 ± 0.43 % |\n| model step | 117 images/s | ×1.06 |\n\nIt takes 45 s, 1 to 4 % more, "
-        "which is 61\n% of it (p = 0.007), or 3.2 points.\n```\n99 %\n```\nPatches of 4, 100 epochs (73.81 % for ViT, 76.92 % with both).\n"
+        "which is 61\n% of it (p = 0.007), or 3.2 points.\n```\n99 %\n```\nPatches of 4, 100 epochs"
+        " (73.81 % for ViT, 76.92 % with both).\n"
     )
     wanted = {
         "98.14 ± 0.43",

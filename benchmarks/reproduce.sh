@@ -5,7 +5,7 @@
 #
 # OUT takes the runs' folders. After MINUTES the run at hand is saved and the script ends (exit code 124); started again,
 # here or on another machine where OUT and the images lie at the same places, it goes on there. Records go to results/
-# and are not made twice. Experiments that cannot be done (exit code 2) do not keep the others from it; the script ends
+# (to OUT/records with --budget) and are not made twice. Experiments that cannot be done (exit code 2) do not keep the others from it; the script ends
 # with that code.
 set -euo pipefail
 
@@ -29,7 +29,7 @@ reproduce() { # NAME, then options
         limit=(timeout --signal=TERM --kill-after=120 "$left")
     fi
     local code=0 name=$1
-    ${limit[@]+"${limit[@]}"} "$smallvit" reproduce "$@" --out "$out/$name$scale" --record "$root/results" ${more[@]+"${more[@]}"} || code=$?
+    ${limit[@]+"${limit[@]}"} "$smallvit" reproduce "$@" --out "$out/$name$scale" --record "$record" ${more[@]+"${more[@]}"} || code=$?
     case $code in
         0 | 1) ;; # 1: a training failed
         2) worst=2 ;;
@@ -40,11 +40,13 @@ reproduce() { # NAME, then options
 more=("$@")
 worst=0
 scale="" # in the names of folders, as runs of another length are others
+record=$root/results # of the whole experiments; of scaled ones OUT/records
 while [ $# -gt 0 ]; do
     case $1 in
         --budget) scale="@${2-}" ;;
         --budget=*) scale="@${1#*=}" ;;
     esac
+    [ -z "$scale" ] || record=$out/records
     shift
 done
 plain_and_patched=(--rows vit --rows vit+spt+lsa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -231,16 +232,17 @@ def recipes(pattern: str | None) -> Table:
 def experiments(pattern: str | None) -> Group:
     """The experiments: their size, and what each is about, then the rows of those that fit a pattern."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from smallvit.reproduction.experiments import EXPERIMENTS
 
-    table, rows = Table("NAME", "--data", "epochs", "seeds", "rows", "", show_lines=False), []
+    table, rows = Table(Column("NAME", no_wrap=True), "rows", "seeds", "epochs", ""), []
     for name in fitting(pattern, EXPERIMENTS):
         each = EXPERIMENTS[name]
-        table.add_row(name, each.data, str(each.epochs), str(each.seeds), str(len(each.trials)), each.title)
-        rows += [Text(f"{name}: {', '.join(trial.label for trial in each.trials)}")] * (pattern is not None)
+        table.add_row(name, str(len(each.trials)), str(each.seeds), str(each.epochs), each.title)
+        if pattern is not None:
+            rows += [Text(f"{name} --rows {shlex.quote(trial.label)}") for trial in each.trials]
     return Group(table, *rows)
 
 

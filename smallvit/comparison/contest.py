@@ -24,7 +24,7 @@ from smallvit.options import OptimConfig, flag
 from smallvit.regularise import regularised
 from smallvit.runs import Run
 from smallvit.setup import prepare
-from smallvit.watching import read
+from smallvit.watching import View, read
 
 CNN_RECIPE = "cnn"
 """For convolutional models, where no other is named."""
@@ -65,7 +65,7 @@ class Entry:
         """
         if not (self.folder / Run.CONFIG).exists():
             return False
-        view = read(self.folder)
+        view = self._view()
         asked, there = (regularised(inherited(c)).options() for c in (Config.build(**self.options), view.config))
         for name, value in asked.items():
             open_still = name == "streaming" and value == "auto"
@@ -75,6 +75,17 @@ class Entry:
                     "choose another --out, or remove it"
                 )
         return view.summary is not None
+
+    def _view(self) -> View:
+        """What the folder tells.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            return read(self.folder)
+        except InputError as error:
+            raise InputError(f"{str(error).partition(';')[0]}; remove {self.folder}, and it is trained anew") from None
 
     def train(self, head: str, console: Console) -> bool:
         """Train it, unless it is finished; returns whether it is in the end. `head` begins what is said of it.

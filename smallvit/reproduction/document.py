@@ -1,7 +1,7 @@
 """RESULTS.md: every record of the project in tables and pictures, beside what was published. Needs no torch.
 
-Text stands in results/notes/NAME.md (with - for the / of an experiment's name), where figures are expressions that are
-computed from the records:
+Text stands in results/notes/NAME-BUDGET.md (with - for the / of an experiment's name), where figures are expressions
+that are computed from the records of that budget:
 
     With both plugins {{ top1("vit+spt+lsa") }}, which is {{ gain("vit+spt+lsa") }} points more.
 """
@@ -9,6 +9,7 @@ computed from the records:
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ Accuracies are test accuracies in per cent, mean ± standard deviation (n - 1) o
 run, with the weights that were best on validation images held out of the training images. Published figures are other
 people's, at their own length of training; their epoch is the one that is best on the test, where they took it so.
 """
-MEANS = ("test_top1", "images_seen", "train_seconds")
+MEANS = ("test_top1", "test_images", "images_seen", "train_seconds")
 """What is told of other records, as means over seeds."""
 COSTS_SAID = (
     "Seconds and images/s: mean over seeds on one machine, each run at its own time, so other work shows. TFLOP/s: of "
@@ -92,12 +93,13 @@ def section(name: str, found: Sequence[Record], results: Path) -> str:
     budgets = recorded.budgets(found, name)
     shown = {budget: outcomes(name, budget, found) for budget in (1.0, *[b for b in budgets if b != 1])}
     parts = [f"## {name}", EXPERIMENTS[name].title + ".", _accuracies(name, shown)]
-    note = results / "notes" / f"{name.replace('/', '-')}.md"
-    if note.is_file():
-        parts.append(filled(note, name, found))
     own = _own_budgets(found, name)
-    parts += [_costs(name, budget, shown[budget]) for budget in own]
-    parts += [_elsewhere(name, budget, shown[budget]) for budget in budgets if budget not in own]
+    for budget in shown:
+        note = results / "notes" / f"{name.replace('/', '-')}-{budget:g}.md"
+        if note.is_file():
+            parts.append(filled(note, name, budget, found))
+        if budget in budgets:
+            parts.append((_costs if budget in own else _elsewhere)(name, budget, shown[budget]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,8 +118,10 @@ def _accuracies(name: str, shown: dict[float, list[Outcome]]) -> str:
         columns[f"measured{scale}"] = [_measured(outcome) for outcome in outcomes_]
         if any(outcome.gain for outcome in outcomes_):
             columns[f"gain{scale}"] = [COLUMNS["gain"](name, outcome) for outcome in outcomes_]
-    lines = ["In brackets behind a measured accuracy: seeds."]
-    if rivals:
+    lines = []
+    if any(outcome.runs for outcomes_ in shown.values() for outcome in outcomes_):
+        lines.append("In brackets behind a measured accuracy: seeds.")
+    if any(column.startswith("gain") for column in columns):
         over = (
             "the model without plugins" if bare else rivals[0] if len(rivals) == 1 else "the model it is held against"
         )
@@ -149,13 +153,15 @@ def _costs(name: str, budget: float, shown: Sequence[Outcome]) -> str:
     measured = [outcome for outcome in shown if outcome.runs]
     seeds = max(len(outcome.runs) for outcome in measured)
     scale = "" if budget == 1 else f" --budget {budget:g}"
+    some = len(measured) < len(shown)
+    rows = "".join(f" --rows {shlex.quote(outcome.trial.label)}" for outcome in measured) * some
     pictures = {
         picture(name, budget): "accuracy over images seen",
         f"{picture(name, budget)}-speed": "accuracy and speed",
     }
     lines = [
         f"### {name} at a budget of {budget:g}" if budget != 1 else f"### {name}, whole",
-        f"{in_words(name, budget)}. `smallvit reproduce {name}{scale} --seeds {seeds}`",
+        f"{in_words(name, budget)}. `smallvit reproduce {name}{scale}{rows} --seeds {seeds}`",
         costs(name, measured),
         COSTS_SAID,
         "\n".join(f"- {line}" for line in machines(measured)),
@@ -164,7 +170,7 @@ def _costs(name: str, budget: float, shown: Sequence[Outcome]) -> str:
     return "\n\n".join(lines)
 
 
-def filled(note: Path, name: str, found: Sequence[Record]) -> str:
+def filled(note: Path, name: str, budget: float, found: Sequence[Record]) -> str:
     """A note with its figures.
 
     Raises:
@@ -172,21 +178,19 @@ def filled(note: Path, name: str, found: Sequence[Record]) -> str:
     """
     try:
         template = Environment(undefined=StrictUndefined, autoescape=False).from_string(note.read_text())
-        return template.render(figures(name, found)).strip()
+        return template.render(figures(name, budget, found)).strip()
     except (TemplateError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{note}: {type(error).__name__}: {error}") from None
 
 
-def figures(name: str, found: Sequence[Record]) -> dict[str, Callable[..., str]]:
-    """What notes may ask for: figures of a model (by its label) of this experiment, or of another."""
+def figures(name: str, budget: float, found: Sequence[Record]) -> dict[str, Callable[..., str]]:
+    """What notes may ask for: figures of a model (by its label) at the note's budget, of this experiment or another."""
 
-    def outcome(label: str, experiment: str | None = None, budget: float | None = None) -> Outcome:
-        where = experiment or name
-        at = recorded.budgets(found, where)[0] if budget is None else budget
-        return {each.trial.label: each for each in outcomes(where, at, found)}[label]
+    def outcome(label: str, experiment: str | None = None) -> Outcome:
+        return {each.trial.label: each for each in outcomes(experiment or name, budget, found)}[label]
 
     return {
-        "top1": lambda label, **where: spread(outcome(label, **where).top1),
+        "top1": lambda label, **where: f"{outcome(label, **where).top1:.2f}",
         "gain": lambda label, **where: f"{outcome(label, **where).gain:+.2f}",
         "published": lambda label, **where: f"{outcome(label, **where).trial.published:.2f}",
         "published_gain": lambda label, **where: (
@@ -210,7 +214,19 @@ def _others(results: Path) -> str:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             words, summary = _other(line, file, number)
             rows.setdefault((file.name, words), []).append(summary)
-    table = [["command", "test top-1 (%)", "seeds", "parameters", "images seen", "seconds", "hardware", "record"]]
+    table = [
+        [
+            "command",
+            "test top-1 (%)",
+            "seeds",
+            "parameters",
+            "test images",
+            "images seen",
+            "seconds",
+            "hardware",
+            "record",
+        ]
+    ]
     for (file, words), summaries in rows.items():
         means = {each: Spread.of([s[each] for s in summaries]) for each in MEANS}
         table.append(
@@ -219,6 +235,7 @@ def _others(results: Path) -> str:
                 f"{means['test_top1']:.2f}",
                 str(len(summaries)),
                 f"{summaries[0]['parameters']:,}",
+                f"{means['test_images'].mean:,.0f}",
                 f"{means['images_seen'].mean:,.0f}",
                 f"{means['train_seconds'].mean:,.0f}",
                 "; ".join(distinct(summary["hardware"] for summary in summaries)),

@@ -104,7 +104,7 @@ class Experiment:
         known = {trial.label: trial for trial in self.trials}
         for label in labels:
             if label not in known:
-                raise InputError(f"--rows {label}: expected one of {', '.join(known)}{nearest(label, known)}")
+                raise InputError(f"--rows {label}: expected one of {'; '.join(known)}{nearest(label, known)}")
         wanted = {*labels} | {known[label].teacher for label in labels} if labels else {*known}
         return tuple(trial for trial in self.trials if trial.label in wanted)
 

@@ -16,7 +16,7 @@ from smallvit.cli import VERBS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("notebooks/*.ipynb")])
-TEXTS = [path for path in (ROOT / "README.md", *PAGES) if path.suffix == ".md"]
+TEXTS = [path for path in (ROOT / "README.md", ROOT / "RESULTS.md", *PAGES) if path.suffix == ".md"]
 SITE = (ROOT / "mkdocs.yml").read_text()
 GIVEN = {" N": " 1", "[-": "-", "]": "", "{": "", "}": "", "...": "", "runs/*": "runs/a runs/b"}
 """What stands for values in the pages, and such a value."""
@@ -34,7 +34,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_the_contents_hold_every_page_once() -> None:
     listed = re.findall(r"^ +- .*: (\S+\.(?:md|ipynb))$", SITE, re.MULTILINE)
-    assert sorted(listed) == sorted([*(path.relative_to(DOCS).as_posix() for path in PAGES), "readme.md"])
+    assert sorted(listed) == sorted([*(path.relative_to(DOCS).as_posix() for path in PAGES), "readme.md", "results.md"])
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)

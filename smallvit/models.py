@@ -94,8 +94,9 @@ def create_model(
     if patch_size and arch not in OURS and _family(arch) is None:
         raise InputError(f"--patch-size {patch_size}: {arch} has no patches whose size can be chosen")
     patch_size = patch_size or patch_for(arch, img_size, fit=fit)
-    asked = zip(variants.VARIANTS, (average_pool, sincos, layer_scale, rising_drop_path), strict=True)
-    varied = variants.chosen(dict(asked))
+    varied = variants.chosen(
+        average_pool=average_pool, sincos=sincos, layer_scale=layer_scale, rising_drop_path=rising_drop_path
+    )
     variants.require_plain(arch, varied, plain=_is_plain_vit(arch))
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **variants.arguments(varied)}
     if arch in OURS:

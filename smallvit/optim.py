@@ -39,10 +39,10 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         raise InputError(f"--opt {config.opt}: cannot be used here (a run with it could not be resumed)")
     rate = config.lr * config.batch_size / config.lr_batch if config.lr_batch else config.lr
     options = {"fused": True} if config.opt in FUSED else {}
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fitted = [each for each in model.parameters() if each.requires_grad] if config.decay_all else model
     try:
         return create_optimizer_v2(
-            learnt if config.decay_all else model,
+            fitted,
             config.opt,
             lr=rate,
             weight_decay=config.weight_decay,

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from smallvit.files import replacing, write_text
 from smallvit.runs import best_epoch
+
+WIDEST = 1000
+"""Columns of a table in the terminal."""
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -71,11 +77,22 @@ def comparison_table(records: list[dict[str, Any]]) -> Table:
 
 def comparison_page(records: list[dict[str, Any]], lines: list[str], title: str, picture: str | None) -> str:
     """A comparison in Markdown: the table, lines that say how it came about, and a picture, if there is one."""
-    rows = [list(TITLES.values()), ["---", *["---:"] * (len(TITLES) - 1)]]
-    rows += [[cell(record, name).replace("|", "\\|") for name in TITLES] for record in records]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = markdown([list(TITLES.values()), *([cell(record, name) for name in TITLES] for record in records)])
     said = "\n".join(f"- {line}" for line in lines)
     return f"# {title}\n\n{table}\n\n{said}\n" + (f"\n![accuracy against speed]({picture})\n" if picture else "")
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head, the first column stands left, the others right."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def widen(console: Console, table: Table) -> None:
+    """Give a console the columns that a table needs, so that no figure is cut."""
+    needed = Measurement.get(console, console.options.update(width=WIDEST), table).maximum
+    console.width = max(console.width, needed)
 
 
 def write_csv(records: list[dict[str, Any]], path: Path) -> None:

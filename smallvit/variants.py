@@ -26,9 +26,9 @@ VARIANTS = ("average_pool", "sincos", "layer_scale", "rising_drop_path")
 """Arguments of `create_model`."""
 
 
-def chosen(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The variants that a model's arguments ask for."""
-    return {name: spec[name] for name in VARIANTS if spec.get(name)}
+def chosen(**asked: Any) -> dict[str, Any]:
+    """The variants that are asked for, of all."""
+    return {name: value for name, value in asked.items() if value}
 
 
 def require_plain(arch: str, wanted: Mapping[str, Any], *, plain: bool) -> None:

@@ -20,7 +20,7 @@ TORCHLESS = (
     *(f"smallvit/pages/{name}.py" for name in ("page", "dossier", "telling", "charts", "drawings", "illustrations")),
     *(f"smallvit/comparison/{name}.py" for name in ("rows", "standings", "scatter")),
     *(f"smallvit/reproduction/{name}.py" for name in ("trials", "experiments", "literature", "records")),
-    *(f"smallvit/reproduction/{name}.py" for name in ("ledger", "outcomes", "tables", "plots", "document")),
+    *(f"smallvit/reproduction/{name}.py" for name in ("ledger", "outcomes", "tables", "plots", "notes", "document")),
     *(f"smallvit/costs/{name}.py" for name in ("loglog", "tables")),
 )
 """What reads records and draws, and what must be there at once."""

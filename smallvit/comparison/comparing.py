@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
 
 from smallvit import checkpoint, hardware, report, speed
 from smallvit.comparison import scatter
@@ -16,8 +15,6 @@ from smallvit.comparison.standings import Standing, finished, gathered, notes
 from smallvit.errors import InputError
 from smallvit.files import write_text
 
-WIDEST = 1000
-"""Columns of a table in the terminal."""
 MARKDOWN, CSV, PICTURE = "compare.md", "compare.csv", "compare.png"
 
 
@@ -77,8 +74,7 @@ def show(standings: Sequence[Standing], showing: Showing, recipes: dict[str, str
     lines = notes(standings, recipes, how, showing.command)
     console, table = showing.console, report.comparison_table(records)
     console.print()
-    needed = Measurement.get(console, console.options.update(width=WIDEST), table).maximum
-    console.width = max(console.width, needed)  # no figure is cut
+    report.widen(console, table)
     console.print(table)
     for line in lines:
         console.print(line)

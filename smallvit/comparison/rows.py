@@ -48,9 +48,7 @@ class Row:
 
     def folder(self, seed: int) -> str:
         """Name of the folder of one of its runs; another row has another."""
-        safe = re.sub(r"[^A-Za-z0-9._+=,-]", "-", self.label)[:LONGEST]
-        told = safe if safe == self.label else f"{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
-        return f"{told}-seed{seed}"
+        return folder(self.label, seed)
 
     def given(self, flags: dict[str, Any], recipe: str | None) -> dict[str, Any]:
         """What `Config.build` takes: the row's own options, else the comparison's flags, else the recipe's values."""
@@ -119,6 +117,13 @@ def label(arch: str, options: dict[str, Any]) -> str:
     plugins = [f"+{plugin}" for plugin in PLUGINS if options.get(plugin)]
     rest = sorted(name for name in options if name not in PLUGINS)
     return "".join([arch, *plugins, *(f",{name.replace('_', '-')}={spelt(options[name])}" for name in rest)])
+
+
+def folder(label: str, seed: int) -> str:
+    """Name of the folder of a run that is called `label`; another label has another."""
+    safe = re.sub(r"[^A-Za-z0-9._+=,-]", "-", label)[:LONGEST]
+    told = safe if safe == label else f"{safe}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return f"{told}-seed{seed}"
 
 
 def spelt(value: Any) -> str:

@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from smallvit.report import markdown
+
 NO_MEMORY = "no memory"
 MEASURES = (
     "Parameters: trainable values. MACs: multiply-accumulates of one image's forward pass. Tokens: of the first layer "
@@ -50,9 +52,7 @@ def table(found: dict[str, Any]) -> Table:
 def page(found: dict[str, Any], lines: Sequence[str], picture: str | None) -> str:
     """A profile in Markdown: the table, lines that say how it came about, and a picture, if there is one."""
     titles = columns(found)
-    rows = [list(titles.values()), ["---", *["---:"] * (len(titles) - 1)]]
-    rows += [[_cell(record, name).replace("|", "\\|") for name in titles] for record in found["rows"]]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text = markdown([list(titles.values()), *([_cell(record, name) for name in titles] for record in found["rows"])])
     said = "\n".join(f"- {line}" for line in lines)
     return f"# Costs\n\n{text}\n\n{said}\n" + (f"\n![growth with the image size]({picture})\n" if picture else "")
 

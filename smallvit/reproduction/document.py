@@ -1,32 +1,26 @@
-"""RESULTS.md: every record of the project in tables and pictures, beside what was published. Needs no torch.
-
-Text stands in results/notes/NAME-BUDGET.md (with - for the / of an experiment's name), where figures are expressions
-that are computed from the records of that budget:
-
-    With both plugins {{ top1("vit+spt+lsa") }}, which is {{ gain("vit+spt+lsa") }} points more.
-"""
+"""RESULTS.md: every record of the project in tables and pictures, beside what was published. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError
-
 from smallvit.errors import InputError
 from smallvit.files import write_text
+from smallvit.report import markdown
 from smallvit.reproduction import ledger
 from smallvit.reproduction import records as recorded
 from smallvit.reproduction.experiments import EXPERIMENTS, plain
 from smallvit.reproduction.literature import FROM_SCRATCH
-from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
+from smallvit.reproduction.notes import filled
+from smallvit.reproduction.outcomes import Outcome, Spread, outcomes
 from smallvit.reproduction.plots import plot_learning, plot_speed
 from smallvit.reproduction.records import Record
-from smallvit.reproduction.tables import COLUMNS, NONE, costs, distinct, in_words, machines, markdown, spread
+from smallvit.reproduction.tables import COLUMNS, NONE, costs, distinct, in_words, machines, spread
 
 HEAD = """\
 # Results
@@ -170,43 +164,6 @@ def _costs(name: str, budget: float, shown: Sequence[Outcome]) -> str:
     return "\n\n".join(lines)
 
 
-def filled(note: Path, name: str, budget: float, found: Sequence[Record]) -> str:
-    """A note with its figures.
-
-    Raises:
-        InputError: it asks for what no record has.
-    """
-    try:
-        template = Environment(undefined=StrictUndefined, autoescape=False).from_string(note.read_text())
-        return template.render(figures(name, budget, found)).strip()
-    except (TemplateError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{note}: {type(error).__name__}: {error}") from None
-
-
-def figures(name: str, budget: float, found: Sequence[Record]) -> dict[str, Callable[..., str]]:
-    """What notes may ask for: figures of a model (by its label) at the note's budget, of this experiment or another."""
-
-    def outcome(label: str, experiment: str | None = None) -> Outcome:
-        return {each.trial.label: each for each in outcomes(experiment or name, budget, found)}[label]
-
-    return {
-        "top1": lambda label, **where: f"{outcome(label, **where).top1:.2f}",
-        "gain": lambda label, **where: f"{outcome(label, **where).gain:+.2f}",
-        "published": lambda label, **where: f"{outcome(label, **where).trial.published:.2f}",
-        "published_gain": lambda label, **where: (
-            f"{published_gain(where.get('experiment', name), outcome(label, **where).trial):+.2f}"
-        ),
-        "seconds": lambda label, **where: f"{outcome(label, **where).seconds.mean:,.0f}",
-        "rate": lambda label, **where: f"{outcome(label, **where).rate.mean:,.0f}",
-        "ratio": lambda label, other, **where: (
-            f"{outcome(label, **where).rate.mean / outcome(other, **where).rate.mean:.2f}"
-        ),
-        "parameters": lambda label, **where: f"{outcome(label, **where).first('parameters'):,}",
-        "overtaking": lambda label, **where: f"{outcome(label, **where).overtaking:.0%}",
-        "temperature": lambda label, **where: f"{outcome(label, **where).temperature:.3f}",
-    }
-
-
 def _others(results: Path) -> str:
     """Runs that belong to no experiment, those that differ in their seed alone in one row."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -214,19 +171,8 @@ def _others(results: Path) -> str:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             words, summary = _other(line, file, number)
             rows.setdefault((file.name, words), []).append(summary)
-    table = [
-        [
-            "command",
-            "test top-1 (%)",
-            "seeds",
-            "parameters",
-            "test images",
-            "images seen",
-            "seconds",
-            "hardware",
-            "record",
-        ]
-    ]
+    head = ("command", "test top-1 (%)", "seeds", "parameters", "test images", "images seen", "seconds", "hardware")
+    table = [[*head, "record"]]
     for (file, words), summaries in rows.items():
         means = {each: Spread.of([s[each] for s in summaries]) for each in MEANS}
         table.append(

@@ -1,7 +1,4 @@
-"""Named experiments: data set, models, training, seeds, and what was published. Needs no torch.
-
-smallvit reproduce lee2021/cifar100 --budget 0.05
-"""
+"""Named experiments: data set, models, training, seeds, and what was published. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ from smallvit.reproduction.trials import Experiment, Trial
 
 POLICIES = {"svhn": "autoaugment-svhn", "tiny-imagenet": "autoaugment-imagenet"}
 """AutoAugment's policy by data set, where it is not CIFAR's; named, as a folder of the same images has another."""
+HELD_OUT = {"val_fraction": 0.02}
+"""Few images to choose the epoch by, as the papers learn from all."""
 FLIPS = {"svhn": {"flip": 0.5}}
 """Mirroring by data set, where smallvit would not and the paper's code does."""
 PARTS = {"vit+temperature": "vit+lsa,lsa-mask=false", "vit+mask": "vit+lsa,lsa-temperature=fixed"}
@@ -78,7 +77,7 @@ def lee2021(data: str) -> Experiment:
         epochs=300,
         seeds=3,
         trials=(*ours, *cnns),
-        flags={"val_fraction": 0.02} | FLIPS.get(data, {}),
+        flags=HELD_OUT | FLIPS.get(data, {}),
     )
 
 
@@ -95,7 +94,7 @@ def ablation(data: str) -> Experiment:
         epochs=300,
         seeds=3,
         trials=(*trials, baseline),
-        flags={"val_fraction": 0.02},
+        flags=HELD_OUT,
     )
 
 
@@ -139,7 +138,7 @@ DEIT_CIFAR100 = Experiment(
             for arch, figure in DEIT.items()
         ),
     ),
-    flags={"val_fraction": 0.02},
+    flags=HELD_OUT,
 )
 
 QUICK_CIFAR100 = Experiment(
@@ -152,7 +151,7 @@ QUICK_CIFAR100 = Experiment(
         Trial(label="paper", row="vit+spt+lsa,recipe=paper,policy=autoaugment-cifar10"),
         cnn("resnet56"),
     ),
-    flags={"val_fraction": 0.02},
+    flags=HELD_OUT,
 )
 
 
@@ -209,7 +208,7 @@ CHANGES = Experiment(
         cnn("resnet20"),
         low("CNN teacher", "distill=soft", teacher="resnet20"),
     ),
-    flags={"val_fraction": 0.02, "train_fraction": 0.06},
+    flags=HELD_OUT | {"train_fraction": 0.06},
 )
 
 BEST = Experiment(
@@ -225,7 +224,7 @@ BEST = Experiment(
         paper("vit", "cifar100", published=MAIN["vit"][1], source=LEE2021_CODE),
         cnn("resnet56", published=CNNS["resnet56"][1], source=GANI2022),
     ),
-    flags={"val_fraction": 0.02},
+    flags=HELD_OUT,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -38,7 +38,7 @@ PATHS = ("data", "init", "teacher")
 """Options that may be paths, of which the last part is kept."""
 PRIVATE = ("out", "resume", "overwrite", "auto_resume", "device", "data_dir", "log", "checkpoint_minutes")
 """Options that say nothing about the model that came out."""
-FREE = {*MAY_DIFFER, *PRIVATE, "data", "teacher", "streaming", "amp", "seed"}
+FREE = {*MAY_DIFFER, "data", "teacher", "streaming", "amp", "seed"}
 """Options in which runs of the same trial may differ: of the machine, where files lie, and the seed."""
 FIGURES = (*NUMBERS, "train_seconds")
 """Numbers of a summary that tables need."""

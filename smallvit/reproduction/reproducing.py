@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from smallvit import datasets, hardware
 from smallvit.comparison.contest import Entry
-from smallvit.comparison.rows import LONGEST
+from smallvit.comparison.rows import folder
 from smallvit.comparison.standings import finished
 from smallvit.config import Config
 from smallvit.datasets.table import DATASETS
@@ -174,12 +173,8 @@ def _entry(plan: Plan, trial: Trial, seed: int) -> Entry:
     row = trial.parsed()
     options = row.given(plan.experiment.options(plan.budget) | plan.flags, row.recipe) | {"seed": seed}
     if trial.teacher is not None:
-        options["teacher"] = str((plan.out / _folder(trial.teacher, seed)).resolve())
-    return Entry(row=row, seed=seed, folder=plan.out / _folder(trial.label, seed), recipe=row.recipe, options=options)
-
-
-def _folder(label: str, seed: int) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9._+=,-]', '-', label)[:LONGEST]}-seed{seed}"
+        options["teacher"] = str((plan.out / folder(trial.teacher, seed)).resolve())
+    return Entry(row=row, seed=seed, folder=plan.out / folder(trial.label, seed), recipe=row.recipe, options=options)
 
 
 def _missing(wanted: Sequence[Attempt], plan: Plan, known: Sequence[records.Record]) -> list[Attempt]:

@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from smallvit.report import markdown, widen
 from smallvit.reproduction.experiments import experiment
 from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
 from smallvit.reproduction.records import Record
 
 MISSING = "not yet measured"
 NONE = "–"
-WIDEST = 1000
-"""Columns of a table in the terminal."""
 
 
 def announcement(name: str, budget: float) -> list[str]:
@@ -47,7 +46,7 @@ def terminal(name: str, budget: float, labels: Sequence[str], records: Iterable[
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for outcome in shown:
         table.add_row(*(Text(COLUMNS[column](name, outcome)) for column in columns))
-    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
+    widen(console, table)
     return ["", table, *(Text(line) for line in [in_words(name, budget), *notes(shown)])]
 
 
@@ -134,10 +133,3 @@ def machines(shown: Sequence[Outcome]) -> list[str]:
 def distinct(texts: Iterable[str]) -> list[str]:
     """Each once, in the order in which it comes."""
     return list(dict.fromkeys(texts))
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
 # The oldest supported timm, put before the installed one, and the tests that meet timm
-MEETS_TIMM = tests/plugins $(addprefix tests/test_,$(addsuffix .py,models published registry optim checkpoint engine recipes convnets initial trained variants)) \
+MEETS_TIMM = tests/plugins $(addprefix tests/test_,$(addsuffix .py,models published registry optim checkpoint engine recipes convnets initial trained variants binaryvit binaryvit_timm)) \
 	$(addprefix tests/datasets/test_,$(addsuffix .py,timm_source policies augment))
 
 test-oldest: $(INSTALLED)

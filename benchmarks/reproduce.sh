@@ -61,4 +61,5 @@ reproduce lee2021/cifar100
 reproduce lee2021/ablation
 reproduce best/cifar100
 reproduce deit/cifar100
+reproduce binaryvit/cifar100
 exit "$worst"

@@ -16,16 +16,18 @@ Write a trained model for other programs, after trying it there: its answers are
   smallvit export runs/vit-spt-lsa-cifar100 --format onnx
   smallvit export runs/vit-spt-lsa-cifar100 --format pt2 --out model.pt2
   smallvit export runs/vit-spt-lsa-cifar100 --format timm
+  smallvit export runs/binaryvit-cifar100 --format packed
   smallvit export runs/vit-spt-lsa-cifar100 --format hub --license mit --push OWNER/NAME
 
 RUN is a run's folder, a weights file, or a timm model with pretrained weights. onnx is a file for onnxruntime, pt2 one
 of torch.export, timm a folder for timm.create_model("local-dir:FOLDER", pretrained=True), and hub the same with a model
-card; Python must `import smallvit.registry` before, unless timm has such a model itself. They go to RUN/export unless
---out names another place; batches may have any size. The exit code is 2, and nothing is left behind, where a model
+card; Python must `import smallvit.registry` before, unless timm has such a model itself. packed is a weights file for
+smallvit with eight one-bit weights to a byte. They go to RUN/export unless --out names another place; batches may have
+any size. The exit code is 2, and nothing is left behind, where a model
 cannot be exported or answers otherwise in its new form; where --push fails it is 2 too, but what was exported stays.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """
-FORMATS = ("onnx", "pt2", "timm", "hub")
+FORMATS = ("onnx", "pt2", "timm", "hub", "packed")
 
 
 def parser() -> Parser:
@@ -62,8 +64,10 @@ def main(argv: list[str]) -> int:
         arguments = {"arch": options.arch, "img_size": options.img_size, "device": "cpu", "amp": "off"}
         model = ready(options.run, "export", **arguments)
         card = {"run": Path(os.path.expanduser(options.run)), "terms": options.license, "repository": options.push}
-        exporting.export(model, options.format, path, **card)
+        told = exporting.export(model, options.format, path, **card)
     print(path)
+    if told is not None:
+        print(told)
     if options.push is not None:
         print(hub.push(path, options.push, private=options.private))
     return 0

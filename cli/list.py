@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from smallvit.cli.options import Parser, field_sentences
 from smallvit.errors import InputError, nearest
-from smallvit.options import ModelConfig, flag
+from smallvit.options import PLUGINS, ModelConfig, flag
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -22,7 +22,7 @@ List what has a name: architectures, recipes, experiments, data sets, plugins, a
 
   smallvit list archs                  # the paper's models and CIFAR's ResNets: parameters, plugins
   smallvit list archs 'deit*'          # all models of that name, timm's too
-  smallvit list plugins                # SPT, LSA and the distillation token, their variants and flags
+  smallvit list plugins                # SPT, LSA, one-bit layers and the distillation token, their variants and flags
   smallvit list recipes 'deit*'        # what two of the recipes set
   smallvit list experiments            # what smallvit reproduce does again
   smallvit list data                   # data sets: sizes, sources, terms
@@ -38,6 +38,8 @@ ARCHS = {
     "pit": "PiT, three stages with pooling between them. arXiv:2103.16302",
     "swin": "Swin, three stages of windows of 4 × 4 tokens. arXiv:2103.14030",
     "t2t": "T2T-ViT, tokens from unfolds that overlap, 12 layers. arXiv:2101.11986",
+    "binaryvit": "BinaryViT: one-bit layers, four stages of up to 512 wide. arXiv:2306.16678",
+    "binaryvit_tiny": "BinaryViT for small images: four stages of up to 256 wide, 10 layers. arXiv:2306.16678",
     "vit96": "ViT of 6 layers, 96 wide. arXiv:2010.11929",
 } | {f"resnet{depth}": f"CIFAR's ResNet of {depth} layers. arXiv:1512.03385" for depth in (20, 32, 44, 56, 110)}
 """What our architectures are, and where they come from."""
@@ -47,6 +49,9 @@ SOURCES = {
     "arXiv:2112.13492. smallvit.patch(model, spt=True), or spt=smallvit.SPTConfig(directions=..., shift=..., norm=...)",
     "lsa": "LSA, locality self-attention: a learnt temperature, and no token attends to itself. Lee, Lee, Song 2021, "
     "arXiv:2112.13492. smallvit.patch(model, lsa=True), or lsa=smallvit.LSAConfig(temperature=..., mask=...)",
+    "binary": "One-bit layers: weights, activations and attention maps, with learnt thresholds, in all blocks. "
+    "BinaryViT, Le, Li 2023, arXiv:2306.16678. smallvit.patch(model, binary=True), or "
+    "binary=smallvit.BinaryConfig(weights=..., activations=..., attention=...)",
     "plugin": "init exact: a trained model computes at first what it did before, and the plugins come in gradually. "
     'smallvit.patch(model, spt=True, lsa=True, init="exact"), smallvit.set_openness(model, 0.5)',
     "dist": "Distillation token: beside the class token, with a head of its own, taught by --teacher. Touvron et al. "
@@ -158,7 +163,7 @@ def taken(model: nn.Module) -> list[str]:
 
     kind = TwoHeads.kinds.get(type(model))
     token = kind is not None and kind.refusal(model) is None
-    return [name.upper() for name in ("spt", "lsa") if why_not(model, name) is None] + ["token"] * token
+    return [called for name, called in PLUGINS.items() if why_not(model, name) is None] + ["token"] * token
 
 
 def plugins(pattern: str | None) -> Group:

@@ -59,7 +59,7 @@ def _own(parser: Parser) -> None:
         nargs="+",
         default=[1, 16, 128],
         **sizes,
-        help="Batches of inference; the largest is the training step's too, the first growth's. [1 16 128]",
+        help="Batches of inference; the largest (2 at least) is the training step's, the first growth's. [1 16 128]",
     )
     group.add_argument(
         "--growth",

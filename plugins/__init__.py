@@ -8,6 +8,8 @@ Only leaf modules change: attention layers, patch embeddings, poolings and mergi
 parameter names and everything else of timm stay as they are.
 """
 
+from smallvit.plugins.binary import BinaryConfig
+from smallvit.plugins.binary_packed import pack
 from smallvit.plugins.describe import Change, Description, describe
 from smallvit.plugins.distillation import add_distillation_token, set_distilled_training
 from smallvit.plugins.locality import Locality, LocalitySelfAttention, set_fused_attention, set_openness, temperatures
@@ -18,6 +20,7 @@ from smallvit.plugins.spt import ShiftedPatchTokenization, SPTConfig
 from smallvit.plugins.weights import LoadReport, load_base
 
 __all__ = [
+    "BinaryConfig",
     "Change",
     "Description",
     "LSAConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "describe",
     "load_base",
     "locality_attention",
+    "pack",
     "patch",
     "set_distilled_training",
     "set_fused_attention",

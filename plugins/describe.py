@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from smallvit.plugins.binary import BinaryAttending
 from smallvit.plugins.locality import Locality
 from smallvit.plugins.patching import TITLES, original, patched_layers
 from smallvit.plugins.spt import Views
@@ -58,13 +59,21 @@ def describe(model: nn.Module) -> Description:
     changes = []
     for plugin, name, layer in patched_layers(model):
         after = _size(layer)
-        adapted = isinstance(layer, Locality | ShiftedViews)
-        before = after - layer.added_parameters if adapted else _size(original(layer))
-        changes.append(Change(plugin, name, before, after, _detail(layer)))
+        if plugin == "binary":
+            before = after - layer.brought_parameters
+        else:
+            adapted = isinstance(layer, Locality | ShiftedViews)
+            before = after - layer.added_parameters if adapted else _size(original(layer))
+        changes.append(Change(plugin, name, before, after, _detail(plugin, layer)))
     return Description(type(model).__name__, _size(model), tuple(changes))
 
 
-def _detail(layer: nn.Module) -> str:
+def _detail(plugin: str, layer: nn.Module) -> str:
+    if plugin == "binary":
+        if isinstance(layer, BinaryAttending):
+            return "binary queries, keys, values and attention maps"
+        halves = [name for name in ("weights", "activations") if getattr(layer.config, name)]
+        return f"binary {' and '.join(halves)} in linear layers and mergings"
     if isinstance(layer, Locality):
         learnt = "the layer's own temperature"
         if layer.temperature is not None:

@@ -1,8 +1,8 @@
 """Putting the plugins into a model and taking them out again.
 
-Attention layers change their class in place. Where SPT keeps trained weights, so do convolutions and mergings; as
-published, it is a new layer in their place, and what stood there waits in an attribute of it, unregistered: absent
-from `parameters()` and `state_dict()`, present in copies and pickles.
+Attention layers and binary ones change their class in place. Where SPT keeps trained weights, so do convolutions and
+mergings; as published, it is a new layer in their place, and what stood there waits in an attribute of it,
+unregistered: absent from `parameters()` and `state_dict()`, present in copies and pickles.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from smallvit.plugins import lsa_timm, spt_timm
+from smallvit.plugins import binary_timm, lsa_timm, spt_timm
+from smallvit.plugins.binary import Binary, BinaryConfig
+from smallvit.plugins.binary_packed import Packed
 from smallvit.plugins.locality import Locality
 from smallvit.plugins.lsa import LSAConfig
 from smallvit.plugins.spt import SPTConfig
 from smallvit.plugins.spt_exact import ShiftedViews
 
-TITLES = {"spt": "shifted patch tokenization", "lsa": "locality self-attention"}
+TITLES = {"spt": "shifted patch tokenization", "lsa": "locality self-attention", "binary": "one-bit layers"}
 
 
 ORIGINAL = "_smallvit_original"
@@ -35,7 +37,7 @@ class UnsupportedModelError(TypeError):
 class Site:
     """A layer that a plugin is meant for."""
 
-    plugin: Literal["spt", "lsa"]
+    plugin: Literal["spt", "lsa", "binary"]
     name: str
     """Qualified, in the model."""
     layer: nn.Module
@@ -50,14 +52,16 @@ def patch(
     *,
     spt: bool | SPTConfig = False,
     lsa: bool | LSAConfig = False,
+    binary: bool | BinaryConfig = False,
     init: Literal["paper", "exact"] = "paper",
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
-    """Put SPT and/or LSA into a timm model, in place, and return it.
+    """Put SPT, LSA and one-bit layers into a timm model, in place, and return it; one of them, or several.
 
     What is patched already stays as it is, so patching twice changes nothing. Attention layers keep their weights
-    and begin at their own scale.
+    and begin at their own scale; binary layers keep theirs too, and use their signs. Binary layers come last: give SPT
+    and LSA in the same call, or before.
 
     `init="paper"`: as published; SPT's weights are new, and tokens cease to attend to themselves at once.
     `init="exact"`: a trained model's outputs stay what they were. SPT's shifted views are added with zero weights
@@ -68,14 +72,18 @@ def patch(
     Raises:
         UnsupportedModelError: the model has no layer that the plugin can take. It is then unchanged.
         TypeError: a plugin is asked for by something other than a bool or its config.
-        ValueError: neither plugin was asked for, or the patterns leave no layer.
+        ValueError: no plugin was asked for, or the patterns leave no layer.
     """
     if init not in ("paper", "exact"):
         raise ValueError(f"init {init!r}: expected paper or exact")
-    variants = {"spt": _variant(spt, SPTConfig, "spt"), "lsa": _variant(lsa, LSAConfig, "lsa")}
+    variants = {
+        "spt": _variant(spt, SPTConfig, "spt"),
+        "lsa": _variant(lsa, LSAConfig, "lsa"),
+        "binary": _variant(binary, BinaryConfig, "binary"),
+    }
     wanted = {plugin: variant for plugin, variant in variants.items() if variant is not None}
     if not wanted:
-        raise ValueError("choose what to patch: spt=True, lsa=True or both")
+        raise ValueError("choose what to patch: spt=True, lsa=True, binary=True, or several of them")
     patterns = _Patterns(_tuple(include), _tuple(exclude))
     for plugin, variant in wanted.items():
         _chosen(model, plugin, variant, patterns, init)  # or an error, before anything has changed
@@ -83,6 +91,8 @@ def patch(
         for site in _chosen(model, plugin, variant, patterns, init):
             if plugin == "spt":
                 _tokenize(model, site, variant, init)
+            elif plugin == "binary":
+                binary_timm.binarise(site.layer, variant)
             else:
                 Locality.adapters[type(site.layer)].adopt(site.layer, variant, gradual=init == "exact")
     return model
@@ -91,14 +101,17 @@ def patch(
 def unpatch(model: nn.Module) -> nn.Module:
     """Make a patched model timm's own again, in place, and return it; a plain model stays as it is.
 
-    Weights keep what they learnt while patched: all of the attention's but the temperatures, and with
-    init="exact" those of embeddings and mergings. Layers that SPT replaced as published come back with their
+    Weights keep what they learnt while patched: those of binary layers, all of the attention's but the temperatures,
+    and with init="exact" those of embeddings and mergings. Layers that SPT replaced as published come back with their
     weights of that time, since SPT's do not fit into them.
     """
     layers = [layer for _, _, layer in patched_layers(model)]
     for layer in layers:
         if (before := original(layer)) is not None and _on_meta(before) and not _on_meta(model):
             raise ValueError(f"{type(before).__name__} was patched before it had weights: there are none to go back to")
+    for layer in sorted(layers, key=lambda layer: not isinstance(layer, Packed)):  # those that cannot, before others do
+        if isinstance(layer, Binary):
+            layer.release()
     for layer in layers:
         if isinstance(layer, Locality | ShiftedViews):
             layer.release()
@@ -117,6 +130,9 @@ def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, Locality):
             yield "lsa", name, module
+    for name, module in model.named_modules():
+        if isinstance(module, Binary):
+            yield "binary", name, module
 
 
 def original(layer: nn.Module) -> nn.Module | None:
@@ -125,7 +141,7 @@ def original(layer: nn.Module) -> nn.Module | None:
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every layer of a model that SPT or LSA is meant for and has not taken yet, whether it can or not."""
+    """Every layer of a model that a plugin is meant for and has not taken yet, whether it can or not."""
     for name, layer, within in spt_timm.places(model):
         if not isinstance(layer, ShiftedViews) and all(original(leaf) is None for leaf in within.modules()):
             yield Site("spt", name, layer, within, spt_timm.refusal(layer))
@@ -136,6 +152,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site("lsa", name, module, module, adapter.refusal(module))
         elif (reason := lsa_timm.REASONS.get(type(module))) is not None:
             yield Site("lsa", name, module, module, reason)
+    for name, layer, reason in binary_timm.places(model):
+        yield Site("binary", name, layer, layer, reason)
 
 
 def why_not(model: nn.Module, plugin: str) -> str | None:
@@ -143,14 +161,18 @@ def why_not(model: nn.Module, plugin: str) -> str | None:
     found = [site for site in sites(model) if site.plugin == plugin]
     if any(site.refusal is None and not _is_class_attention(site.layer) for site in found):
         return None
-    if any(key == plugin for key, _, _ in patched_layers(model)):
+    done = {key for key, _, _ in patched_layers(model)}
+    if plugin in done:
         return None
+    if plugin == "lsa" and "binary" in done:
+        return "its attention is binary already; give lsa in the same call as binary, or before"
     if found:
         reasons = {f"{type(site.layer).__name__} ({site.refusal or lsa_timm.CLASS_ATTENTION})": None for site in found}
         return "none of its layers fits: " + ", ".join(reasons)
     return {
         "spt": "it has no embedding or merging of patches that SPT knows",
         "lsa": "it has no layer that attends by a softmax over tokens",
+        "binary": "it has no blocks of attention and linear layers that are known",
     }[plugin]
 
 
@@ -168,12 +190,24 @@ def _chosen(model: nn.Module, plugin: str, variant: Any, patterns: _Patterns, in
     cannot = f"cannot patch this {type(model).__name__} with {TITLES[plugin]}"
     if (reason := why_not(model, plugin)) is not None:
         raise UnsupportedModelError(f"{cannot}: {reason}")
-    fit = [site for site in sites(model) if site.plugin == plugin and site.refusal is None]
+    meant = [site for site in sites(model) if site.plugin == plugin]
+    if plugin == "binary":
+        meant = [site for site in meant if binary_timm.wanted(site.name, site.layer, variant)]
+    fit = [site for site in meant if site.refusal is None]
     chosen = [site for site in fit if patterns.match(site.name)]
     done = any(key == plugin and patterns.match(name) for key, name, _ in patched_layers(model))
+    refused = [site for site in meant if site.refusal is not None and patterns.match(site.name)]
+    if plugin == "binary" and refused:
+        site = refused[0]
+        raise UnsupportedModelError(
+            f"{cannot}: {site.name}: {type(site.layer).__name__}: {site.refusal}; leave it in full precision "
+            "(attention=False, --no-binary-attention)"
+        )
     if not chosen and not done:
         names = ", ".join(site.name for site in fit[:3]) + (", ..." if len(fit) > 3 else "")
         raise ValueError(f"{patterns} leave no layer for {TITLES[plugin]}; there are {names}")
+    if plugin == "binary":
+        return chosen
     if plugin == "lsa":
         changing = [site for site in chosen if Locality.adapters[type(site.layer)].changes(variant)]
         if not changing and not done:
@@ -208,6 +242,9 @@ def _restore(model: nn.Module, layer: nn.Module, before: nn.Module) -> None:
     before.to(like.device, like.dtype).train(layer.training)
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         before.requires_grad_(False)
+    for module in [*before.modules()]:
+        if isinstance(module, Binary):  # of a merging that SPT took the place of
+            module.release()
     _replace(model, layer, before)
     _allow_other_patches(model, before)
 

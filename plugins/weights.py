@@ -56,8 +56,10 @@ def load_base(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadReport:
 def _introduced(model: nn.Module) -> set[str]:
     """Names in the model's state that the plugins brought."""
     names = set()
-    for _, prefix, layer in patched_layers(model):
-        if isinstance(layer, Locality | ShiftedViews):
+    for plugin, prefix, layer in patched_layers(model):
+        if plugin == "binary":
+            names |= {f"{prefix}.{name}" for name in layer.state_dict() if name.split(".")[0] in layer.brought}
+        elif isinstance(layer, Locality | ShiftedViews):
             own = {"temperature", "openness", "shifted"} & (layer._parameters.keys() | layer._buffers.keys())
             names |= {f"{prefix}.{name}" for name in own if getattr(layer, name) is not None}
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BinaryConfig": "smallvit.plugins",
     "Config": "smallvit.config",
     "InputError": "smallvit.errors",
     "LSAConfig": "smallvit.plugins",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from smallvit.errors import InputError as InputError
     from smallvit.errors import TrainingError as TrainingError
     from smallvit.models import create_model as create_model
+    from smallvit.plugins import BinaryConfig as BinaryConfig
     from smallvit.plugins import LSAConfig as LSAConfig
     from smallvit.plugins import SPTConfig as SPTConfig
     from smallvit.plugins import add_distillation_token as add_distillation_token

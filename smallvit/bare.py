@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from smallvit import headers, models, pretrained
-from smallvit.inherit import PLUGINS
+from smallvit.inherit import ADDED
 from smallvit.trained import Card
 
 
@@ -58,8 +58,8 @@ def load(card: Card) -> nn.Module:
 
 def _candidates(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield spec
-    if any(spec[plugin] for plugin in PLUGINS):
-        yield spec | dict.fromkeys(PLUGINS, False)
+    if any(spec[plugin] for plugin in ADDED):
+        yield spec | dict.fromkeys(ADDED, False)
 
 
 def _classes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:

@@ -2,13 +2,15 @@
 
 A weights file carries one metadata entry, `smallvit`, a JSON object whose `model` are the arguments of
 `create_model`, whose `data` say how images are normalised and what the classes are called, and whose `epoch` and
-`val_top1` say where the weights come from. Equal weights make equal bytes.
+`val_top1` say where the weights come from; where `packed` is true, one-bit weights are packed as by `plugins.pack`.
+Equal weights make equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from smallvit.distributed import spread_like, whole
 from smallvit.errors import InputError, first_line
 from smallvit.files import replacing
 from smallvit.models import create_model
-from smallvit.trained import ENTRY, FORMAT
+from smallvit.plugins import pack
+from smallvit.trained import ENTRY, FORMAT, PACKED
+
+REASON = 200
+"""Characters that torch's list of misfit weights is cut to."""
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -90,10 +96,13 @@ def load(run: str | Path, weights: str = "best") -> nn.Module:
     tensors, metadata = load_weights(path)
     try:
         model = create_model(**metadata["model"])
+        if metadata.get(PACKED):
+            pack(model)
         model.load_state_dict(tensors)
         model.pretrained_cfg = timm_config(metadata)
     except Exception as error:  # whatever a constructor raises at arguments that nobody would write
-        raise InputError(f"{path}: weights and metadata do not fit ({first_line(error)})") from None
+        reason = textwrap.shorten(str(error) or type(error).__name__, REASON, placeholder=" ...")
+        raise InputError(f"{path}: weights and metadata do not fit ({reason})") from None
     return model.eval()
 
 

@@ -45,5 +45,6 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
 
 def is_convolutional(model: nn.Module) -> bool:
     """Whether most weights are those of two-dimensional convolutions, which gain from channels that lie together."""
-    inside = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    convolutions = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    inside = sum(parameter.numel() for layer in convolutions for parameter in layer.parameters(recurse=False))
     return 2 * inside > sum(parameter.numel() for parameter in model.parameters())

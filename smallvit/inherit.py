@@ -8,14 +8,14 @@ from typing import Any
 
 from smallvit import headers, trained
 from smallvit.config import Config
-from smallvit.options import ModelConfig, flag
+from smallvit.options import PLUGINS, ModelConfig, flag
 from smallvit.trained import Card
 
 ARCH = "vit"
 """The architecture where none is named."""
 ALIASES = {"vit96": "vit"}
 """Architectures that another name stands for at some image sizes."""
-PLUGINS = ("spt", "lsa", "dist_token")
+ADDED = (*PLUGINS, "dist_token")
 ANEW = ("dropout", "drop_path", "rising_drop_path")
 """Options of the model that weights do not decide."""
 
@@ -49,7 +49,7 @@ def _model(wanted: ModelConfig, card: Card, given: Collection[str] | None) -> di
     asked = {field.name: getattr(wanted, field.name) for field in fields(ModelConfig)}
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     on_purpose = given if given is not None else {name for name in asked if asked[name] != defaults[name]}
-    added = [plugin for plugin in PLUGINS if asked[plugin] and not has[plugin]]
+    added = [plugin for plugin in ADDED if asked[plugin] and not has[plugin]]
     old = has["spt"] or has["lsa"]
     options = has | {name: asked[name] for name in (*ANEW, *added)}
     for name in asked.keys() - {*ANEW, *added}:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smallvit import bare, models, trained
 from smallvit.datasets.images import ImageDataset
 from smallvit.errors import InputError, first_line
-from smallvit.inherit import PLUGINS
+from smallvit.inherit import ADDED
 from smallvit.options import DataConfig
 from smallvit.plugins import set_input_size
 from smallvit.trained import Card
@@ -30,10 +30,12 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
     weights have not begin as `spec` says, and heads as they are where the classes are others.
 
     Raises:
-        InputError: the weights are another model's, take other images, or may have learnt the test's.
+        InputError: the weights are another model's, are packed, take other images, or may have learnt the test's.
     """
     card = bare.identified(trained.card(name, "--init"), spec)
     own = card.spec
+    if card.packed:
+        raise card.error("each of its weights is packed to a bit, and training needs them whole; give the run itself")
     trained.require_channels(card, dataset)
     trained.require_same_test(card, dataset, config)
     source = trained.load(card)
@@ -47,7 +49,7 @@ def begin(model: nn.Module, spec: dict[str, Any], name: str, dataset: ImageDatas
     if strides[0] != strides[1]:
         notes.append(f"stride {strides[0] or 'of its own'} becomes {strides[1] or 'its own'}, as fits the images")
     models.equip(source, spec["arch"], **{each: spec[each] for each in models.EQUIPMENT})
-    notes += [f"{plugin} added" for plugin in PLUGINS if spec[plugin] and not own.get(plugin)]
+    notes += [f"{plugin} added" for plugin in ADDED if spec[plugin] and not own.get(plugin)]
     fresh = models.head_names(model)
     if _same_classes(card, own, dataset):
         fresh = {each for each in fresh if each not in source.state_dict()}

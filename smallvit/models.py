@@ -2,7 +2,7 @@
 
 `vit`, `cait`, `pit`, `swin` and `t2t` are those of Lee, Lee, Song 2021 (arXiv:2112.13492), from `published`; `registry`
 tells timm of them. `resnet20` to `resnet110` are those of He et al. 2016 (arXiv:1512.03385), from `convnets`; timm's
-CNNs get stems for small images from `stems`.
+CNNs get stems for small images from `stems`. `binaryvit` is that of Le, Li 2023, and `binaryvit_tiny` a smaller one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from smallvit import stems, variants
+from smallvit.binaryvit import BINARYVITS, parts_of
 from smallvit.convnets import CIFAR_RESNETS, CIFARResNet
 from smallvit.errors import InputError, first_line, nearest
-from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError, add_distillation_token, patch
+from smallvit.options import BINARYVIT_PARTS
+from smallvit.plugins import BinaryConfig, LSAConfig, SPTConfig, UnsupportedModelError, add_distillation_token, patch
 from smallvit.published import PUBLISHED
 
 DROP_PATH = 0.1
@@ -29,7 +31,11 @@ DROP_PATH = 0.1
 TINY_VIT = {"embed_dim": 96, "depth": 6, "num_heads": 6, "mlp_ratio": 2.0, "qkv_bias": False}
 TINY, TINY_SIZE = "vit96", 16
 """What `vit` is for images of up to so many pixels: the paper's has more weights than such images ask for."""
-OURS: dict[str, Callable[..., nn.Module]] = PUBLISHED | {TINY: partial(PUBLISHED["vit"], size=TINY_VIT)}
+OURS: dict[str, Callable[..., nn.Module]] = {
+    **PUBLISHED,
+    TINY: partial(PUBLISHED["vit"], size=TINY_VIT),
+    **BINARYVITS,
+}
 
 PLAIN = ("vit", TINY)
 """Those that are timm's `VisionTransformer`, and take its variants."""
@@ -43,12 +49,13 @@ TIMM_PATCH_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "swin_transformer": lambda p: {"patch_size": p, "window_size": 4},
     "swin_transformer_v2": lambda p: {"patch_size": p, "window_size": 4},
 }
-MERGING = ("pit", "swin", "swin_transformer", "swin_transformer_v2")
+MERGING = (*BINARYVITS, "pit", "swin", "swin_transformer", "swin_transformer_v2")
 """Architectures and families that begin with patches of half the size and merge them."""
 
 
 EQUIPMENT = (
     *("spt", "lsa", "plugin_init", "spt_directions", "spt_shift", "spt_norm", "lsa_temperature", "lsa_mask"),
+    *("binary", "binary_weights", "binary_activations", "binary_attention", "binary_downsampling", "binary_shortcut"),
     *("dist_token", "dist_average"),
 )
 """Arguments of `create_model` that `equip` takes."""
@@ -71,6 +78,12 @@ def create_model(
     spt_norm: bool = True,
     lsa_temperature: Literal["head", "layer", "fixed"] = "head",
     lsa_mask: bool = True,
+    binary: bool = False,
+    binary_weights: bool = True,
+    binary_activations: bool = True,
+    binary_attention: bool = True,
+    binary_downsampling: bool = True,
+    binary_shortcut: bool = True,
     fit: bool = True,
     dist_token: bool = False,
     dist_average: Literal["logits", "probabilities"] = "logits",
@@ -78,6 +91,10 @@ def create_model(
     average_pool: bool = False,
     sincos: bool = False,
     layer_scale: float | None = None,
+    gap_head: bool = True,
+    pool_branches: bool = True,
+    residual_affine: bool = True,
+    pyramid: bool = True,
 ) -> nn.Module:
     """A freshly initialised model of images (b, in_chans, img_size, img_size), giving logits (b, num_classes).
 
@@ -98,7 +115,9 @@ def create_model(
         average_pool=average_pool, sincos=sincos, layer_scale=layer_scale, rising_drop_path=rising_drop_path
     )
     variants.require_plain(arch, varied, plain=_is_plain_vit(arch))
+    changes = dict(zip(BINARYVIT_PARTS, (gap_head, pool_branches, residual_affine, pyramid), strict=True))
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **variants.arguments(varied)}
+    arguments |= parts_of(arch, changes)
     if arch in OURS:
         model = _published(arch, img_size, patch_size, drop_path, **arguments)
     elif arch in CIFAR_RESNETS:
@@ -117,6 +136,12 @@ def create_model(
         spt_norm=spt_norm,
         lsa_temperature=lsa_temperature,
         lsa_mask=lsa_mask,
+        binary=binary,
+        binary_weights=binary_weights,
+        binary_activations=binary_activations,
+        binary_attention=binary_attention,
+        binary_downsampling=binary_downsampling,
+        binary_shortcut=binary_shortcut,
         dist_token=dist_token,
         dist_average=dist_average,
     )
@@ -137,6 +162,12 @@ def equip(
     spt_norm: bool,
     lsa_temperature: Literal["head", "layer", "fixed"],
     lsa_mask: bool,
+    binary: bool,
+    binary_weights: bool,
+    binary_activations: bool,
+    binary_attention: bool,
+    binary_downsampling: bool,
+    binary_shortcut: bool,
     dist_token: bool,
     dist_average: Literal["logits", "probabilities"],
 ) -> None:
@@ -147,9 +178,13 @@ def equip(
     """
     spt_config = SPTConfig(directions=spt_directions, shift=spt_shift, norm=spt_norm)
     lsa_config = LSAConfig(temperature=lsa_temperature, mask=lsa_mask)
+    bits = {"weights": binary_weights, "activations": binary_activations, "attention": binary_attention}
+    binary = (binary or arch in BINARYVITS) and any(bits.values())
     try:
         if spt or lsa:
             patch(model, spt=spt and spt_config, lsa=lsa and lsa_config, init=plugin_init)
+        if binary:
+            patch(model, binary=BinaryConfig(**bits, downsampling=binary_downsampling, shortcut=binary_shortcut))
     except UnsupportedModelError as error:
         raise InputError(f"--arch {arch}: {error}") from None
     if dist_average != "logits" and not dist_token:
@@ -199,6 +234,8 @@ def patch_for(arch: str, img_size: int, *, fit: bool = True) -> int | None:
         patch = 2 if img_size >= 8 else 1
     else:
         patch = next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
+    if family in BINARYVITS:
+        return patch // 4 if patch == 16 else max(1, patch // 2)
     if family in MERGING:
         return max(1, patch // 2) if patch < 16 else None
     return patch
@@ -223,7 +260,8 @@ def fitted_stride(arch: str, img_size: int, *, fit: bool = True) -> int | None:
 def _published(
     arch: str, img_size: int, patch_size: int, drop_path: float | None, num_classes: int, in_chans: int, **more: Any
 ) -> nn.Module:
-    _require_multiple(img_size, patch_size)
+    if arch not in BINARYVITS:
+        _require_multiple(img_size, patch_size)
     rate = DROP_PATH if drop_path is None else drop_path
     return OURS[arch](img_size, patch_size, num_classes, in_chans, rate, **more)
 

@@ -13,7 +13,7 @@ from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.files import partial_name
 from smallvit.inherit import inherited
-from smallvit.options import DATA_NAMES
+from smallvit.options import DATA_NAMES, PLUGINS
 from smallvit.runs import Run, TakenError, is_follower, read_options
 
 PLACE = (
@@ -109,7 +109,7 @@ def _create(folder: Path, config: Config) -> Run:
 
 def _create_numbered(config: Config) -> Run:
     """runs/<arch>-<plugins>-<data>, or the first of -2, -3, ... that is free; two starts at once get two."""
-    plugins = [name for name in ("spt", "lsa") if getattr(config.model, name)]
+    plugins = [name for name in PLUGINS if getattr(config.model, name)]
     name = "-".join([config.model.arch, *plugins, os.path.basename(config.data.data)[:64]]).replace(os.sep, "-")
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from smallvit import checkpoint, hardware
+from smallvit.costs.bits import float_bytes, packed_bytes
 from smallvit.runs import Run
 from smallvit.setup import Setup
 from smallvit.state import RunState
@@ -41,7 +42,11 @@ def summarise(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "images_seen": seen,
         "images_per_second": seen / state.step_seconds,
         "parameters": setup.parameters,
-        "macs": setup.macs,
+        "macs": setup.operations.macs,
+        "bops": setup.operations.bops,
+        "ops": setup.operations.ops,
+        "packed_bytes": packed_bytes(setup.model),
+        "float_bytes": float_bytes(setup.model),
         "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
         "device": str(setup.device),
         "processes": setup.world.size,

@@ -321,6 +321,41 @@ def best(**options: Any) -> dict[str, Any]:
 
 
 @recipe
+def binaryvit(**options: Any) -> dict[str, Any]:
+    """BinaryViT: one step from random weights, taught by a full-precision teacher's logits alone, 300 epochs.
+
+    Le, Li 2023, arXiv:2306.16678, its code: cross-entropy against the teacher's probabilities at temperature 1, without
+    labels, AdamW with no weight decay and no warm-up, resized crops and mirroring alone. 5e-4 at 512 images; here the
+    batch is 128 where the data is not ImageNet, at the same rate. Without --teacher it is the labels' loss. The model
+    is binaryvit_tiny (binaryvit for ImageNet) unless --arch is given.
+
+    Command: smallvit train --recipe binaryvit --data cifar100 --teacher runs/vit-spt-lsa-cifar100
+    Hardware, duration, accuracy: not yet measured.
+
+    Differs from the code: images of up to 64 pixels are cropped after padding, since a crop of 8 % of a small image is
+    a few pixels.
+    """
+    large = options.get("data") == "imagenet"
+    taught = {"distill": "soft", "distill_weight": 1.0, "distill_temperature": 1.0} if options.get("teacher") else {}
+    own = {} if options.get("arch") or options.get("init") else {"arch": "binaryvit" if large else "binaryvit_tiny"}
+    return {
+        "epochs": 300,
+        "batch_size": 512 if large else SMALL_BATCH,
+        "loss": "ce",
+        "opt": "adamw",
+        "lr": 5e-4,
+        "sched": "cosine",
+        "min_lr": 0.0,
+        "warmup": 0.0,
+        "aug": "basic",
+        **({"crop": "resized"} if large else {}),
+        "reg": "none",
+        **taught,
+        **own,
+    }
+
+
+@recipe
 def finetune(**options: Any) -> dict[str, Any]:
     """For models that begin with trained weights, at any image size: a small learning rate, smaller below, 30 epochs.
 
@@ -360,6 +395,7 @@ RECIPES: dict[str, Callable[..., Config]] = {
     "cnn": cnn,
     "quick": quick,
     "best": best,
+    "binaryvit": binaryvit,
     "finetune": finetune,
 }
 """What `--recipe` takes."""

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from smallvit.costs import savings
 from smallvit.files import replacing, write_text
 from smallvit.runs import best_epoch
 
@@ -62,22 +63,24 @@ TITLES = {
     "peak_memory_bytes": "memory (MB)",
     "images_seen": "images seen",
 }
-"""A comparison's columns for people, by the figure that each shows."""
+"""A comparison's columns for people, by the figure that each shows; `savings.joined` adds those of one-bit layers."""
 
 
 def comparison_table(records: list[dict[str, Any]]) -> Table:
     """A comparison for the terminal; `records` are those of `Standing.record`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name, title in TITLES.items():
+    titles = savings.joined(TITLES, records)
+    for name, title in titles.items():
         table.add_column(title.replace(" ", "\n", 1), justify="left" if name == "model" else "right", no_wrap=True)
     for record in records:
-        table.add_row(*(Text(cell(record, name)) for name in TITLES))
+        table.add_row(*(Text(cell(record, name)) for name in titles))
     return table
 
 
 def comparison_page(records: list[dict[str, Any]], lines: list[str], title: str, picture: str | None) -> str:
     """A comparison in Markdown: the table, lines that say how it came about, and a picture, if there is one."""
-    table = markdown([list(TITLES.values()), *([cell(record, name) for name in TITLES] for record in records)])
+    titles = savings.joined(TITLES, records)
+    table = markdown([list(titles.values()), *([cell(record, name) for name in titles] for record in records)])
     said = "\n".join(f"- {line}" for line in lines)
     return f"# {title}\n\n{table}\n\n{said}\n" + (f"\n![accuracy against speed]({picture})\n" if picture else "")
 
@@ -117,8 +120,10 @@ def cell(record: dict[str, Any], name: str) -> str:
             return f"{value:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         case "seeds":
             return str(value) if value == record["seeds_wanted"] else f"{value} of {record['seeds_wanted']}"
-        case "macs":
+        case "macs" | "bops" | "ops":
             return f"{value / 1e6:,.1f}"
+        case "packed_bytes":
+            return f"{value / 1e6:,.2f}"
         case "peak_memory_bytes":
             return f"{value / 1e6:,.0f}"
         case "latency_ms":

@@ -28,6 +28,7 @@ from smallvit import (
     trained,
 )
 from smallvit.config import Config
+from smallvit.costs.bits import Operations, operations
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.batches import Batches
 from smallvit.datasets.loaders import TrainingBatches, evaluation_batches
@@ -39,7 +40,7 @@ from smallvit.evaluate import batch_size, evaluate
 from smallvit.inherit import inherited
 from smallvit.plugins import describe, set_distilled_training, set_fused_attention
 from smallvit.precision import sound_dtype
-from smallvit.profile import count_macs, count_parameters
+from smallvit.profile import count_parameters, macs_by_layer
 from smallvit.regularise import regularised
 from smallvit.teachers import Teacher
 
@@ -61,7 +62,8 @@ class Setup:
     """The model, its gradients averaged over torchrun's processes."""
     forward: nn.Module
     """The same, compiled where that pays: what training calls."""
-    macs: int
+    operations: Operations
+    """Of one image's forward pass."""
     parameters: int
     still: tuple[nn.Module, ...]
     """Batch norms whose statistics stay as they are."""
@@ -175,11 +177,11 @@ def prepare(config: Config, world: World = World(), *, begins: bool = True) -> S
     model = models.create_model(**spec)
     origin = config.init.init
     notes = [initial.begin(model, spec, origin, dataset, config.data)] if origin is not None and begins else []
-    macs = count_macs(model, dataset.in_chans, dataset.img_size)
+    counted = operations(model, macs_by_layer(model, dataset.in_chans, dataset.img_size))
     _require_images(config, batches, model, world)
     dtype = sound_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
     work = config.optim.epochs * batches.sampling.views // world.size
-    how = compiling.decide(config.compute.compile, device, macs, work)
+    how = compiling.decide(config.compute.compile, device, counted.macs, work)
     teacher = teachers.engage(config, dataset, device, how, batches.sampling.views // world.size)
     parameters = count_parameters(model)
     initial.freeze(model, config.init.frozen)
@@ -202,7 +204,7 @@ def prepare(config: Config, world: World = World(), *, begins: bool = True) -> S
         model=model,
         replicated=replicated,
         forward=compiling.compiled(replicated, how),
-        macs=macs,
+        operations=counted,
         optimizer=optimizer,
         schedule=optim.create_schedule(optimizer, config.optim, config.optim.epochs * len(batches)),
         parameters=parameters,

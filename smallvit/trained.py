@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ENTRY, FORMAT = "smallvit", 2
 """Of a file's metadata, where smallvit wrote it; and the version of their form."""
+PACKED = "packed"
+"""Of what smallvit wrote there: whether one-bit weights are packed eight to a byte."""
 SUFFIX = ".safetensors"
 EXPORTED = "model.safetensors"
 """The weights in a folder that smallvit export writes for timm."""
@@ -64,6 +66,8 @@ class Card:
     """What `held_out` says of the test of this data."""
     val: dict[str, Any] | None = None
     """The same of its validation images; None in older files too."""
+    packed: bool = False
+    """Whether its one-bit weights are packed, so that it can be asked, but not trained."""
 
     def error(self, message: str) -> InputError:
         """An error that names the option and the weights."""
@@ -262,6 +266,7 @@ def _described(bare: Card) -> Card:
             data=str(data["name"]),
             mean=mean,
             std=std,
+            packed=bool(metadata.get(PACKED)),
             **{name: data.get(name) for name in ("learnt", "test", "val")},
         )
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError):

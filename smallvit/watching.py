@@ -21,6 +21,7 @@ from rich.text import Text
 from smallvit.config import Config
 from smallvit.errors import InputError
 from smallvit.inherit import ARCH
+from smallvit.options import PLUGINS
 from smallvit.runs import Run, best_epoch, read_options
 
 POLL_SECONDS = 1.0
@@ -104,7 +105,7 @@ def frame(view: View, console: Console, height: int | None = None) -> Group:
 def headline(view: View) -> Text:
     """Which run it is, how far it has come, how well it does, and how long it will take."""
     model, epochs, history = view.config.model, view.config.optim.epochs, view.history
-    parts = [model.arch or ARCH, *(name.upper() for name in ("spt", "lsa") if getattr(model, name))]
+    parts = [model.arch or ARCH, *(called for name, called in PLUGINS.items() if getattr(model, name))]
     data = view.config.data.data
     data = os.path.basename(data) if os.path.isabs(data) else data
     words = Text.assemble((view.folder.resolve().name, "bold"), f"  {' + '.join(parts)} on {data}\n")

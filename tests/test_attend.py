@@ -49,6 +49,15 @@ def compared(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a model whose keys are of fewer places than its queries."""
+    run = tmp_path_factory.mktemp("binary") / "run"
+    short = ["--epochs", "1", "--train-fraction", "0.2", "--batch-size", "64", *ON_CPU]
+    assert main(["train", "--recipe", "binaryvit", "--data", "digits", *short, "--out", str(run)]) == 0
+    return run
+
+
 def figures(folder: Path) -> dict:
     return json.loads((folder / "attention.json").read_text())
 
@@ -136,6 +145,30 @@ def test_a_runs_own_folder_is_the_default(runs: dict[str, Path], smallvit: Comma
     code, _, err = smallvit("attend", runs["plain"], "--count", 1, *ON_CPU)
     assert code == 2
     assert HELD in err
+
+
+def test_keys_of_fewer_places_are_drawn_over_their_own_grid(binary: Path, smallvit: Command, tmp_path: Path) -> None:
+    code, out, err = smallvit("attend", binary, "--count", 2, "--out", tmp_path / "looks", *ON_CPU)
+    assert code == 0, err
+    assert "4 × 4" in out
+    layers = figures(tmp_path / "looks")["layers"]
+    assert [layer["grid"][0] for layer in layers] == [4, 4, 4, 4, 2, 2, 2, 2, 1, 1]
+    assert [layer["keys"] for layer in layers] == [layer["grid"][0] ** 2 for layer in layers]
+    tokens, keys = (np.arange(count) * 8 / count + 4 / count for count in (8, 4))
+    down, right = np.meshgrid(tokens, tokens), np.meshgrid(keys, keys)
+    apart = np.hypot(*(one.reshape(-1, 1) - other.reshape(1, -1) for one, other in zip(down, right, strict=True)))
+    assert layers[0]["even_distance"] == pytest.approx(apart.mean())
+    assert layers[-1]["entropy"] == [0.0] * 8  # there is one token
+    with Image.open(tmp_path / "looks" / "overview.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_the_page_of_a_binary_run_shows_where_it_looks(binary: Path, smallvit: Command, tmp_path: Path) -> None:
+    code, _, err = smallvit("report", binary, "--out", tmp_path / "page.html", "--device", "cpu")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Where it looks" in page
+    assert "Attention maps are missing" not in page
 
 
 def test_image_files_are_shown_and_broken_ones_left_out(

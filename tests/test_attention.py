@@ -174,6 +174,77 @@ def test_it_is_known_how_tokens_lie(name: str) -> None:
         assert each.image().shape == (2, each.weights.shape[-3], *each.grid)
 
 
+Lie = tuple[int, int, tuple[int, int], tuple[int, int] | None]
+REDUCED: dict[str, tuple[tuple[int, int], dict[str, bool], list[Lie]]] = {
+    "8 pixels": ((8, 8), {}, [(0, 0, (4, 4), (8, 8)), *((0, 0, (side, side), None) for side in (4, 2, 1))]),
+    "oblong": (
+        (16, 24),
+        {},
+        [(0, 0, (4, 6), (16, 24)), (0, 0, (4, 6), (8, 12)), (0, 0, (4, 6), None), (0, 0, (2, 3), None)],
+    ),
+    "class token": (
+        (8, 8),
+        {"gap_head": False},
+        [(0, 0, (4, 4), (8, 8)), (0, 0, (4, 4), None), (0, 0, (2, 2), None), (1, 1, (1, 1), None)],
+    ),
+    "class token, oblong": (
+        (16, 24),
+        {"gap_head": False},
+        [(0, 0, (4, 6), (16, 24)), (0, 0, (4, 6), (8, 12)), (0, 0, (4, 6), None), (1, 1, (2, 3), None)],
+    ),
+    "no pyramid": ((16, 16), {"pyramid": False}, [(0, 0, (4, 4), None)]),
+    "no pyramid, class token": ((16, 16), {"pyramid": False, "gap_head": False}, [(1, 1, (4, 4), None)]),
+}
+"""BinaryViT of patches of a pixel: its images, its options, and prefixes, grid, that of queries if it is another."""
+
+
+def reduced(name: str, binary: bool) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    sides, options, _ = REDUCED[name]
+    model = create_model("binaryvit_tiny", **SMALL | {"img_size": min(sides), "patch_size": 1}, **options)
+    if not binary:
+        smallvit.unpatch(model)
+    model.set_input_size(sides)
+    return shaken(model).eval(), torch.randn(2, 3, *sides)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["full precision", "binary"])
+@pytest.mark.parametrize("name", REDUCED)
+@torch.inference_mode()
+def test_keys_of_fewer_places_have_a_grid_of_their_own(name: str, binary: bool) -> None:
+    model, images = reduced(name, binary)
+    expected = model(images)
+    logits, maps = record(model, images)
+    assert torch.equal(logits, expected)
+    lies = [(each.prefix, each.query_prefix, each.grid, each.query_grid) for each in maps]
+    assert [lie for index, lie in enumerate(lies) if not index or lie != lies[index - 1]] == REDUCED[name][2]
+    for each in maps:
+        queries = each.query_prefix + math.prod(each.query_grid or each.grid)
+        assert each.weights.shape[-2:] == (queries, each.prefix + math.prod(each.grid))
+        torch.testing.assert_close(each.full().sum(-1), torch.ones(each.full().shape[:-1]))
+        assert each.image().shape == (2, each.weights.shape[1], *each.grid)
+        assert each.reads == ((0,) if each.prefix else None)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["full precision", "binary"])
+@torch.inference_mode()
+def test_maps_of_reduced_keys_are_the_softmax_before_it_is_made_binary(binary: bool) -> None:
+    model, images = reduced("8 pixels", binary)
+    layer, found = model.stages[0].blocks[1].attn, []
+    for part in (layer.q, layer.k):
+        part.register_forward_hook(lambda _, inputs, output: found.append(output[0]))  # of one head
+    _, maps = record(model, images)
+    each = next(each for each in maps if each.layer == "stages.0.blocks.1.attn")
+    q, k = found
+    if binary:
+        q, k = (
+            torch.where(part + move >= 0, 1.0, -1.0) for part, move in zip(found, layer.moves.view(3, -1), strict=False)
+        )
+    expected = probabilities(q @ k.mT * q.shape[-1] ** -0.5, hidden=False)
+    assert expected.shape == (64, 16)
+    torch.testing.assert_close(each.weights[0, 0], expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vit", "cait of timm", "pit", "swin, padded", "t2t"])
 @PLAIN_AND_PATCHED
 @torch.inference_mode()
@@ -424,6 +495,15 @@ def test_distance_is_the_mean_way_to_what_is_attended_to() -> None:
         each, weights=weights / 2 + F.pad(torch.ones(7, 1), (0, 6)) / 2
     )  # half of it goes to the class token
     torch.testing.assert_close(half.distance((20, 30)), torch.tensor([[way, 0.0]]))
+
+
+def test_distance_of_reduced_keys_is_that_between_their_middles_and_the_queries() -> None:
+    weights = torch.tensor([1.0, 0.0]).expand(1, 1, 8, 2)  # of 2 × 4 tokens of 10 pixels, all ask the left half
+    each = AttentionMap(layer="attn", weights=weights, prefix=0, query_prefix=0, grid=(1, 2), query_grid=(2, 4))
+    near, far = math.hypot(5, 5), math.hypot(5, 15)
+    way = (near + near + far + math.hypot(5, 25)) / 4
+    torch.testing.assert_close(each.distance((20, 40)), torch.tensor([[way]]))
+    torch.testing.assert_close(each.image()[0, 0], torch.tensor([[1.0, 0.0]]))
 
 
 def test_class_attention_has_no_distance() -> None:

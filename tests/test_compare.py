@@ -213,7 +213,7 @@ BAD = {
     "plugin for a CNN": (["--arch", "resnet10t+spt,recipe=paper"], "row resnet10t+spt,recipe=paper: "),
     "optimiser": (["--arch", "vit,opt=sdg"], "no such optimiser (did you mean 'sgd'?)"),
     "recipe": (["--arch", "vit,recipe=pper"], "no such recipe (did you mean 'paper'?)"),
-    "form": (["--arch", "+spt"], "expected ARCH[+spt][+lsa][,option=value]..."),
+    "form": (["--arch", "+spt"], "expected ARCH[+spt][+lsa][+binary][,option=value]..."),
     "setting": (["--arch", "vit,lr"], "'lr' is not of the form option=value"),
     "option twice": (["--arch", "vit,lr=1,lr=1"], "lr is there twice"),
     "row twice": (["--arch", "vit,lr=1e-2", "--arch", "vit,lr=0.01"], "row vit,lr=0.01 is there twice"),

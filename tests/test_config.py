@@ -66,7 +66,7 @@ def test_flags_set_the_fields_of_their_name() -> None:
         (["--spt-shift", "0"], "--spt-shift 0.0: expected a share of the patch"),
         (["--spt-directions", "digonal"], "(did you mean 'diagonal'?)"),
         (["--lsa", "--lsa-temperature", "fixed", "--no-lsa-mask"], "would leave nothing of LSA"),
-        (["--no-lsa-mask"], "--lsa-mask is of no use without --lsa"),
+        (["--no-lsa-mask"], "--no-lsa-mask is of no use without --lsa"),
         (["--lsa", "--spt-shift", "0.25"], "--spt-shift is of no use without --spt"),
         (["--plugin-init", "exact"], "--plugin-init exact is of no use without --spt or --lsa"),
         (["--diagonal-until", "1.5"], "--diagonal-until 1.5: expected a share from 0 to 1"),

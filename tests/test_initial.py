@@ -21,6 +21,7 @@ from smallvit import Config, checkpoint, engine, initial, models, trained, varia
 from smallvit.config import option_homes
 from smallvit.errors import InputError
 from smallvit.inherit import inherited
+from smallvit.options import BINARYVIT_PARTS
 from smallvit.runs import Run
 from smallvit.setup import prepare
 
@@ -305,7 +306,8 @@ def test_colour_weights_are_not_given_grey_images(smallvit: Command, tmp_path: P
 def test_every_option_of_the_model_is_either_inherited_or_given_anew() -> None:
     """An option that is added to the model must be thought of here."""
     spec = {name for name, (group, _) in option_homes().items() if group == "model"}
-    assert spec == {*models.EQUIPMENT, *variants.VARIANTS, "arch", "patch_size", "dropout", "drop_path", "fit"}
+    rest = {"arch", "patch_size", "dropout", "drop_path", "fit"}
+    assert spec == {*models.EQUIPMENT, *variants.VARIANTS, *BINARYVIT_PARTS, *rest}
 
 
 def test_head_names_are_those_of_the_classifiers() -> None:

@@ -35,8 +35,8 @@ def test_architectures_are_all_of_ours_with_the_published_parameters(smallvit: C
     found = rows(out)
     assert code == 0
     assert set(found) == {*OURS, *CIFAR_RESNETS} == set(ARCHS)
-    assert found["vit"] == ["2,692,426", "2,729,878", "SPT, LSA, token"]  # the official code's
-    assert found["swin"] == ["7,073,188", "8,562,166", "SPT, LSA"]
+    assert found["vit"] == ["2,692,426", "2,729,878", "SPT, LSA, binary, token"]  # the official code's
+    assert found["swin"] == ["7,073,188", "8,562,166", "SPT, LSA, binary"]
     assert found["resnet56"] == ["853,018", "", ""]
     assert all(f"{name}: {what}" in out for name, what in ARCHS.items())
     assert f"of timm {timm.__version__}" in out
@@ -47,7 +47,7 @@ def test_a_pattern_lists_timms_models_as_timm_builds_them(smallvit: Command) -> 
     found = rows(out)
     assert set(found) == set(timm.list_models("deit_t*"))
     size = sum(weight.numel() for weight in timm.create_model("deit_tiny_patch16_224").parameters())
-    assert found["deit_tiny_patch16_224"] == ["224", f"{size:,}", "SPT, LSA, token", "yes"]
+    assert found["deit_tiny_patch16_224"] == ["224", f"{size:,}", "SPT, LSA, binary, token", "yes"]
 
 
 def test_a_pattern_may_fit_ours_and_timms(smallvit: Command) -> None:

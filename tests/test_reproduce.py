@@ -937,7 +937,7 @@ def test_the_script_goes_on_after_bad_input_and_keeps_budgets_apart(tmp_path: Pa
     )
     assert done.returncode == 2
     lines = done.stdout.splitlines()
-    assert lines[-1].startswith("reproduce deit/cifar100")
+    assert lines[-1].startswith("reproduce binaryvit/cifar100")
     assert all(f"--out OUT/{line.split()[1]}@0.01 " in line for line in lines)
 
 

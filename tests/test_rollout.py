@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from smallvit.attention.flow import relevance, rollout
 from smallvit.attention.maps import AttentionMap, record
 from smallvit.errors import InputError
 from smallvit.models import create_model
+from smallvit.plugins.binary import BinaryAttending
 
 from .plugins.naive import join, linear, probabilities, split, temperature
 from .plugins.zoo import VIT, build, images, shaken
@@ -96,23 +98,24 @@ def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, give
     Each token that asks keeps `kept` of itself and is given `given` of what it attends to.
     `matrices` (n, m) are those of one image.
     """
-    first, grid = maps[0].grid, maps[0].grid
+    first = grid = maps[0].query_grid or maps[0].grid
     holds: dict[Token, Tensor] = {}
     for index, token in enumerate(names(0, first)):
         holds[token] = F.one_hot(torch.tensor(index), first[0] * first[1]).float()
     for each, matrix in zip(maps, matrices, strict=True):
-        if each.grid != grid:
-            holds = merged(holds, grid, each.grid)
-            grid = each.grid
-        keys = names(each.prefix, grid)
-        queries = (PROBED if read == PROBED else CLASS) if len(matrix) == 1 < len(keys) else keys
+        if (own := each.query_grid or each.grid) != grid:
+            holds = merged(holds, grid, own)
+            grid = own
+        keys = names(each.prefix, each.grid)
+        one = len(matrix) == 1 < len(keys)
+        queries = (PROBED if read == PROBED else CLASS) if one else names(each.prefix, grid)
         for query in queries:
             holds.setdefault(query, torch.zeros(first[0] * first[1]))
-        new = dict(holds)
+        new, held = dict(holds), merged(holds, grid, each.grid)
         for i, query in enumerate(queries):
             new[query] = kept * holds[query]
             for j, key in enumerate(keys):
-                new[query] = new[query] + given * matrix[i, j] * holds[key]
+                new[query] = new[query] + given * matrix[i, j] * held[key]
         holds = new
     read = read or names(0, grid)
     return (sum(holds[token] for token in read) / len(read)).view(first)
@@ -121,7 +124,7 @@ def followed(maps: list[AttentionMap], matrices: list[Tensor], kept: float, give
 def merged(holds: dict[Token, Tensor], finer: tuple[int, int], grid: tuple[int, int]) -> dict[Token, Tensor]:
     """Each token of the coarser grid, in equal parts of those that it covers."""
     down, right = finer[0] // grid[0], finer[1] // grid[1]
-    new = {token: value for token, value in holds.items() if token[0] == "prefix"}
+    new = {token: value for token, value in holds.items() if token[0] in ("prefix", "probe")}
     for row, column in names(0, grid):
         parts = [holds[row * down + y, column * right + x] for y in range(down) for x in range(right)]
         new[row, column] = sum(parts) / len(parts)
@@ -145,7 +148,61 @@ def test_rollout_is_that_of_a_loop_over_layers_and_tokens(name: str, patched: bo
         )
 
 
-@pytest.mark.parametrize(("name", "size"), [("swin", 32), ("swin odd", 20), ("swin v2", 32), ("caformer", 64)])
+def softmaxes(*shape: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(5)).mul(3).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("prefix", [0, 1], ids=["pooled", "class token"])
+def test_a_key_of_fewer_places_stands_for_those_that_it_covers(prefix: int) -> None:
+    like = {"prefix": prefix, "query_prefix": prefix, "reads": (0,) if prefix else None}
+    maps = [
+        AttentionMap(layer="0", weights=softmaxes(2, prefix + 24, prefix + 6), grid=(2, 3), query_grid=(4, 6), **like),
+        AttentionMap(layer="1", weights=softmaxes(3, prefix + 6, prefix + 1), grid=(1, 1), query_grid=(2, 3), **like),
+    ]
+    matrices = [each.full()[0].mean(dim=0) for each in maps]
+    found = rollout(maps)[0]
+    assert found.shape == (4, 6)
+    torch.testing.assert_close(found, followed(maps, matrices, 0.5, 0.5, CLASS if prefix else POOLED))
+    if not prefix:
+        torch.testing.assert_close(found.sum(), torch.tensor(1.0))
+
+
+def test_keys_of_fewer_places_by_hand() -> None:
+    """One layer of 1 × 4 tokens: all ask the second of two keys, which are the means of two tokens each."""
+    weights = torch.tensor([0.0, 1.0]).expand(1, 1, 4, 2)
+    each = AttentionMap(layer="attn", weights=weights, prefix=0, query_prefix=0, grid=(1, 2), query_grid=(1, 4))
+    assert rollout([each])[0].tolist() == [[0.125, 0.125, 0.125 + 0.25, 0.125 + 0.25]]
+
+
+def binaryvit(side: int = 8, binary: bool = False, **parts: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("binaryvit_tiny", img_size=side, patch_size=1, num_classes=5, **parts)
+    return shaken(model if binary else smallvit.unpatch(model)).eval()
+
+
+REDUCED: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, int]], int]] = {
+    "binaryvit": (binaryvit, POOLED, 8),
+    "binaryvit, larger": (lambda: binaryvit(16), POOLED, 16),
+    "binaryvit, class token": (lambda: binaryvit(gap_head=False), CLASS, 8),
+    "binaryvit, no pyramid": (lambda: binaryvit(16, gap_head=False, pyramid=False), CLASS, 16),
+    "pvt v2": (lambda: build("pvt v2"), POOLED, 64),
+    "twins": (lambda: build("twins pcpvt"), POOLED, 64),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED)
+@torch.inference_mode()
+def test_rollout_of_models_with_fewer_keys_is_that_of_a_loop(name: str) -> None:
+    make, read, side = REDUCED[name]
+    _, maps = record(make(), torch.randn(1, 3, side, side))
+    assert (name == "binaryvit, no pyramid") == all(each.query_grid is None for each in maps)
+    matrices = [each.full()[0].mean(dim=0) for each in maps]
+    torch.testing.assert_close(rollout(maps)[0], followed(maps, matrices, 0.5, 0.5, read), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("swin", 32), ("swin odd", 20), ("swin v2", 32), ("caformer", 64), ("pvt v2", 64)]
+)
 @torch.inference_mode()
 def test_shares_sum_to_one_where_there_is_no_class_token(name: str, size: int) -> None:
     _, maps = record(build(name), torch.randn(2, 3, size, size))
@@ -164,7 +221,7 @@ def test_shares_that_are_not_the_images_are_the_class_tokens_own() -> None:
     assert rollout([each, each])[0].tolist() == [[0.75 * 0.25 + 0.25 * 0.75, 0.0], [0.0, 0.0]]
 
 
-@pytest.mark.parametrize("name", ["pvt v2", "levit", "crossvit"])
+@pytest.mark.parametrize("name", ["pvt v2 linear", "hiera", "levit", "crossvit"])
 def test_layers_that_cannot_be_followed_are_named(name: str) -> None:
     _, maps = record(build(name), images(name))
     with pytest.raises(InputError, match=r"attn") as error:
@@ -326,6 +383,51 @@ def test_relevance_leaves_the_model_as_it_is(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(model(X), before)
+
+
+def like(values: Tensor, slopes: Tensor) -> Tensor:
+    """Values with the gradient of others."""
+    return slopes + (values - slopes).detach()
+
+
+BINARY: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, int]]]] = {
+    "binaryvit": (lambda: binaryvit(16, binary=True), POOLED),
+    "binaryvit, class token": (lambda: binaryvit(16, binary=True, gap_head=False), CLASS),
+    "vit": (lambda: smallvit.patch(ours("vit", 4), binary=True), CLASS),
+    "vit, lsa": (lambda: smallvit.patch(ours("vit", 4), lsa=True, binary=True), CLASS),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_relevance_of_binary_attention_is_that_of_its_binary_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, read = BINARY[name]
+    model, binary = make().eval(), []
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, BinaryAttending):
+                layer.log_step.fill_(math.log(0.07))  # some are above and some below
+
+    def products(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: Any, bias: Any = None, _: Any = 0) -> Tensor:
+        moved = zip((q, k, v), layer.moves.view(3, layer.num_heads, 1, -1), strict=True)
+        q, k, v = (
+            like(torch.where(x >= 0, 1.0, -1.0), x.clamp(-1, 1) * (2 - x.clamp(-1, 1).abs())) for x in map(sum, moved)
+        )
+        p = (q @ k.mT * scale + (0 if bias is None else bias)).softmax(dim=-1)
+        step = layer.log_step.exp()
+        binary.append(like((p > step / 2) * step, p.clamp(max=step.detach())))
+        return binary[-1] @ v
+
+    found = relevance(model, X)
+    _, maps = record(model, X)
+    for attending in {type(layer) for layer in model.modules() if isinstance(layer, BinaryAttending)}:
+        monkeypatch.setattr(attending, "products", products)
+    score = model(X).max(dim=1).values.sum()
+    matrices = [gain.mean(dim=1) for gain in gains(binary, score)]
+    assert any((each == 0).any() and (each > 0).any() for each in binary)
+    assert max(each.max() for each in matrices) > 0
+    for image in range(2):
+        expected = followed(maps, [matrix[image] for matrix in matrices], 1.0, 1.0, read)
+        torch.testing.assert_close(found[image], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_relevance_asks_for_no_gradients_of_the_model_or_the_caller() -> None:

@@ -21,7 +21,7 @@ TORCHLESS = (
     *(f"smallvit/comparison/{name}.py" for name in ("rows", "standings", "scatter")),
     *(f"smallvit/reproduction/{name}.py" for name in ("trials", "experiments", "literature", "records")),
     *(f"smallvit/reproduction/{name}.py" for name in ("ledger", "outcomes", "tables", "plots", "notes", "document")),
-    *(f"smallvit/costs/{name}.py" for name in ("loglog", "tables")),
+    *(f"smallvit/costs/{name}.py" for name in ("loglog", "savings", "tables")),
 )
 """What reads records and draws, and what must be there at once."""
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]

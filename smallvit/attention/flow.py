@@ -8,8 +8,9 @@ the class token's, the mean of the class and the distillation token's, the mean 
 pools them, or that of the query of attention pooling. It is taken through the layers from the last to the first.
 
 Where the grid shrinks between layers (PiT, Swin, T2T), a token of the coarser grid stands for those of the finer one
-that it covers, in equal parts, whatever weights the model merges them by. A class token that comes late (CaiT, T2T)
-starts with nothing of the image; in class attention it alone gains, the patches stay as they are.
+that it covers, in equal parts, whatever weights the model merges them by; and where keys are of fewer places than the
+queries (PVT, BinaryViT), so does a key. A class token that comes late (CaiT, T2T) starts with nothing of the image; in
+class attention it alone gains, the patches stay as they are. Of binary attention A is for relevance the binary map.
 
 Axes: b batch, n queries, m keys, t tokens (those before the image's, then a layer's grid), i j token grid.
 """
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smallvit.attention.layouts import Sides
 from smallvit.attention.maps import AttentionMap, attention_map, uncompiled
 from smallvit.attention.recorder import recording
 from smallvit.errors import InputError
@@ -35,7 +37,7 @@ def rollout(maps: list[AttentionMap]) -> Float[Tensor, "b i j"]:
     """Attention rollout over the first layer's grid: each token's share, the rest is that of the tokens before it.
 
     Raises:
-        InputError: a layer's queries are not its keys, or its grid is finer than the one before.
+        InputError: a layer's keys are neither its queries nor merged of them, or its grid is finer than the one before.
     """
 
     return _traced(maps, lambda index: _mean(maps[index]), kept=0.5, gained=0.5)
@@ -109,18 +111,21 @@ def _traced(
         each, attention = maps[index], matrix(index)
         row = _last(each, attention) if row is None else _before(row, each, maps[index + 1])
         n, m = attention.shape[1:]
-        if n not in (1, m):
-            raise InputError(f"{each.layer}: its {m} keys are not its {n} queries, which rollout and relevance need")
+        if not (n in (1, m) or _pools(each)):
+            told = f"{each.layer}: its {m} keys are neither its {n} queries nor merged of them"
+            raise InputError(f"{told}, which rollout and relevance need")
         asks = row[:, :n]
         with torch.autocast(row.device.type, enabled=False):
             gains = gained * (asks[:, None] @ attention)[:, 0]
-        row = torch.cat([kept * asks, row[:, n:]], dim=1) + F.pad(gains, (row.shape[1] - m, 0))
-    return row[:, _prefix(maps[0]) :].unflatten(-1, maps[0].grid)
+        if _pools(each):
+            gains = _over_finer(gains, each.prefix, each.grid, _grid(each))
+        row = torch.cat([kept * asks, row[:, n:]], dim=1) + F.pad(gains, (row.shape[1] - gains.shape[1], 0))
+    return row[:, _prefix(maps[0]) :].unflatten(-1, _grid(maps[0]))
 
 
 def _last(each: AttentionMap, like: Tensor) -> Float[Tensor, "b t"]:
     """What the model's head reads of the last layer's tokens, in equal parts."""
-    row = like.new_zeros(len(like), _prefix(each) + math.prod(each.grid))
+    row = like.new_zeros(len(like), _prefix(each) + math.prod(_grid(each)))
     row[:, slice(_prefix(each), None) if each.reads is None else list(each.reads)] = 1
     return row / row.sum(dim=1, keepdim=True)
 
@@ -132,17 +137,34 @@ def _before(row: Float[Tensor, "b t"], each: AttentionMap, after: AttentionMap) 
     """
     prefix, own = _prefix(each), after.query_prefix if after.probes else 0
     new = _prefix(after) - own - prefix
-    if (new < 0 and after.grid != each.grid) or any(
-        side < coarser for side, coarser in zip(each.grid, after.grid, strict=True)
-    ):
+    grid, coarser = _grid(each), _grid(after)
+    if (new < 0 and grid != coarser) or not _covers(coarser, grid):
         raise InputError(f"{after.layer}: its tokens are not merged of those of {each.layer}; rollout cannot follow")
     row = F.pad(row[:, own:], (-new, 0))
-    if after.grid == each.grid:
-        return row
-    tokens = torch.eye(math.prod(each.grid), device=row.device).unflatten(1, each.grid)
+    return row if grid == coarser else _over_finer(row, prefix, coarser, grid)
+
+
+def _over_finer(row: Float[Tensor, "b t"], prefix: int, grid: Sides, finer: Sides) -> Float[Tensor, "b u"]:
+    """A row over the tokens of a finer grid: what a token of the coarser one has goes to those that it covers."""
+    tokens = torch.eye(math.prod(finer), device=row.device).unflatten(1, finer)
     with torch.autocast(row.device.type, enabled=False):
-        patches = row[:, prefix:] @ F.adaptive_avg_pool2d(tokens, after.grid).flatten(1).T
+        patches = row[:, prefix:] @ F.adaptive_avg_pool2d(tokens, grid).flatten(1).T
     return torch.cat([row[:, :prefix], patches], dim=1)
+
+
+def _covers(grid: Sides, finer: Sides) -> bool:
+    """Whether tokens of a grid can be merged of those of another."""
+    return all(side <= other for side, other in zip(grid, finer, strict=True))
+
+
+def _pools(each: AttentionMap) -> bool:
+    """Whether keys are merged of the queries' tokens."""
+    return each.query_grid is not None and each.prefix == each.query_prefix and _covers(each.grid, each.query_grid)
+
+
+def _grid(each: AttentionMap) -> Sides:
+    """Rows and columns of the model's tokens; those of the keys may be fewer."""
+    return each.query_grid or each.grid
 
 
 def _prefix(each: AttentionMap) -> int:

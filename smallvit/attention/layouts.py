@@ -1,8 +1,9 @@
 """How the tokens lie that a layer attends to: those that stand before the image's, the image's grid, its windows.
 
 What timm's classes say about it is read here and nowhere else: `num_prefix_tokens` (PiT's `num_tokens`), the shape of
-what a block is given, Swin's `window_size` and `shift_size`; and what the head reads, `global_pool` and `head_dist`.
-Where a class is silent, the grid is the one of so many tokens that is most like the image.
+what a block is given, and the grid that it is told (PVT, BinaryViT), Swin's `window_size` and `shift_size`; and what
+the head reads, `global_pool` and `head_dist`. Where a class is silent, the grid is the one of so many tokens that is
+most like the image, or of keys that are of fewer places than the queries, most like that of the queries.
 
 Axes: b batch, w windows of an image, n queries, m keys, i j token grid.
 """
@@ -39,6 +40,8 @@ class Call:
     module: nn.Module
     shape: tuple[int, ...]
     """Of the first tensor that it was given."""
+    grid: Sides | None = None
+    """The first pair of numbers that it was given beside: rows and columns of its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Layout:
     """The same among the queries."""
     grid: Sides
     """Rows and columns of the image's tokens among the keys."""
+    query_grid: Sides | None = None
+    """The same among the queries, where theirs is another; None also where a single token asks."""
     window: Sides | None = None
     """Rows and columns of windows, where attention is within such."""
     shift: Sides = (0, 0)
@@ -80,17 +85,20 @@ def layout(
             return Layout(prefix=0, query_prefix=0, grid=tuple(grid), window=window, shift=shift)
     if batch != images[0] or not _between_tokens(calls[-1].shape, n, m):
         return None
-    if n == 1 < m and (grids := [each.grid for each in before if math.prod(each.grid) <= m]):
+    grids = [each.query_grid or each.grid for each in before]
+    if n == 1 < m and (grids := [grid for grid in grids if math.prod(grid) <= m]):
         grid = max(grids, key=math.prod)
         probes = isinstance(calls[-1].module, AttentionPoolLatent)
         reads = (0,) if probes else _reads(model, 1, 1)
         return Layout(prefix=m - math.prod(grid), query_prefix=1, grid=grid, reads=reads, probes=probes)
-    last = before[-1].grid if before else None
-    keys = _split(m, calls[-1], model, images[2:], last)
-    queries = keys if n == m else _split(n, calls[-1], model, images[2:], last)
+    last = grids[-1] if grids else None
+    queries = _split(n, calls[-1], model, images[2:], last)
+    keys = queries if n == m else _pooled(m, queries) if m < n else _split(m, calls[-1], model, images[2:], last)
     if keys is None or queries is None:
         return None
-    return Layout(prefix=keys[0], query_prefix=queries[0], grid=keys[1], reads=_reads(model, queries[0], n))
+    other = queries[1] if queries[1] != keys[1] and n > 1 else None
+    reads = _reads(model, queries[0], n)
+    return Layout(prefix=keys[0], query_prefix=queries[0], grid=keys[1], query_grid=other, reads=reads)
 
 
 def nearest_grid(count: int, sides: Sequence[int]) -> Sides:
@@ -122,6 +130,8 @@ def _split(
             if math.prod(grid) == count:
                 return 0, tuple(grid)
     told = getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", None))
+    if call.grid is not None and (rest := count - math.prod(call.grid)) in (0, told):
+        return rest, call.grid
     if last is not None and (rest := count - math.prod(last)) in (0, told):
         return rest, last
     for prefixes in ((0,),) if isinstance(call.module, PATCHES_ALONE) else ((told,), (0, 1)):
@@ -130,6 +140,15 @@ def _split(
         if best is not None and _unlikeness(best[1], sides) <= math.log(LIKENESS):
             return best
     return None
+
+
+def _pooled(count: int, queries: tuple[int, Sides] | None) -> tuple[int, Sides] | None:
+    """The same of `count` keys that are the queries' tokens, of fewer places."""
+    if queries is None or not _holds(count, queries[0]):
+        return None
+    prefix, sides = queries
+    grid = nearest_grid(count - prefix, sides)
+    return (prefix, grid) if _unlikeness(grid, sides) <= math.log(LIKENESS) else None
 
 
 def _holds(count: int, prefix: int | None) -> bool:

@@ -4,8 +4,9 @@
 
 They are taken from the forward pass itself, of any of timm's layers, patched or not, fused or not (`recorder`); how
 tokens lie in the image is told by `layouts`. The distance is that of Dosovitskiy et al. 2021, arXiv:2010.11929, §D.7.
-Of talking heads (CaiT) the map is what the softmax gives, before the second mix of the heads; of layers with several
-softmaxes (differential attention, ConViT), all of them, as if they were more heads.
+Of talking heads (CaiT) the map is what the softmax gives, before the second mix of the heads, and of binary attention
+the same, before it is made binary; of layers with several softmaxes (differential attention, ConViT), all of them, as
+if they were more heads.
 
 Axes: b batch, w windows of an image, h heads, n queries, m keys, i j token grid.
 """
@@ -44,6 +45,8 @@ class AttentionMap:
     """The same among the queries; in class attention, 1 of 1."""
     grid: tuple[int, int]
     """Rows and columns of the image's tokens among the keys."""
+    query_grid: tuple[int, int] | None = None
+    """The same among the queries, where theirs is another; None also where a single token asks."""
     window: tuple[int, int] | None = None
     """Rows and columns of a window, in tokens."""
     shift: tuple[int, int] = (0, 0)
@@ -56,7 +59,7 @@ class AttentionMap:
 
     def image(self) -> Float[Tensor, "b h i j"]:
         """Where that looks which the model's head reads: the class token, the mean of it and a distillation token, or
-        the mean of the image's tokens, and so what each receives.
+        the mean of the image's tokens, and so what each receives; over the grid of the keys.
 
         Windows lie where they were cut; what padding receives is left out, as in `full`.
         """
@@ -113,7 +116,7 @@ class AttentionMap:
         asking = shares.shape[-2]
         queries = keys
         if 0 < asking != self._count:  # keys are pooled
-            queries = _centres(nearest_grid(asking, sides), sides, self.weights)
+            queries = _centres(self.query_grid or nearest_grid(asking, sides), sides, self.weights)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         return (shares * _distances(queries[:asking], keys)).sum(dim=-1).mean(dim=-1)
 

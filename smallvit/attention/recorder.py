@@ -8,7 +8,7 @@ Axes: b batch, w windows of an image, h heads, n queries, m keys, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from smallvit.attention.layouts import Call, Layout, layout
 from smallvit.errors import InputError
+from smallvit.plugins.binary import BinaryAttending
 
 SOFTMAXES = (Tensor.softmax, torch.softmax, F.softmax)
 
@@ -52,7 +53,8 @@ class Seen:
 class Recorder(TorchFunctionMode):
     """While it is on, attention is noted in `seen`, in the order of computation.
 
-    With `explicit`, the fused kernel's work is done by two products instead, so that gradients pass the probabilities.
+    With `explicit`, the fused kernel's work is done by two products instead, so that gradients pass the probabilities;
+    those of binary attention are the binary ones then.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, explicit: bool) -> None:
@@ -64,7 +66,7 @@ class Recorder(TorchFunctionMode):
     def begin(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A module begins: a hook."""
         shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
-        self.calls.append(Call(name, module, shape))
+        self.calls.append(Call(name, module, shape, next(filter(None, map(_pair, inputs)), None)))
 
     def end(self, *_: Any) -> None:
         """A module ends: a hook."""
@@ -74,6 +76,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._fused(*args, **kwargs)
+        if self.explicit and function is F.dropout and isinstance(self.calls[-1].module, BinaryAttending):
+            self._made_binary(args[0])
         result = function(*args, **kwargs)
         if function in SOFTMAXES and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, result.ndim - 1):
             self._note(result if self.explicit else result.detach())
@@ -86,6 +90,12 @@ class Recorder(TorchFunctionMode):
         if not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
         return weights.to(v.dtype) @ v.repeat_interleave(weights.shape[-3] // v.shape[-3], dim=-3)
+
+    def _made_binary(self, weights: Tensor) -> None:
+        """Keep binary maps in place of their softmax, which has no gradient where it is above their step."""
+        last = self.seen[-1].probabilities
+        if last[-1].shape == weights.shape:  # it is not what the layer gives
+            last[-1] = weights
 
     def _note(self, weights: Tensor) -> None:
         """Keep what a layer attends with; a softmax elsewhere is none of ours."""
@@ -110,6 +120,12 @@ class Recorder(TorchFunctionMode):
         batch = weights.shape[:-2].numel() // heads
         before = [seen.layout for seen in self.seen]
         return layout((batch, *weights.shape[-2:]), self.calls, self.model, self.images.shape, before)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Two numbers, if that is what a module was given."""
+    two = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(side, int) for side in value)
+    return tuple(value) if two else None
 
 
 @contextmanager

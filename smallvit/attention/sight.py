@@ -47,8 +47,9 @@ class Sight:
     layers: list[dict[str, Any]]
     """Plain figures of every attention layer, in the order of computation; of heads, in the mean over the images.
 
-    `keys` is how many tokens are attended to at once; `even_entropy` and `even_distance` are what there would be if all
-    in a token's reach were attended to alike. The distances are None where no token of the image asks.
+    `keys` is how many tokens are attended to at once, `grid` how those of the image lie; `even_entropy` and
+    `even_distance` are what there would be if all in a token's reach were attended to alike. The distances are None
+    where no token of the image asks.
     """
     maps: dict[str, Float[np.ndarray, "n h i j"]]
     """Where what the head reads looks in each layer, as `AttentionMap.image` has it."""

@@ -1,6 +1,6 @@
 """Rows of a comparison, as `smallvit compare --arch ROW` takes them: a model, and how it is trained. Needs no torch.
 
-ARCH[+spt][+lsa][,option=value]...    such as vit+spt+lsa,lr=0.003 or resnet56,recipe=resnet
+ARCH[+spt][+lsa][+binary][,option=value]...    such as vit+spt+lsa,lr=0.003 or resnet56,recipe=resnet
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from typing import Any, Literal, get_args, get_origin
 from smallvit import recipes, trained
 from smallvit.config import Config, option_homes
 from smallvit.errors import InputError, nearest
-from smallvit.options import flag
+from smallvit.options import BINARYVIT_PARTS, PLUGINS, flag, is_binaryvit
 
-FORM = "ARCH[+spt][+lsa][,option=value]..."
-PLUGINS = ("spt", "lsa")
+FORM = "ARCH[+spt][+lsa][+binary][,option=value]..."
 COMMON = (
     *("data.*", "augment.*", "epochs", "batch_size"),
     *("device", "amp", "compile", "seed", "out", "checkpoint_minutes", "log"),
 )
 """Options, and groups of them, that mean the same for every row: flags of the whole comparison."""
+STARRED = {"binary_downsampling": False}
+"""BinaryViT with mergings in full precision, which its paper marks by a star."""
+FULL_PRECISION = {"binary_weights": False, "binary_activations": False, "binary_attention": False}
+"""BinaryViT without bits."""
 WEIGHTS = ("init", "teacher")
 """Options that may be paths."""
 WORDS = {"true": True, "false": False}
@@ -101,15 +104,24 @@ def parse(text: str) -> Row:
 
 
 def ablation(row: Row) -> list[Row]:
-    """The row, then with each plugin, then with both.
+    """The row, then with SPT, with LSA, and with both; BinaryViT from the binary DeiT up, and in full precision.
 
     Raises:
-        InputError: it has plugins already.
+        InputError: it has plugins already, or what the ablation is about.
     """
+    if is_binaryvit(row.arch):
+        return _binary_ablation(row)
     if any(plugin in row.options for plugin in PLUGINS):
         raise InputError(f"row {row.label}: --ablation adds the plugins itself; give {row.arch} without them")
     sets = ({}, {"spt": True}, {"lsa": True}, {"spt": True, "lsa": True})
     return [replace(row, options=plugins | row.options) for plugins in sets]
+
+
+def _binary_ablation(row: Row) -> list[Row]:
+    if set_already := row.options.keys() & {*BINARYVIT_PARTS, *FULL_PRECISION}:
+        raise InputError(f"row {row.label}: --ablation sets {flag(min(set_already))} itself; leave it out")
+    steps = [dict.fromkeys(BINARYVIT_PARTS[count:], False) for count in range(len(BINARYVIT_PARTS) + 1)]
+    return [replace(row, options=row.options | step) for step in (*steps, STARRED, FULL_PRECISION)]
 
 
 def label(arch: str, options: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from smallvit import trained
 from smallvit.comparison.rows import PLUGINS, WEIGHTS, label, spelt
+from smallvit.costs import savings
 from smallvit.errors import InputError
 from smallvit.opening import MAY_DIFFER
 from smallvit.runs import Run
@@ -60,6 +61,7 @@ class Standing:
                 **_spread("test_top1", self.values("test_top1")),
                 **_spread("train_images_per_second", rates),
                 **{name: self.values(name)[0] for name in ("parameters", "macs", "images_seen", "epochs")},
+                **{name: self.runs[0].summary.get(name) for name in savings.FIGURES},
                 "peak_memory_bytes": max(self.values("peak_memory_bytes")),
                 "batch_size": self.option("batch_size"),
             }
@@ -67,7 +69,8 @@ class Standing:
 
 
 RECORD = (
-    *("test_top1", "test_top1_std", "parameters", "macs", "train_images_per_second", "train_images_per_second_std"),
+    *("test_top1", "test_top1_std", "parameters", "macs", *savings.FIGURES),
+    *("train_images_per_second", "train_images_per_second_std"),
     *("inference_images_per_second", "inference_images_per_second_iqr", "latency_ms", "latency_ms_iqr"),
     *("peak_memory_bytes", "images_seen", "epochs", "batch_size"),
 )
@@ -91,6 +94,7 @@ def finished(folder: Path) -> View:
             f"{folder} cannot be compared: it is not finished; smallvit train --resume {folder} goes on with it"
         )
     numbers = [name for name in NUMBERS if not isinstance(view.summary.get(name), (int, float))]
+    numbers += [name for name in savings.FIGURES if not isinstance(view.summary.get(name, 0), (int, float))]
     if lacking := numbers + [name for name in WORDS if not isinstance(view.summary.get(name), str)]:
         raise InputError(f"{folder / Run.SUMMARY}: it lacks {lacking[0]!r}; remove it, and --resume evaluates again")
     return view
@@ -175,7 +179,8 @@ def notes(standings: Sequence[Standing], recipes: dict[str, str], measured: str,
         if len(standing.runs) < standing.seeds
     ]
     if ran:
-        lines += [*_data(ran), *_conditions(ran), MEASURES, measured, *_options(ran, recipes)]
+        saved = savings.notes(row.runs[0].summary for row in ran)
+        lines += [*_data(ran), *_conditions(ran), MEASURES, *saved, measured, *_options(ran, recipes)]
     return [*lines, f"Command: {command}"]
 
 

@@ -30,7 +30,9 @@ IMG_SIZE = 32
 SIZES = (32, 48, 64, 96, 128, 160, 224)
 """Over which models grow, those that each of them takes."""
 GROWTH_ROUNDS = 5
-COUNTED = ("tokens", "parameters", "macs")
+LEAST_STEP = 2
+"""Images of a training step; a single one is too few for batch norms of maps of one place."""
+COUNTED = ("tokens", "parameters", "macs", "bops", "flops", "ops", "packed_bytes", "float_bytes")
 ATTENTION = ("attention_macs", "attention_macs_formula")
 SHORT = ("activation_bytes_per_image", "step_peak_bytes")
 """Figures beside the times that memory may be short for."""
@@ -55,7 +57,7 @@ class Plan:
     @property
     def step_batch(self) -> int:
         """Images of the training step whose memory is measured."""
-        return max(self.batch_sizes)
+        return max(LEAST_STEP, *self.batch_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import nn
 from smallvit import models, trained
 from smallvit.comparison import rows
 from smallvit.config import Config
-from smallvit.costs import growth
+from smallvit.costs import bits, growth
 from smallvit.costs.memory import bounded
 from smallvit.errors import InputError, first_line
 from smallvit.options import ModelConfig
@@ -78,7 +78,7 @@ class Case:
     """Arguments of `create_model`, for the size that it is made for."""
     img_size: int
     """Of the images that it is given."""
-    counts: dict[str, int | None]
+    counts: dict[str, float | None]
     """What `counted` found."""
 
     @property
@@ -107,8 +107,8 @@ def built(spec: dict[str, Any], img_size: int) -> nn.Module:
         raise InputError(f"{spec['arch']} cannot take {img_size}-pixel images ({first_line(error)})") from None
 
 
-def counted(model: nn.Module, in_chans: int, img_size: int) -> dict[str, int | None]:
-    """Parameters, tokens, and multiply-accumulates of the model and of its attention; None for what it has none of.
+def counted(model: nn.Module, in_chans: int, img_size: int) -> dict[str, float | None]:
+    """Parameters, tokens, operations of the model and of its attention, and bytes; None for what it has none of.
 
     Tokens are those of the first layer that attends.
 
@@ -116,17 +116,23 @@ def counted(model: nn.Module, in_chans: int, img_size: int) -> dict[str, int | N
         InputError: the model takes no such images.
     """
     macs, scores = macs_by_layer(model, in_chans, img_size), growth.scores(model, img_size)
+    operations = bits.operations(model, macs)
     return {
         "tokens": scores[0].tokens if scores else None,
         "parameters": count_parameters(model),
-        "macs": macs[""],
+        "macs": operations.macs,
+        "bops": operations.bops,
+        "flops": operations.flops,
+        "ops": operations.ops,
+        "packed_bytes": bits.packed_bytes(model),
+        "float_bytes": bits.float_bytes(model),
         "attention_macs": growth.measured(model, macs),
         "attention_macs_formula": growth.formula(model, img_size),
     }
 
 
 def subject(text: str, num_classes: int) -> Subject:
-    """A row from its text, ARCH[+spt][+lsa][,option=value]..., or a run's folder.
+    """A row from its text, ARCH[+spt][+lsa][+binary][,option=value]..., or a run's folder.
 
     Raises:
         InputError: no such model or run, or an option that no cost depends on.

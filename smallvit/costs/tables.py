@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from smallvit.costs import savings
 from smallvit.report import markdown
 
 NO_MEMORY = "no memory"
@@ -36,7 +37,8 @@ def columns(found: dict[str, Any]) -> dict[str, str]:
         "latency_ms": "latency, iqr (ms)",
         **{f"images_per_second_{batch}": f"images/s by {batch}" for batch in found["batch_sizes"]},
     }
-    return {name: title for name, title in titles.items() if name in found["rows"][0]}
+    titles = {name: title for name, title in titles.items() if name in found["rows"][0]}
+    return savings.joined(titles, found["rows"])
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -59,7 +61,7 @@ def page(found: dict[str, Any], lines: Sequence[str], picture: str | None) -> st
 
 def notes(found: dict[str, Any]) -> list[str]:
     """How each figure came about, a line each."""
-    lines = [MEASURES]
+    lines = [MEASURES, *savings.notes(found["rows"])]
     if found["device"] in COUNTED_ON:
         lines.append(
             f"Step: most that tensors take at once while AdamW fits the model to {found['step_batch_size']} images "
@@ -104,9 +106,9 @@ def _cell(record: dict[str, Any], name: str) -> str:
     match name:
         case "model":
             return value
-        case "macs":
+        case "macs" | "bops" | "ops":
             return f"{value / 1e6:,.1f}"
-        case "activation_bytes_per_image":
+        case "activation_bytes_per_image" | "packed_bytes":
             return f"{value / 1e6:,.2f}"
         case "step_peak_bytes":
             return f"{value / 1e6:,.0f}"

@@ -63,7 +63,8 @@ def write_onnx(model: Ready, path: Path) -> None:
     program.model.metadata_props.update(description(model))
     with replacing(path) as partial:
         program.save(partial)
-        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        with _explained(model, "ONNX"):
+            session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])

@@ -14,8 +14,10 @@ from smallvit.exports import papers
 from smallvit.exports.exported import preprocessing
 from smallvit.exports.timm_folder import is_timms
 from smallvit.judgement.chance import accuracy_interval
+from smallvit.options import PLUGINS
 from smallvit.pages import dossier
 from smallvit.pages.dossier import Dossier
+from smallvit.plugins.patching import TITLES
 from smallvit.ready import Ready
 from smallvit.runs import Run
 
@@ -100,7 +102,7 @@ def _front(
         metric_value=round((metrics or {"top1": summary["test_top1"]})["top1"], 2),
         metric_name="top-1, %",
     )
-    plugins = [plugin for plugin in ("spt", "lsa") if spec.get(plugin)]
+    plugins = [plugin for plugin in PLUGINS if spec.get(plugin)]
     return (
         ModelCardData(
             library_name="timm",
@@ -118,10 +120,7 @@ def _front(
 
 def _opening(model: Ready, config: Config) -> str:
     spec = model.card.spec
-    plugins = " and ".join(
-        words for plugin, words in (("spt", "shifted patch tokenization"), ("lsa", "locality self-attention"))
-        if spec.get(plugin)
-    )  # fmt: skip
+    plugins = " and ".join(words for plugin, words in TITLES.items() if spec.get(plugin))
     kind = "colour" if model.in_chans == 3 else "grey"
     patch = f", patches of {spec['patch_size']} pixels" if spec.get("patch_size") else ""
     names = ", ".join(f"`{name}`" for name in model.class_names[:NAMED])

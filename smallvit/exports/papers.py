@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from smallvit.binaryvit import BINARYVITS
 from smallvit.convnets import CIFAR_RESNETS
 from smallvit.datasets.table import DATASETS
 from smallvit.models import OURS
@@ -31,15 +32,23 @@ PAPERS = {
         "1512.03385",
         2015,
     ),
+    "BinaryViT": (
+        "le2023binaryvit",
+        "BinaryViT: Pushing Binary Vision Transformers Towards Convolutional Models",
+        "Le, Phuoc-Hoan Charles and Li, Xinlin",
+        "2306.16678",
+        2023,
+    ),
 }
 """What a model may rest on: key, title, authors, arXiv id, year."""
 
 
 def citation(spec: dict[str, Any], data: str) -> str:
     """BibTeX for a model that `create_model` made of these arguments, and who is to be cited for its data; Markdown."""
-    small = bool(spec.get("spt") or spec.get("lsa")) or spec["arch"] in OURS
+    small = bool(spec.get("spt") or spec.get("lsa")) or spec["arch"] in {*OURS} - {*BINARYVITS}
+    binary = bool(spec.get("binary")) or spec["arch"] in BINARYVITS
     deit = spec["arch"].startswith("deit") or bool(spec.get("dist_token"))
-    named = zip(PAPERS.values(), (small, deit, spec["arch"] in CIFAR_RESNETS), strict=True)
+    named = zip(PAPERS.values(), (small, deit, spec["arch"] in CIFAR_RESNETS, binary), strict=True)
     entries = [
         f"@misc{{{key},\n  title = {{{title}}},\n  author = {{{authors}}},\n  year = {{{year}}},\n"
         f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}}\n}}"

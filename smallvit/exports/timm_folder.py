@@ -22,9 +22,8 @@ from smallvit import models, registry
 from smallvit.checkpoint import snapshot
 from smallvit.convnets import CIFAR_RESNETS
 from smallvit.errors import first_line
-from smallvit.exports.exported import require_same
+from smallvit.exports.exported import own_metadata, require_same
 from smallvit.files import replacing, write_text
-from smallvit.headers import header
 from smallvit.ready import Ready
 from smallvit.trained import ENTRY
 from smallvit.variants import VARIANTS
@@ -39,8 +38,10 @@ def write(model: Ready, folder: Path) -> None:
     """Write both files into a folder, which is there, and load the model from it.
 
     Raises:
-        InputError: timm cannot load it, or gets another model.
+        InputError: timm cannot load it, or gets another model; its weights are packed.
     """
+    if model.card.packed:
+        raise model.card.error("its weights are packed, which timm cannot load; export the run itself")
     write_text(folder / CONFIG, json.dumps(config(model), indent=2) + "\n")
     with replacing(folder / WEIGHTS) as partial:
         save_file(snapshot(model.model), partial, {"format": "pt"} | _entry(model))
@@ -59,7 +60,7 @@ def is_timms(spec: dict[str, Any]) -> bool:
     """Whether timm alone builds the model with these arguments of `create_model`."""
     arch = spec["arch"]
     ours = arch in models.OURS or arch in CIFAR_RESNETS
-    changed = any(spec.get(name) for name in ("spt", "lsa", "dist_token", *VARIANTS))
+    changed = any(spec.get(name) for name in ("spt", "lsa", "binary", "dist_token", *VARIANTS))
     return not (ours or changed or models.fitted_stride(arch, spec["img_size"], fit=spec.get("fit", True)))
 
 
@@ -115,10 +116,5 @@ def _pretrained_cfg(model: Ready, own: timm.models.PretrainedCfg | None) -> dict
 
 
 def _entry(model: Ready) -> dict[str, str]:
-    """What the weights file says of itself, if smallvit wrote it, at the image size that the model has now."""
-    card = model.card
-    if card.tagged is not None or card.class_names is None:
-        return {}
-    metadata = json.loads(header(card.path)["__metadata__"][ENTRY])
-    metadata["model"]["img_size"] = model.img_size
-    return {ENTRY: json.dumps(metadata, sort_keys=True)}
+    metadata = own_metadata(model)
+    return {} if metadata is None else {ENTRY: json.dumps(metadata, sort_keys=True)}

@@ -5,13 +5,15 @@ Each field's sentence is its documentation and the help of its flag. Option name
 
 from smallvit.options.checks import flag, require
 from smallvit.options.data import DATA_NAMES, AugmentConfig, DataConfig
-from smallvit.options.model import InitConfig, ModelConfig
+from smallvit.options.model import BINARYVIT_PARTS, PLUGINS, InitConfig, ModelConfig, is_binaryvit
 from smallvit.options.optim import DistillConfig, OptimConfig
 from smallvit.options.run import LOGGERS, ComputeConfig, RunConfig
 
 __all__ = [
+    "BINARYVIT_PARTS",
     "DATA_NAMES",
     "LOGGERS",
+    "PLUGINS",
     "AugmentConfig",
     "ComputeConfig",
     "DataConfig",
@@ -21,5 +23,6 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "flag",
+    "is_binaryvit",
     "require",
 ]

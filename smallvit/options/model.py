@@ -9,14 +9,24 @@ from typing import Literal
 from smallvit.errors import InputError
 from smallvit.options.checks import flag, require
 
+PLUGINS = {"spt": "SPT", "lsa": "LSA", "binary": "binary"}
+"""Options that put a plugin into the model, and what these are called; a plugin's own options begin with its name."""
+BINARYVIT_PARTS = ("gap_head", "pool_branches", "residual_affine", "pyramid")
+"""Options that make BinaryViT of a binary DeiT, in the order of its paper's ablation."""
+
+
+def is_binaryvit(arch: str | None) -> bool:
+    """Whether an architecture is a BinaryViT of some size, which has one-bit layers in any case."""
+    return (arch or "").startswith("binaryvit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which network to train."""
 
     arch: str | None = None
-    """Architecture: vit, cait, pit, swin or t2t (the paper's), resnet20 to resnet110 (CIFAR's), or any timm model name;
-    by default vit, or the one that --init holds."""
+    """Architecture: vit, cait, pit, swin or t2t (the paper's), binaryvit or binaryvit_tiny (one-bit), resnet20 to
+    resnet110 (CIFAR's), or any timm model name; by default vit, or the one that --init holds."""
     spt: bool = False
     """Shifted patch tokenization in the patch embedding and where patches are merged."""
     lsa: bool = False
@@ -33,6 +43,26 @@ class ModelConfig:
     """LSA: one learnt temperature per head (the paper's), one per layer, or a fixed one."""
     lsa_mask: bool = True
     """LSA: keep tokens from attending to themselves."""
+    binary: bool = False
+    """One-bit weights, activations and attention in every block; binaryvit has them in any case."""
+    binary_weights: bool = True
+    """Binary layers: one-bit weights."""
+    binary_activations: bool = True
+    """Binary layers: one-bit activations, with a learnt threshold per channel."""
+    binary_attention: bool = True
+    """Binary layers: one-bit queries, keys, values and attention maps."""
+    binary_downsampling: bool = True
+    """Binary layers: those too by which patches are merged."""
+    binary_shortcut: bool = True
+    """Give layers of other models than binaryvit batch norms, shortcuts and RPReLUs with their bits."""
+    gap_head: bool = True
+    """BinaryViT: the head reads the mean of all tokens, and there is no class token."""
+    pool_branches: bool = True
+    """BinaryViT: four poolings beside each MLP."""
+    residual_affine: bool = True
+    """BinaryViT: a learnt factor and offset per channel before each residual addition."""
+    pyramid: bool = True
+    """BinaryViT: four stages of ever fewer tokens; otherwise one, of the third one's tokens."""
     patch_size: int | None = None
     """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
     dropout: float | None = None
@@ -64,14 +94,27 @@ class ModelConfig:
         if self.layer_scale is not None:
             require(0 < self.layer_scale < math.inf, "layer_scale", self.layer_scale, "a factor above 0")
         require(0 < self.spt_shift <= 1, "spt_shift", self.spt_shift, "a share of the patch above 0, at most 1")
+        built_in = is_binaryvit(self.arch)
         for field_ in fields(self):
-            plugin = field_.name.partition("_")[0]
-            if plugin in ("spt", "lsa") and getattr(self, field_.name) != field_.default and not getattr(self, plugin):
-                raise InputError(f"{flag(field_.name)} is of no use without --{plugin}")
+            plugin, value = field_.name.partition("_")[0], getattr(self, field_.name)
+            has = plugin not in PLUGINS or getattr(self, plugin) or (plugin == "binary" and built_in)
+            if value != field_.default and not has:
+                raise InputError(f"{_given(field_.name, value)} is of no use without --{plugin}")
+        if built_in and not self.binary_shortcut:
+            raise InputError(f"--no-binary-shortcut: --arch {self.arch} has shortcuts of its own; leave it out")
         if self.plugin_init == "exact" and not (self.spt or self.lsa):
             raise InputError("--plugin-init exact is of no use without --spt or --lsa")
         if self.lsa_temperature == "fixed" and not self.lsa_mask:
             raise InputError("--lsa-temperature fixed --no-lsa-mask would leave nothing of LSA: give up one of them")
+        if self.binary and not (self.binary_weights or self.binary_activations or self.binary_attention):
+            raise InputError(
+                "--binary: nothing would have one bit; leave it out, or give up one of the --no-binary-..."
+            )
+
+
+def _given(name: str, value: object) -> str:
+    """An option as the command line has it."""
+    return flag(f"no_{name}" if value is False else name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import jinja2
 
 from smallvit import __version__
 from smallvit.comparison.standings import gathered, notes
+from smallvit.costs import savings
 from smallvit.errors import InputError
 from smallvit.files import write_text
 from smallvit.pages import charts, telling
@@ -107,10 +108,10 @@ def _several(names: Sequence[str], runs: Sequence[Dossier]) -> dict[str, Any]:
         standings = gathered(run.folder for run in runs)
     except InputError as error:
         return {"together": together, "notes": [f"No comparison over seeds: {error}"], "table": None, "lines": []}
-    columns = [name for name in TITLES if name not in NOT_MEASURED]
     records = [standing.record(dict.fromkeys(NOT_MEASURED)) for standing in standings]
-    rows = [[cell(record, name) for name in columns] for record in records]
-    table = {"titles": [TITLES[name] for name in columns], "rows": rows}
+    titles = savings.joined({name: title for name, title in TITLES.items() if name not in NOT_MEASURED}, records)
+    rows = [[cell(record, name) for name in titles] for record in records]
+    table = {"titles": [*titles.values()], "rows": rows}
     return {
         "together": together,
         "notes": [],

@@ -11,7 +11,7 @@ from smallvit.comparison.rows import spelt
 from smallvit.config import Config, option_homes
 from smallvit.inherit import ARCH
 from smallvit.judgement import chance
-from smallvit.options import flag
+from smallvit.options import PLUGINS, flag, is_binaryvit
 from smallvit.pages.dossier import Dossier
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -32,7 +32,7 @@ def title(run: Dossier) -> str:
     """The model and its data."""
     model = run.view.config.model
     arch = (run.card.spec or {}).get("arch") if run.card is not None else None
-    parts = [arch or model.arch or ARCH, *(name.upper() for name in ("spt", "lsa") if has(run, name))]
+    parts = [arch or model.arch or ARCH, *(called for name, called in PLUGINS.items() if has(run, name))]
     return f"{' + '.join(parts)} on {data_name(run)}"
 
 
@@ -229,6 +229,9 @@ def _plugins(run: Dossier) -> str:
         )
     if has(run, "lsa"):
         told.append(f"LSA (temperature per {spec['lsa_temperature']}{'' if spec['lsa_mask'] else ', no mask'})")
+    bits = [each for each in ("weights", "activations", "attention") if spec.get(f"binary_{each}", True)]
+    if bits and (has(run, "binary") or is_binaryvit(spec["arch"])):
+        told.append(f"one bit for {', '.join(bits)}")
     return ", ".join(told) or "none"
 
 

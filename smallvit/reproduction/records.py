@@ -25,6 +25,7 @@ from typing import Any
 from smallvit import commands
 from smallvit.comparison.standings import NUMBERS, WORDS
 from smallvit.config import Config
+from smallvit.costs import savings
 from smallvit.errors import InputError
 from smallvit.opening import MAY_DIFFER
 from smallvit.regularise import regularised
@@ -132,6 +133,7 @@ def _is_sound(record: Record) -> bool:
     return (
         0 < record.budget <= 1
         and all(is_number(summary.get(name)) for name in FIGURES)
+        and all(is_number(summary.get(name, 0)) for name in savings.FIGURES)
         and all(isinstance(summary.get(name), str) for name in WORDS)
         and (summary.get("val_top1", "") is None or is_number(summary.get("val_top1")))
         and isinstance(summary.get("versions"), dict)

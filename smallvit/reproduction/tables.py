@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from smallvit.costs import savings
 from smallvit.report import markdown, widen
 from smallvit.reproduction.experiments import experiment
 from smallvit.reproduction.outcomes import Outcome, Spread, outcomes, published_gain
@@ -42,6 +44,7 @@ def terminal(name: str, budget: float, labels: Sequence[str], records: Iterable[
     shown = [outcome for outcome in outcomes(name, budget, records) if outcome.trial.label in labels]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     columns = [column for column in TERMINAL if column != "published" or any(o.trial.published for o in shown)]
+    columns = with_savings(columns, shown)
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for outcome in shown:
@@ -67,12 +70,31 @@ def _published(name: str, outcome: Outcome) -> str:
     return NONE if figure is None else f"{figure:.2f}" + (f" ({gain:+.2f})" if gain is not None else "")
 
 
+def with_savings(columns: Sequence[str], shown: Sequence[Outcome]) -> list[str]:
+    """Columns, without those of one-bit layers where no model has any."""
+    some = any(map(savings.has_bits, summaries(shown)))
+    return [column for column in columns if some or column not in SAVINGS]
+
+
+def summaries(shown: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """What the first run of each trial says of its model."""
+    return [run.summary for outcome in shown for run in outcome.runs[:1]]
+
+
 def _number(figure: Callable[[Outcome], float | None], form: str = ",.0f") -> Callable[[str, Outcome], str]:
     def cell(name: str, outcome: Outcome) -> str:
         value = figure(outcome)
         return NONE if value is None else format(value, form)
 
     return cell
+
+
+def _millions(name: str, form: str) -> Callable[[str, Outcome], str]:
+    def figure(outcome: Outcome) -> float | None:
+        value = outcome.first(name)
+        return None if value is None else value / 1e6
+
+    return _number(figure, form)
 
 
 def _overtaking(name: str, outcome: Outcome) -> str:
@@ -88,6 +110,8 @@ COLUMNS: dict[str, Callable[[str, Outcome], str]] = {
     "seeds": lambda name, outcome: str(len(outcome.runs)),
     "gain": _gain,
     "parameters": _number(lambda outcome: outcome.first("parameters")),
+    "OPs (M)": _millions("ops", ",.1f"),
+    "packed (MB)": _millions("packed_bytes", ",.2f"),
     "images seen": _number(lambda outcome: outcome.first("images_seen")),
     "seconds": _number(lambda outcome: outcome.seconds and outcome.seconds.mean),
     "images/s": _number(lambda outcome: outcome.rate and outcome.rate.mean),
@@ -96,9 +120,14 @@ COLUMNS: dict[str, Callable[[str, Outcome], str]] = {
     "overtakes after": _overtaking,
 }
 """What a table can say of an outcome: title and cell."""
-TERMINAL = ("model", "published", "test top-1 (%)", "seeds", "gain", "parameters", "images seen", "seconds", "images/s")
+SAVINGS = ("OPs (M)", "packed (MB)")
+"""Columns that are told only where some model has one-bit layers."""
+TERMINAL = (
+    *("model", "published", "test top-1 (%)", "seeds", "gain", "parameters", *SAVINGS),
+    *("images seen", "seconds", "images/s"),
+)
 COSTS = (
-    *("model", "validation (%)", "parameters", "images seen", "seconds", "images/s"),
+    *("model", "validation (%)", "parameters", *SAVINGS, "images seen", "seconds", "images/s"),
     *("TFLOP/s", "of the peak", "overtakes after"),
 )
 
@@ -106,8 +135,9 @@ COSTS = (
 def costs(name: str, measured: Sequence[Outcome]) -> str:
     """What models cost at a budget, in Markdown."""
     known = any(outcome.share_of_peak is not None for outcome in measured)
-    columns = [column for column in COSTS if known or column != "of the peak"]
-    return markdown([columns, *([COLUMNS[column](name, outcome) for column in columns] for outcome in measured)])
+    columns = with_savings([column for column in COSTS if known or column != "of the peak"], measured)
+    table = markdown([columns, *([COLUMNS[column](name, outcome) for column in columns] for outcome in measured)])
+    return "\n\n".join([table, *(f"{line}." for line in savings.notes(summaries(measured)))])
 
 
 def notes(shown: Sequence[Outcome]) -> list[str]:
@@ -116,7 +146,7 @@ def notes(shown: Sequence[Outcome]) -> list[str]:
     if any(outcome.trial.published for outcome in shown):
         sources = distinct(outcome.trial.source for outcome in shown if outcome.trial.source)
         lines.append(f"Published: {'; '.join(sources)}; in brackets its gain")
-    return lines + machines(shown)
+    return lines + savings.notes(summaries(shown)) + machines(shown)
 
 
 def machines(shown: Sequence[Outcome]) -> list[str]:

@@ -8,6 +8,8 @@ import threading
 import time
 from types import FrameType, TracebackType
 
+from smallvit.errors import InputError, TrainingError
+
 TWICE_SECONDS = 0.5
 """Signals closer together are one: a terminal, torchrun and Slurm may all send the same."""
 
@@ -21,7 +23,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM instead of obeying; a second SIGINT interrupts at once."""
+    """Notes SIGINT and SIGTERM instead of obeying; a second SIGINT interrupts at once.
+
+    What fails after a signal, and nobody foresaw, is an interruption too.
+    """
 
     received = 0
     """Number of the signal, if one came."""
@@ -37,6 +42,9 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        unforeseen = isinstance(error, Exception) and not isinstance(error, (InputError, TrainingError, OSError))
+        if self.received and unforeseen:
+            raise Interrupted(self.received) from error  # a terminal ends the compilers that torch has started, too
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:

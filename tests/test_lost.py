@@ -133,6 +133,32 @@ def test_a_signal_is_followed_by_a_checkpoint_and_words_how_to_go_on(
     assert resumed(out) == whole
 
 
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (RuntimeError("the compiler was killed"), interrupt.Interrupted),
+        (InputError("no such teacher"), InputError),
+        (OSError("no space left"), OSError),
+    ],
+    ids=["unforeseen", "input", "disk"],
+)
+def test_what_fails_after_a_signal_is_an_interruption_unless_it_says_more(
+    error: Exception, ends: type[BaseException]
+) -> None:
+    """A terminal's Ctrl-C ends the compilers that torch has started, too."""
+
+    def fail(signals: int) -> None:
+        with interrupt.Signals():
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+            raise error
+
+    with pytest.raises(ends):
+        fail(1)
+    with pytest.raises(type(error)):
+        fail(0)
+
+
 STALLING = """
 import os, stat, sys, time
 from smallvit.cli import main

@@ -124,6 +124,32 @@ def test_formula_and_layers_agree_in_all_families_that_have_one(arch: str, plugi
         assert growth.measured(model, macs_by_layer(model, 3, size)) == growth.formula(model, size) > 0
 
 
+PYRAMID = [(2, 32, 16, 4), (2, 64, 8, 2), (4, 128, 4, 1), (2, 256, 2, 1)]
+"""Depth, width, rows of queries and rows of these for one of keys, at 64 px."""
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages", "prefix"),
+    [
+        ({}, PYRAMID, 0),
+        ({"gap_head": False}, PYRAMID, 1),
+        ({"pyramid": False, "gap_head": False}, [(6, 192, 4, 1)], 1),
+    ],
+    ids=["binaryvit", "class token", "deit"],
+)
+def test_formula_and_layers_agree_where_keys_are_of_fewer_places(
+    parts: dict[str, bool], stages: list[tuple[int, int, int, int]], prefix: int
+) -> None:
+    model = package.create_model("binaryvit_tiny", img_size=64, num_classes=10, **parts)
+    expected = 0
+    for stage, (depth, c, side, r) in enumerate(stages, 1):
+        tokens = prefix if stage == len(stages) else 0
+        n, m = side**2 + tokens, (side // r) ** 2 + tokens
+        expected += depth * (2 * n * c * c + (2 if r == 1 else 3) * m * c * c + 2 * n * m * c)
+    assert growth.measured(model, macs_by_layer(model, 3, 64)) == growth.formula(model, 64) == expected
+    assert growth.scores(model, 64)[0].tokens == stages[0][2] ** 2 + (prefix if len(stages) == 1 else 0)
+
+
 def test_layers_are_counted_without_a_formula_too_and_nothing_where_nothing_attends() -> None:
     beit, cnn = (
         package.create_model(arch, img_size=32, num_classes=2) for arch in ("beit_base_patch16_224", "resnet20")

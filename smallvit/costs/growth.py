@@ -7,8 +7,9 @@ for h · w tokens C wide and windows of M × M of them: multiply-accumulates of 
 and of the two products with scores. What the formulas leave out is counted here as well: class tokens, which are tokens
 too (h w + 1); maps that windows do not divide, which are filled up; stages with a C and an h w of their own; heads that
 are together wider than the tokens (CaiT), or outputs narrower than they (T2T); heads that are mixed before and after
-the softmax (2 n² heads², CaiT); and class attention, whose one query is the class token. LSA adds nothing: its
-temperature is multiplied into the weights, its mask added to the scores.
+the softmax (2 n² heads², CaiT); class attention, whose one query is the class token; and keys and values of fewer
+places, which pass one layer more (BinaryViT). LSA adds nothing: its temperature is multiplied into the weights, its
+mask added to the scores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
 from torch import nn
 
-from smallvit.plugins import Locality
+from smallvit.binaryvit import BinaryViT
+from smallvit.binaryvit_blocks import ShortcutAttention
+from smallvit.plugins.binary_timm import is_attention
 from smallvit.published import ClassTalkingHeads
 from smallvit.t2t import STRIDE, T2TViT
 
@@ -48,16 +51,19 @@ class Scores:
     """Of the tokens that go out."""
     mixed: int = 0
     """Heads that are mixed before and after the softmax."""
+    layers_of_keys: int = 2
+    """Linear layers that make keys and values."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that are attended to."""
-        return self.windows * self.keys
+        """Tokens that attend, or are attended to where these are more."""
+        return self.windows * max(self.queries, self.keys)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates."""
-        projections = (self.queries + 2 * self.keys) * self.width * self.inner + self.queries * self.inner * self.out
+        made = self.queries + self.layers_of_keys * self.keys
+        projections = made * self.width * self.inner + self.queries * self.inner * self.out
         products = 2 * self.queries * self.keys * (self.inner + self.mixed**2)
         return self.windows * (projections + products)
 
@@ -81,6 +87,13 @@ def scores(model: nn.Module, img_size: int) -> list[Scores] | None:
         unfolds = [_of(layer.attn, next(sides) ** 2) for layer in model.tokens[:-1]]
         n = next(sides) ** 2 + model.prefix().shape[1]
         return unfolds + [_of(block.attn, n) for block in model.blocks]
+    if isinstance(model, BinaryViT):
+        prefixes = [0] * (len(model.stages) - 1) + [model.num_prefix_tokens]
+        return [
+            _of_fewer(block.attn, rows * columns, prefix)
+            for stage, (rows, columns), prefix in zip(model.stages, model.grids, prefixes, strict=True)
+            for block in stage.blocks
+        ]
     if isinstance(model, VisionTransformer):
         layers = [getattr(block, "attn", None) for block in model.blocks]
         n = model.patch_embed.num_patches + model.num_prefix_tokens
@@ -98,7 +111,7 @@ def formula(model: nn.Module, img_size: int) -> int | None:
 def measured(model: nn.Module, macs: Mapping[str, int]) -> int | None:
     """The same from what `profile.macs_by_layer` counted; None where no layer is known to attend, and to do only that.
 
-    These are the layers that LSA has adapted, or could.
+    These are the layers that LSA or binary attention has adapted, or could.
     """
     names = [name for name, layer in model.named_modules() if _attends(layer)]
     outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
@@ -106,7 +119,7 @@ def measured(model: nn.Module, macs: Mapping[str, int]) -> int | None:
 
 
 def _attends(layer: nn.Module) -> bool:
-    return isinstance(layer, (Locality, *Locality.adapters)) and not isinstance(layer, WHOLE_BLOCKS)
+    return is_attention(layer) and not isinstance(layer, WHOLE_BLOCKS)
 
 
 def _of(layer: nn.Module, n: int, windows: int = 1) -> Scores:
@@ -123,6 +136,13 @@ def _of_class(layer: ClassAttn, patches: int) -> Scores:
     width, inner = layer.q.in_features, layer.q.out_features
     keys, mixed = (patches, layer.num_heads) if ours else (patches + 1, 0)
     return Scores(queries=1, keys=keys, width=width, inner=inner, out=layer.proj.out_features, mixed=mixed)
+
+
+def _of_fewer(layer: ShortcutAttention, places: int, prefix: int) -> Scores:
+    """Attention of so many places and `prefix` tokens to means of places and these tokens."""
+    width, made = layer.q.in_features, 2 if layer.reduction == 1 else 3
+    keys = places // layer.reduction**2 + prefix
+    return Scores(queries=places + prefix, keys=keys, width=width, inner=width, out=width, layers_of_keys=made)
 
 
 def _windowed(model: SwinTransformer) -> list[Scores]:

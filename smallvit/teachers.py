@@ -23,8 +23,9 @@ from smallvit.config import Config
 from smallvit.datasets.images import ImageDataset
 from smallvit.datasets.memory import free_memory
 from smallvit.errors import InputError
-from smallvit.hardware import autocast, pick_dtype
+from smallvit.hardware import autocast
 from smallvit.options import DistillConfig
+from smallvit.precision import sound_dtype
 from smallvit.profile import count_parameters
 from smallvit.ready import settled
 from smallvit.trained import Card
@@ -96,7 +97,7 @@ def engage(config: Config, dataset: ImageDataset, device: torch.device, how: str
     model = trained.load(card)
     parameters = count_parameters(model)
     size = card.spec["img_size"]
-    dtype = pick_dtype(device, config.compute.amp)
+    dtype = sound_dtype(device, config.compute.amp, model, card.spec["in_chans"], size)
     model = settled(model.requires_grad_(False), device, dtype)
     mean, std = dataset.statistics(device)
     own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in (card.mean, card.std))

@@ -76,14 +76,15 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
 
 
 def assert_alike(one: Path, two: Path) -> None:
-    """Two runs had the same losses and accuracies at every step, to rounding."""
+    """Two runs had the same losses and accuracies at every step, to rounding, which may tip an image."""
     assert len(metrics(one)) == len(metrics(two))
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
         for name in ("train_loss", "val_loss"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-5), mine["epoch"]
-        assert (mine["val_top1"], mine["val_top1_raw"]) == (theirs["val_top1"], theirs["val_top1_raw"])
+        for name in ("val_top1", "val_top1_raw"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1.01 * 100 / 143)
     summaries = [json.loads((folder / Run.SUMMARY).read_text()) for folder in (one, two)]
-    assert summaries[0]["test_top1"] == summaries[1]["test_top1"]
+    assert summaries[0]["test_top1"] == pytest.approx(summaries[1]["test_top1"], abs=1.01 * 100 / 359)
     assert [summary["test_images"] for summary in summaries] == [359, 359]
 
 

@@ -36,9 +36,10 @@ people's, at their own length of training; their epoch is the one that is best o
 MEANS = ("test_top1", "test_images", "images_seen", "train_seconds")
 """What is told of other records, as means over seeds."""
 COSTS_SAID = (
-    "Seconds and images/s: mean over seeds on one machine, each run at its own time, so other work shows. TFLOP/s: of "
-    "the model's matrix products, six for each of its multiply-accumulates. Overtakes after: share of its images, and "
-    "seconds, after which its validation accuracy is what the model it is held against has in the end."
+    "Seconds and images/s: mean over seeds, each run at its own time on hardware named below, so other work shows, and "
+    "so does the machine where several are named. TFLOP/s: of the model's matrix products, six for each of its "
+    "multiply-accumulates. Overtakes after: share of its images, and seconds, after which its validation accuracy is "
+    "what the model it is held against has in the end."
 )
 
 

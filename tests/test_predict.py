@@ -379,9 +379,10 @@ def test_folders_that_cannot_be_listed_are_named(
 
         return checked
 
-    monkeypatch.setattr(os, "scandir", refused(scandir))  # what root is not refused
-    monkeypatch.setattr(predicting, "decode_image", refused(real))
-    code, out, err = smallvit("predict", colour, photos, "--format", "csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused(scandir))  # what root is not refused
+        patch.setattr(predicting, "decode_image", refused(real))
+        code, out, err = smallvit("predict", colour, photos, "--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 4
     assert err == f"1 of 4 images cannot be read: {locked} (Permission denied)\n"

@@ -6,7 +6,10 @@ A flat set of options describes a configuration: on the command line, in `Config
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from smallvit.errors import InputError, nearest
@@ -53,10 +56,8 @@ class Config:
                 raise InputError(f"unknown option {name!r}{nearest(name, homes)}")
             group, kind = homes[name]
             options[name] = _checked(name, value, kind)
-        groups = get_type_hints(cls)
-        return cls(
-            **{group: groups[group](**{n: v for n, v in options.items() if homes[n][0] == group}) for group in groups}
-        )
+        given = {group: {n: v for n, v in options.items() if homes[n][0] == group} for group in option_groups()}
+        return cls(**{group: group_class(**given[group]) for group, group_class in option_groups().items()})
 
     def options(self) -> dict[str, Any]:
         """All options, flat: what `build` takes and `config.json` holds."""
@@ -67,13 +68,17 @@ class Config:
         return Config.build(**(self.options() | options))
 
 
-def option_homes() -> dict[str, tuple[str, Any]]:
+@cache
+def option_groups() -> Mapping[str, type]:
+    """The class of every group, by name."""
+    return MappingProxyType(get_type_hints(Config))
+
+
+@cache
+def option_homes() -> Mapping[str, tuple[str, Any]]:
     """The group and the type of every option, by name."""
-    return {
-        option.name: (group, get_type_hints(group_class)[option.name])
-        for group, group_class in get_type_hints(Config).items()
-        for option in fields(group_class)
-    }
+    kinds = {group: get_type_hints(group_class) for group, group_class in option_groups().items()}
+    return MappingProxyType({name: (group, kind) for group, each in kinds.items() for name, kind in each.items()})
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:

@@ -34,8 +34,7 @@ def sound_dtype(
         return dtype
     if amp == "bf16":
         raise InputError(
-            f"--amp bf16: this CPU computes {type(model).__name__} wrongly at {img_size} pixels; give --amp off, or "
-            "another --img-size"
+            f"--amp bf16: this CPU computes {type(model).__name__} wrongly at {img_size} pixels; leave it out"
         )
     return torch.float32
 

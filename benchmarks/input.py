@@ -1,29 +1,33 @@
-"""Augmentation: images per second of each preset, against torchvision's operations image by image, side by side.
+"""Compare the augmentation presets in images per second, with torchvision's transforms image by image.
 
-    python benchmarks/input.py [--aug basic paper] [--batch-size 512] [--img-size 32] [--rounds 15]
+    python benchmarks/input.py [--aug basic lee2021] [--batch-size 512] [--img-size 32] [--rounds 15]
 
-Both begin with uint8 images in memory and end with a normalised batch and its label distributions on the device; the
-per-image form runs in one process, as a worker of a loader would, and is given for the presets that torchvision can
-express. They take turns within each round; printed are medians over the rounds, and medians of the rounds' ratios.
-The last columns are a batch's share of a ViT's training step (the 32 px model with SPT and LSA, batch 128, in the
-precision that `--amp auto` takes) and the most memory that augmenting a batch holds at once.
+Both forms start from uint8 images in memory and end with a normalized batch and its label distributions on the device.
+The per-image form runs in one process, as a worker of a data loader would; it exists for the presets that torchvision
+can express. The forms take turns within each round; the table has medians over the rounds and medians of the rounds'
+ratios. The last columns are a batch's share of a training step (the 32 px ViT with SPT and LSA, batch size 128, in the
+precision of `--amp auto`) and the peak memory of augmenting a batch.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import (
+    describe_machine,
+    measure_in_turns,
+    measure_seconds,
+    median_ratio,
+    options_parser,
+    smooth_images,
+    wide_console,
+)
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,22 +36,22 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 
 import smallvit
+from smallvit.config.options import AugmentConfig, OptimConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.presets import PRESETS, preset
-from smallvit.hardware import autocast, describe_hardware, pick_device, pick_dtype
-from smallvit.optim import create_optimizer
-from smallvit.options import AugmentConfig, OptimConfig
-from smallvit.plugins import set_fused_attention
+from smallvit.plugins.sdpa import set_fused_attention
+from smallvit.training.optim import create_optimizer
+from smallvit.utils.hardware import autocast, pick_device, pick_dtype
 
 CLASSES = 100
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 class Batched:
-    """A preset as smallvit applies it."""
+    """Augment a batch with a preset as smallvit does."""
 
     def __init__(self, aug: str, pixels: Tensor, labels: Tensor) -> None:
-        self.augment = Augment.from_config(AugmentConfig(aug=aug), pixels.shape[-1], may_flip=True)
+        self.augment = Augment.from_config(AugmentConfig(aug=aug), pixels.shape[-1], flip=True)
         self.pixels, self.labels = pixels, labels
         self.mean, self.std = torch.tensor([MEAN, STD], device=pixels.device)[:, :, None, None]
         self.rounds = 0
@@ -56,27 +60,26 @@ class Batched:
         self.rounds += 1
         draws = self.augment.draw(np.random.default_rng(self.rounds), len(self.pixels), *self.pixels.shape[-2:])
         pixels = self.pixels.clone()  # a batch gathered from the data set
-        x, targets = self.augment.apply(pixels, self.labels, draws, self.mean, self.std, CLASSES)
-        _wait(x)
+        self.augment.apply(pixels, self.labels, draws, self.mean, self.std, CLASSES)
 
 
 class PerImage:
-    """The same operations as torchvision has them: on PIL images, one by one; mixing on the batch."""
+    """Augment a batch with torchvision's transforms: PIL images one by one, mixing on the batch."""
 
     def __init__(self, aug: str, pixels: Tensor, labels: Tensor) -> None:
         values, size = preset(aug, pixels.shape[-1]), pixels.shape[-1]
         steps: list[Any] = [T.RandomHorizontalFlip(values["flip"])]
         if values["crop"] == "pad":
             steps.append(T.RandomCrop(size, padding=values["crop_padding"] or size // 8))
-        if values["policy"] == "autoaugment":
+        if values["auto_augment"] == "autoaugment":
             steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=(128, 128, 128)))
         steps += [T.ToTensor(), T.Normalize(MEAN, STD)]
-        if values["erasing"]:
-            steps.append(T.RandomErasing(values["erasing"], (0.02, values["erasing_area"])))
+        if values["random_erasing"]:
+            steps.append(T.RandomErasing(values["random_erasing"], (0.02, values["erasing_area"])))
         self.transform = T.Compose(steps)
         mixes = [v2.MixUp(alpha=1.0, num_classes=CLASSES), v2.CutMix(alpha=1.0, num_classes=CLASSES)]
-        self.mix = v2.RandomChoice(mixes) if values["mix_prob"] else None
-        self.prob, self.device = values["mix_prob"], pixels.device
+        self.mix = v2.RandomChoice(mixes) if values["mixup_prob"] else None
+        self.prob, self.device = values["mixup_prob"], pixels.device
         self.images, self.labels = pixels.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu()
 
     def __call__(self) -> None:
@@ -85,20 +88,19 @@ class PerImage:
             x, targets = self.mix(x, self.labels)
         else:
             targets = F.one_hot(self.labels, CLASSES).float()
-        targets.to(self.device)
-        _wait(x.to(self.device))
+        x.to(self.device), targets.to(self.device)
 
 
-EXPRESSIBLE = ("none", "basic", "mix", "paper")
-"""Presets for which torchvision has every operation (mixing of `mix` is per batch there)."""
+EXPRESSIBLE = ("none", "basic", "mix", "lee2021")
+"""Presets for which torchvision has every operation; it mixes per batch."""
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive while it is on, and the most at once."""
+class AllocatedBytes(TorchDispatchMode):
+    """Count the bytes of live tensors and their peak while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.current = self.peak = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,19 +112,19 @@ class Held(TorchDispatchMode):
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:
         self.known.add(key)
-        self.now += (size := storage.nbytes())
-        self.most = max(self.most, self.now)
+        self.current += (size := storage.nbytes())
+        self.peak = max(self.peak, self.current)
         weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self.known.discard(key)
-        self.now -= size
+        self.current -= size
 
 
 def train_step(device: torch.device, batch: int = 128) -> float:
-    """Seconds of a training step, the input aside: median of five."""
+    """Return the seconds of a training step without its input: median of five."""
     dtype = pick_dtype(device, "auto")
-    model = smallvit.create_model("vit", img_size=32, num_classes=CLASSES, spt=True, lsa=True).to(device)
+    model = smallvit.create_model("vit+spt+lsa", img_size=32, num_classes=CLASSES).to(device)
     set_fused_attention(model, device.type, dtype)
     optimizer = create_optimizer(model, OptimConfig(weight_decay=0.05))
     images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % CLASSES
@@ -135,74 +137,45 @@ def train_step(device: torch.device, batch: int = 128) -> float:
         optimizer.step()
         loss.item()
 
-    return statistics.median([seconds(step) for _ in range(7)][2:])
-
-
-def seconds(call: Callable[[], None]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _wait(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
+    return statistics.median([measure_seconds(step, device) for _ in range(7)][2:])
 
 
 def peak_bytes(call: Batched, device: torch.device) -> int:
-    """The most that a call holds at once."""
+    """Return the peak memory of a call."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    held = Held()
-    with held:
+    with AllocatedBytes() as allocated:
         call()
-    return held.most
+    return allocated.peak
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, batch_size=512, rounds=15)
     parser.add_argument("--aug", nargs="+", default=list(PRESETS), choices=PRESETS)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device, b, size = pick_device(options.device), options.batch_size, options.img_size
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(b, 3, size // 4 + 1, size // 4 + 1, generator=generator)  # smooth, as photographs are
-    pixels = (F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).byte().to(device)
-    labels = torch.randint(0, CLASSES, (b,), generator=generator).to(device)
+    pixels = smooth_images(b, size).to(device)
+    labels = torch.randint(0, CLASSES, (b,), generator=torch.Generator().manual_seed(0)).to(device)
 
-    ours = {aug: Batched(aug, pixels, labels) for aug in options.aug}
-    theirs = {aug: PerImage(aug, pixels, labels) for aug in options.aug if aug in EXPRESSIBLE}
-    times: dict[tuple[str, str], list[float]] = {}
-    for number in track(range(options.rounds + 1), "rounds", console=Console(stderr=True), transient=True):
-        for form, calls in (("batched", ours), ("per image", theirs)):
-            for aug, call in calls.items():
-                taken = seconds(call)
-                if number:  # the first warms up
-                    times.setdefault((form, aug), []).append(taken)
+    batched = {("batched", aug): Batched(aug, pixels, labels) for aug in options.aug}
+    per_image = {("per image", aug): PerImage(aug, pixels, labels) for aug in options.aug if aug in EXPRESSIBLE}
+    times = measure_in_turns(batched | per_image, options.rounds, device)
     step = train_step(device)
-    table = Table("--aug", "images/s", "per image", "ratio", "share of a step", "MiB at once")
-    for aug in ours:
-        batched = times["batched", aug]
-        rate = b / statistics.median(batched)
+    table = Table("--aug", "images/s", "per image", "ratio", "share of a step", "peak MiB")
+    for key, call in batched.items():
+        aug, seconds = key[1], times[key]
+        rate = b / statistics.median(seconds)
         row = [aug, f"{rate:,.0f}", "", "", f"{100 * (128 / rate) / step:.1f} %"]
-        if aug in theirs:
-            single = times["per image", aug]
-            row[2] = f"{b / statistics.median(single):,.0f}"
-            row[3] = f"{statistics.median(s / t for s, t in zip(single, batched, strict=True)):.1f}"
-        table.add_row(*row, f"{peak_bytes(ours[aug], device) / 2**20:.0f}")
-    console = Console()
-    console.print(
-        f"{describe_hardware(device)}, torch {torch.__version__}, {size} px, batch {b}, medians of {options.rounds}; "
-        f"a step takes {1000 * step:.0f} ms"
-    )
+        if other := times.get(("per image", aug)):
+            row[2:4] = f"{b / statistics.median(other):,.0f}", f"{median_ratio(other, seconds):.1f}"
+        table.add_row(*row, f"{peak_bytes(call, device) / 2**20:.0f}")
+    console = wide_console()
+    figures = f"{size} px, batch {b}, medians of {options.rounds}; a step takes {1000 * step:.0f} ms"
+    console.print(f"{describe_machine(device)}, {figures}")
     console.print(table)
 
 

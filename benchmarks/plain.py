@@ -1,13 +1,12 @@
-"""The paper's ViT, with and without SPT and LSA, in plain PyTorch: what smallvit's speed is measured against.
+"""Define the paper's ViT, with and without SPT and LSA, in plain PyTorch: the baseline of the training benchmark.
 
-Written from the equations of Lee, Lee, Song 2021 (arXiv:2112.13492) in the form that the field's scripts have: SPT
-shifts four copies of the image, concatenates, cuts patches, normalises, projects; attention is an einsum, a softmax
-and another einsum, and LSA writes its mask into the scores. It imports nothing of smallvit or timm, and where there
-are two common ways it takes the faster one (`masked_fill`, not an assignment by index), so that what is faster than
-it is so for a reason.
+Written from the equations of Lee, Lee, Song 2021 (arXiv:2112.13492) in the usual form: SPT shifts four copies of the
+image, concatenates them, cuts patches, normalizes and projects; attention is an einsum, a softmax and another einsum,
+and LSA writes its mask into the scores. It imports nothing from smallvit or timm. Where there are two common ways it
+takes the faster one (`masked_fill` instead of assignment by index).
 
-Parameters have timm's names and are as many as `smallvit.create_model("vit", ...)` has; `plain_weights` takes them
-over, and the logits are then the same: tests/test_benchmarks.py.
+Parameters have timm's names and shapes up to `plain_weights`, which converts the weights of
+`smallvit.create_model("vit", ...)`; the logits are then the same (tests/test_benchmarks.py).
 
 Axes: b batch, c channels, h heads, n queries, m keys, d head width, p q patch height and width, i j token grid,
 s the three of q, k and v.
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 
 class PlainViT(nn.Module):
-    """Images (b, 3, img_size, img_size) to logits (b, num_classes); the sizes are the paper's for 32 px."""
+    """ViT of images (b, 3, img_size, img_size); the default size is the paper's for 32 px."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class PlainViT(nn.Module):
 
 
 class Patches(nn.Module):
-    """Patches, projected."""
+    """Project non-overlapping patches."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class Patches(nn.Module):
 
 
 class ShiftedPatches(nn.Module):
-    """Patches of the image and of four copies shifted diagonally by half a patch, normalised and projected."""
+    """Normalize and project patches of the image and of four copies shifted diagonally by half a patch."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ class ShiftedPatches(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of 12 heads of 16; LSA's temperature is learnt and its diagonal masked."""
+    """Self-attention with 12 heads of width 16; with LSA, a learned temperature and a masked diagonal."""
 
     def __init__(self, dim: int, lsa: bool, heads: int = 12, head_dim: int = 16) -> None:
         super().__init__()
@@ -100,8 +99,8 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.heads)
         scores = torch.einsum("bhnd,bhmd->bhnm", q, k)
         if self.lsa:
-            itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-            scores = (scores * self.temperature[:, None, None]).masked_fill(itself, -torch.inf)
+            diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            scores = (scores * self.temperature[:, None, None]).masked_fill(diagonal, -torch.inf)
         else:
             scores = scores * self.temperature
         y = torch.einsum("bhnm,bhmd->bhnd", scores.softmax(dim=-1), v)
@@ -109,7 +108,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, the inner one twice as wide."""
+    """Two linear layers with an expansion of 2."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm layer, each of its residual paths dropped now and then."""
+    """Pre-norm transformer block with stochastic depth."""
 
     def __init__(self, dim: int, lsa: bool, drop_path: float) -> None:
         super().__init__()
@@ -133,15 +132,15 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth: for each image all or nothing, the mean kept."""
+        """Apply stochastic depth per image."""
         if not self.training or self.drop_path == 0:
             return x
-        kept = 1 - self.drop_path
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(kept) / kept
+        keep = 1 - self.drop_path
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep
 
 
 def plain_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """smallvit's weights of this model under the names, and in the shapes, that they have here."""
+    """Convert smallvit's weights to the names and shapes of `PlainViT`."""
     named = {name.replace("patch_embed.proj.proj", "patch_embed.proj"): value for name, value in state_dict.items()}
     named = {name.replace("patch_embed.proj.norm", "patch_embed.norm"): value for name, value in named.items()}
     named["patch_embed.proj.weight"] = named["patch_embed.proj.weight"].flatten(1)  # without SPT a convolution's

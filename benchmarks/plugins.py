@@ -1,57 +1,56 @@
-"""What SPT and LSA cost a training step in time and memory, for each of the paper's models, side by side.
+"""Measure the time and memory that SPT and LSA add to a training step of the paper's models.
 
     python benchmarks/plugins.py [--arch vit] [--compile] [--precision fp32 bf16] [--paths] [--rounds 9]
 
-All variants take turns within each round, so that a busy machine slows them alike; printed are medians over the
-rounds, and ratios to the plain model of the same precision, medians of the rounds' ratios. A step is forward,
-backward and fused AdamW. Memory is what a step keeps for its backward pass. "embedding only" leaves the merging of
-patches (PiT, Swin) as it was: SPT's is five times as wide.
+All variants take turns within each round. The table has medians over the rounds, and medians of the rounds' ratios to
+the model without plugins in the same precision. A step is forward, backward and fused AdamW. Memory is what the forward
+pass stores for the backward pass. "embedding only" does not change the patch merging of PiT and Swin, which SPT makes
+five times as wide.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
+from common import describe_machine, measure_in_turns, median_ratio, options_parser, wide_console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import smallvit
-from smallvit.hardware import autocast, describe_hardware, pick_device, pick_dtype
-from smallvit.optim import create_optimizer
-from smallvit.options import OptimConfig
-from smallvit.plugins import attend, set_fused_attention
-from smallvit.published import PUBLISHED
+from smallvit.config.options import OptimConfig
+from smallvit.models.architectures import LEE2021
+from smallvit.plugins import sdpa
+from smallvit.plugins.sdpa import set_fused_attention
+from smallvit.profiling.memory import kept_bytes
+from smallvit.training.optim import create_optimizer
+from smallvit.utils.hardware import autocast, pick_device, pick_dtype
 
 BOTH = {"spt": True, "lsa": True}
 PLUGINS: dict[str, dict[str, Any]] = {"plain": {}, "+ SPT": {"spt": True}, "+ LSA": {"lsa": True}, "+ SPT + LSA": BOTH}
 EMBEDDING_ONLY = "+ SPT + LSA, embedding only"
 MERGING = ("transformers.*.pool.conv", "layers.*.downsample")
-prefers_fused = attend.prefers_fused
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing measured."""
+    """A model with plugins in a precision, eager or compiled."""
 
     dtype: torch.dtype
     compiled: bool
     name: str
     fused: bool | None = None
-    """The attention path; None for the chosen one."""
+    """Whether to use the fused attention kernel; None for the default choice."""
 
 
 class Step:
-    """One training step of a fresh model."""
+    """A training step of a new model."""
 
     def __init__(self, variant: Variant, arch: str, size: int, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -71,54 +70,26 @@ class Step:
                 module.fused_attn = variant.fused
         self.call = torch.compile(model, fullgraph=True) if variant.compiled else model
 
-    def path(self) -> Any:
-        """Attention on the path that the variant says."""
+    def attention_path(self) -> AbstractContextManager[Any]:
+        """Return a context in which attention uses the variant's path."""
         fused = self.variant.fused
-        return _Path(prefers_fused if fused is None else lambda *_: fused)
-
-    def loss(self) -> Tensor:
-        """Forward."""
-        with self.path(), autocast(self.device, self.variant.dtype):
-            return F.cross_entropy(self.call(self.images).float(), self.labels)
+        return nullcontext() if fused is None else mock.patch.object(sdpa, "prefers_fused", return_value=fused)
 
     def __call__(self) -> None:
-        loss = self.loss()
+        with self.attention_path(), autocast(self.device, self.variant.dtype):
+            loss = F.cross_entropy(self.call(self.images).float(), self.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        loss.item()  # waits for the device
 
-    def kept(self) -> int:
-        """Bytes that the forward pass keeps for the backward pass, parameters aside."""
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        storages: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.loss()
-        return sum(storages.values())
-
-
-class _Path:
-    """While it is on, attention's choice of path is this one."""
-
-    def __init__(self, choose: Callable[..., bool]) -> None:
-        self.choose = choose
-
-    def __enter__(self) -> None:
-        attend.prefers_fused = self.choose
-
-    def __exit__(self, *_: object) -> None:
-        attend.prefers_fused = prefers_fused
+    def stored_bytes(self) -> int:
+        """Return the bytes that the forward pass stores for the backward pass."""
+        with self.attention_path():
+            return kept_bytes(self.model, self.images, self.variant.dtype)
 
 
 def variants(arch: str, dtypes: list[torch.dtype], compiled: bool, paths: bool) -> list[Variant]:
-    """What is measured for an architecture."""
+    """Return the variants to measure for an architecture."""
     names = [*PLUGINS, *([EMBEDDING_ONLY] if arch in ("pit", "swin") else [])]
     chosen = [Variant(*form) for form in itertools.product(dtypes, (False, True) if compiled else (False,), names)]
     forms = itertools.product(dtypes, (False,), ("plain", "+ LSA"), (False, True)) if paths else []
@@ -126,57 +97,40 @@ def variants(arch: str, dtypes: list[torch.dtype], compiled: bool, paths: bool) 
 
 
 def measure(arch: str, chosen: list[Variant], size: int, batch: int, rounds: int, device: torch.device) -> Table:
-    """Take turns, and put the medians into a table."""
+    """Measure the variants in turns and return the table of medians."""
     steps = {variant: Step(variant, arch, size, batch, device) for variant in chosen}
-    kept = {variant: step.kept() for variant, step in steps.items() if not variant.compiled}
-    for step in track(steps.values(), f"{arch}: warming up", transient=True):
-        for _ in range(2):
-            step()
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in chosen}
-    for _ in track(range(rounds), f"{arch}: measuring", transient=True):
-        for variant, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[variant].append(time.perf_counter() - started)
-    table = Table("precision", "mode", arch, "ms a step", "images/s", "x plain", "MiB kept", title=arch)
-    for variant, times in seconds.items():
-        plain = Variant(variant.dtype, variant.compiled, "plain")
-        ratios = [mine / theirs for mine, theirs in zip(times, seconds[plain], strict=True)]
+    stored = {variant: step.stored_bytes() for variant, step in steps.items() if not variant.compiled}
+    times = measure_in_turns(steps, rounds, device, warm_up=2, title=arch)
+    table = Table("precision", "mode", arch, "ms per step", "images/s", "x plain", "MiB stored", title=arch)
+    for variant, seconds in times.items():
         path = {None: "", True: ", fused kernel", False: ", two products"}[variant.fused]
         table.add_row(
             str(variant.dtype).removeprefix("torch."),
             "compiled" if variant.compiled else "eager",
             variant.name + path,
-            f"{1e3 * statistics.median(times):.1f}",
-            f"{batch / statistics.median(times):,.0f}",
-            f"{statistics.median(ratios):.3f}",
-            f"{kept[variant] / 2**20:,.0f}" if variant in kept else "",
+            f"{1e3 * statistics.median(seconds):.1f}",
+            f"{batch / statistics.median(seconds):,.0f}",
+            f"{median_ratio(seconds, times[Variant(variant.dtype, variant.compiled, 'plain')]):.3f}",
+            f"{stored[variant] / 2**20:,.0f}" if variant in stored else "",
         )
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["vit"], choices=PUBLISHED)
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = options_parser(__doc__, rounds=9)
+    parser.add_argument("--arch", nargs="+", default=["vit"], choices=LEE2021)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
-    parser.add_argument("--compile", action="store_true", help="also compiled (some 20 s for each variant)")
-    parser.add_argument("--paths", action="store_true", help="also each attention path by itself")
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
-    device = pick_device(arguments.device)
-    known = {"fp32": torch.float32, "bf16": pick_dtype(device, "auto")}
-    dtypes = list(dict.fromkeys(known[name] for name in arguments.precision))
-    console = Console()
-    console.width = max(100, console.width)  # also where the output goes to a file
-    size, batch, rounds = arguments.img_size, arguments.batch_size, arguments.rounds
-    console.print(
-        f"{describe_hardware(device)}, torch {torch.__version__}, {size} px, batch {batch}, medians of {rounds}"
-    )
-    for arch in arguments.arch:
-        chosen = variants(arch, dtypes, arguments.compile, arguments.paths)
+    parser.add_argument("--compile", action="store_true", help="also compiled (about 20 s per variant)")
+    parser.add_argument("--paths", action="store_true", help="also each attention path")
+    options = parser.parse_args(argv)
+    device = pick_device(options.device)
+    by_name = {"fp32": torch.float32, "bf16": pick_dtype(device, "auto")}
+    dtypes = list(dict.fromkeys(by_name[name] for name in options.precision))
+    console, size, batch, rounds = wide_console(100), options.img_size, options.batch_size, options.rounds
+    console.print(f"{describe_machine(device)}, {size} px, batch {batch}, medians of {rounds}")
+    for arch in options.arch:
+        chosen = variants(arch, dtypes, options.compile, options.paths)
         console.print(measure(arch, chosen, size, batch, rounds, device))
         torch.compiler.reset()
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The experiments that ask for a GPU, one after the other, those first whose figures are wanted most.
+# Run the experiments that need a GPU, one after the other, the most important results first.
 #
-#   benchmarks/reproduce.sh OUT [MINUTES] [options of smallvit reproduce, such as --data DIR or --budget 0.01]
+#   benchmarks/reproduce.sh OUT [MINUTES] [options of smallvit reproduce, e.g. --data DIR or --budget 0.01]
 #
-# OUT takes the runs' folders. After MINUTES the run at hand is saved and the script ends (exit code 124); started again,
-# here or on another machine where OUT and the images lie at the same places, it goes on there. Records go to results/
-# (to OUT/records with --budget) and are not made twice. Experiments that cannot be done (exit code 2) do not keep the others from it; the script ends
-# with that code.
+# OUT is the folder for the runs. After MINUTES the current run is saved and the script exits with code 124; started
+# again, also on another machine with OUT and the images at the same paths, it resumes there. Records are written to
+# results/ (to OUT/records with --budget); existing ones are not repeated. Experiments that fail for bad input (exit
+# code 2) are skipped, and the script exits with that code at the end.
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1
 shift
 minutes=""
@@ -39,8 +39,8 @@ reproduce() { # NAME, then options
 
 more=("$@")
 worst=0
-scale="" # in the names of folders, as runs of another length are others
-record=$root/results # of the whole experiments; of scaled ones OUT/records
+scale="" # suffix of the folders: runs of another length are separate
+record=$root/results # OUT/records with --budget
 while [ $# -gt 0 ]; do
     case $1 in
         --budget) scale="@${2-}" ;;

@@ -1,25 +1,24 @@
-"""Images per second of the whole training step, side by side with its plain form, as the field's scripts have it.
+"""Compare the images per second of a training step with a plain PyTorch implementation of it.
 
-    python benchmarks/train_step.py [--arch vit] [--plugins both] [--no-compile] [--repeats 7] [--batch-size 128]
+    python benchmarks/train_step.py [--arch vit] [--plugins both] [--no-compile] [--rounds 7] [--batch-size 128]
     python benchmarks/train_step.py --compile-cost [--arch vit cait pit swin t2t]
 
             plain                                            ours
     model   `plain.PlainViT`: four shifted copies, einsum    timm's, with the plugins of smallvit
-    loss    F.cross_entropy                                  objectives.supervised
-    step    fp32, eager, torch's AdamW as it comes (on       fp32 and bf16, eager and compiled, the fused AdamW of
-            CPUs a loop over the parameters)                 `optim`, with and without the weights' moving average
-    input   torchvision's transforms, image by image, in     `datasets.loaders.TrainingBatches`, the preset `paper`
+    loss    F.cross_entropy                                  losses.create_objective
+    step    fp32, eager, torch's AdamW with its defaults     fp32 and bf16, eager and compiled, the fused AdamW of
+            (on CPUs a loop over the parameters)             `optim`, with and without the weights' moving average
+    input   torchvision's transforms, image by image, in     `datasets.loader.InMemoryLoader`, the preset `lee2021`
             this process; Mixup and CutMix per batch
 
-A model step begins with a batch on the device. It is fair because the same weights give the same logits in both
-models (tests/test_benchmarks.py), batch, label smoothing and hyperparameters are the same, and so is the number of
-threads, torch's own choice. All forms take turns within each round, so that a busy machine slows them alike; printed
-are medians over the rounds, and medians of the rounds' ratios to the plain form. A graph break, compiling after the
-first steps and dynamo's silent return to eager are errors, not figures.
+A model step starts from a batch on the device. The same weights give the same logits in both models
+(tests/test_benchmarks.py); batch, label smoothing, hyperparameters and number of threads are the same. All forms take
+turns within each round. The table has medians over the rounds, and medians of the rounds' ratios to the plain form.
+A graph break, a recompilation after the first steps or dynamo's silent fall-back to eager is an error.
 
-What favours ours: where cores are idle, as beside a GPU, a loader's workers would hide part of the plain input. What
-favours plain: of the field's ways it takes the faster ones. Only `vit` has a plain form; for the other architectures
-a row that says so stands in, ours in fp32, eager, with the plain AdamW.
+In favor of ours: with idle cores, as next to a GPU, the workers of a data loader would hide part of the plain input.
+In favor of plain: where there are two common ways it takes the faster one. Only `vit` has a plain form; for the other
+architectures a row with our model in fp32, eager, with the plain AdamW stands in, and says so.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -43,90 +41,87 @@ from unittest import mock
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from input import MEAN, STD, PerImage
+from common import (
+    describe_machine,
+    measure_in_turns,
+    measure_seconds,
+    median_ratio,
+    options_parser,
+    smooth_images,
+    wide_console,
+)
+from input import CLASSES, MEAN, STD, PerImage
 from PIL import Image
 from plain import PlainViT
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import smallvit
+from smallvit.config.options import AugmentConfig, OptimConfig
 from smallvit.datasets.augment import Augment
-from smallvit.datasets.images import ImageDataset, Images
-from smallvit.datasets.loaders import TrainingBatches
-from smallvit.hardware import autocast, describe_hardware, pick_device, pick_dtype
-from smallvit.models import TINY_SIZE, patch_for
-from smallvit.objectives import supervised
-from smallvit.optim import create_average, create_optimizer
-from smallvit.options import AugmentConfig, OptimConfig
-from smallvit.plugins import set_fused_attention
-from smallvit.profile import count_macs
-from smallvit.published import PUBLISHED
+from smallvit.datasets.dataset import ImageDataset, Images
+from smallvit.datasets.loader import InMemoryLoader
+from smallvit.models.architectures import LEE2021
+from smallvit.models.factory import TINY_SIZE, default_patch_size
+from smallvit.plugins.sdpa import set_fused_attention
+from smallvit.profiling.flops import count_macs
+from smallvit.training.losses import create_objective
+from smallvit.training.optim import create_average, create_optimizer
+from smallvit.utils.hardware import autocast, pick_device, pick_dtype
 
-CLASSES = 100
-OPTIM = OptimConfig(weight_decay=0.05, smoothing=0.1, ema=0.999)
+OPTIM = OptimConfig(weight_decay=0.05, label_smoothing=0.1, ema_decay=0.999)
 PLUGINS = {"both": (False, True), "off": (False,), "on": (True,)}
 BATCHES = 16
 """Batches of images to draw from."""
 WARM_UP = 2
-"""Rounds that are not counted."""
+"""Rounds that are not measured."""
 STEPS = {"cpu": 1, "gpu": 10}
-"""Steps of a form's turn; a GPU is waited for after the last, as in training, where the host runs ahead."""
+"""Steps per turn; a GPU is synchronized after the last one, as the host runs ahead in training too."""
 SQUARES = {"cpu": (512, 1024, 2048), "gpu": (4096, 8192, 16384)}
-"""Sides of the matrices whose product shows the machine's peak."""
-PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""Sides of the square matrices whose product measures the machine's peak."""
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CAPTION = """\
-x plain: times as fast as the plain form of the same part. Of peak: share of the rate at which this machine multiplies \
-large square matrices in that precision, counting 6 FLOPs for each multiply-accumulate of our model's forward pass \
-(2 forward, twice that backward). First step: what compiling adds to it, nothing cached; the first of a process also \
-loads the compiler."""
-STAND_IN = "Stand-in: this model has no independent plain form; x plain then says what precision and compiling do."
+x plain: speedup over the plain form of the same part. Of peak: share of the rate at which this machine multiplies \
+large square matrices in that precision, with 6 FLOPs per multiply-accumulate of our model's forward pass (2 forward, \
+4 backward). First step: what compilation adds to it, without a cache; the first of a process loads the compiler too."""
+STAND_IN = "Stand-in: this model has no independent plain form; x plain then measures precision and compilation only."
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all forms of a run have in common."""
+    """Settings that all forms of a run share."""
 
     arch: str
     device: torch.device
     size: int
     batch: int
-    repeats: int
+    rounds: int
 
     @property
-    def place(self) -> str:
+    def device_kind(self) -> str:
         """cpu or gpu."""
         return "cpu" if self.device.type == "cpu" else "gpu"
 
     def fixed_batch(self) -> Batch:
-        """Normalised images and label distributions, on the device."""
+        """Return normalized images and label distributions on the device."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
         return images.to(self.device), torch.rand(self.batch, CLASSES, generator=generator).softmax(1).to(self.device)
 
-    def seconds(self, call: Callable[[], None], steps: int = 1) -> float:
-        """How long a call takes, the device's work included: mean of `steps` in a row."""
-        started = time.perf_counter()
-        for _ in range(steps):
-            call()
-        if self.place == "gpu":
-            torch.accelerator.synchronize(self.device)
-        return (time.perf_counter() - started) / steps
-
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compute the step."""
+    """An implementation of the step."""
 
     dtype: torch.dtype = torch.float32
     compiled: bool = False
     plain: bool = False
 
     def name(self, arch: str) -> str:
-        """What the table calls it."""
+        """Return the name in the table."""
         if self.plain and arch != "vit":
             return "stand-in: ours fp32, plain AdamW"
         whose = "plain" if self.plain else "ours"
@@ -134,7 +129,7 @@ class Form:
 
 
 class Trainer:
-    """A fresh model with its optimiser and its moving average."""
+    """A new model with its optimizer and its moving average."""
 
     def __init__(self, form: Form, plugins: bool, setting: Setting) -> None:
         torch.manual_seed(0)
@@ -148,52 +143,53 @@ class Trainer:
         self.call = torch.compile(self.model, fullgraph=True) if form.compiled else self.model
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Forward."""
+        """Compute the loss."""
         if self.form.plain:
-            return F.cross_entropy(self.call(images), targets, label_smoothing=OPTIM.smoothing)
+            return F.cross_entropy(self.call(images), targets, label_smoothing=OPTIM.label_smoothing)
         with autocast(self.device, self.form.dtype):
-            return supervised(self.call, images, targets, smoothing=OPTIM.smoothing)["loss"]
+            return create_objective(OPTIM)(self.call, images, targets)["loss"]
 
     def step(self, images: Tensor, targets: Tensor) -> None:
-        """One training step."""
+        """Take a training step."""
         self.optimizer.zero_grad()
         self.loss(images, targets).backward()
         self.optimizer.step()
 
-    def averaged_step(self, images: Tensor, targets: Tensor) -> None:
-        """One training step, which the moving average follows."""
+    def step_with_ema(self, images: Tensor, targets: Tensor) -> None:
+        """Take a training step and update the moving average."""
         self.step(images, targets)
         self.updates += 1
         self.average.update(self.model, self.updates)
 
 
 def build(form: Form, plugins: bool, setting: Setting) -> nn.Module:
-    """The model of a form, on the device, on the attention path that `smallvit train` takes."""
-    sizes = {"img_size": setting.size, "num_classes": CLASSES, "spt": plugins, "lsa": plugins}
+    """Build the model of a form on the device, with the attention path that `smallvit train` uses."""
+    sizes, chosen = {"img_size": setting.size, "num_classes": CLASSES}, {"spt": plugins, "lsa": plugins}
     if form.plain and setting.arch == "vit":
-        return PlainViT(**sizes, patch_size=patch_for("vit", setting.size)).to(setting.device)
-    model = smallvit.create_model(setting.arch, **sizes).to(setting.device)
+        patch_size = default_patch_size("vit", setting.size)
+        return PlainViT(**sizes, **chosen, patch_size=patch_size).to(setting.device)
+    model = smallvit.create_model(setting.arch, plugins=chosen, **sizes).to(setting.device)
     set_fused_attention(model, setting.device.type, form.dtype)
     return model
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """A row of the table."""
 
     plugins: bool
     part: str
     name: str
     form: Form
     macs: int
-    """Of an image's forward pass through smallvit's model."""
+    """Multiply-accumulates of an image's forward pass through smallvit's model."""
     call: Callable[[], None]
     first: float | None = None
     """Seconds that compiling adds to the first step."""
 
 
 def make_rows(setting: Setting, plugins: bool, forms: list[Form], images: Images) -> Iterator[Row]:
-    """The model step of each form, then the step with its input."""
+    """Yield the model step of each form, then the step with its input."""
     batch, trainers = setting.fixed_batch(), [Trainer(form, plugins, setting) for form in forms]
     macs = count_macs(build(Form(), plugins, setting), 3, setting.size)
     for form, trainer in zip(forms, trainers, strict=True):
@@ -202,7 +198,7 @@ def make_rows(setting: Setting, plugins: bool, forms: list[Form], images: Images
         name = form.name(setting.arch)
         yield row(name=name, call=call, first=compile_seconds(call, setting) if form.compiled else None)
         if not form.plain:
-            yield row(name=f"{name} + EMA", call=partial(trainer.averaged_step, *batch))
+            yield row(name=f"{name} + EMA", call=partial(trainer.step_with_ema, *batch))
     for form, trainer in zip(forms, trainers, strict=True):
         batches = (plain_batches if form.plain else our_batches)(images, setting)
         name = form.name(setting.arch)
@@ -215,21 +211,19 @@ def step_on(trainer: Trainer, batches: Iterator[Batch]) -> None:
 
 
 def compile_seconds(call: Callable[[], None], setting: Setting) -> float:
-    """What a first call takes beyond a second."""
-    return setting.seconds(call) - setting.seconds(call)
+    """Return the extra seconds of a first call over a second one."""
+    return measure_seconds(call, setting.device) - measure_seconds(call, setting.device)
 
 
 def synthetic_images(setting: Setting) -> Images:
-    """Smooth random images, as photographs are, of CIFAR's form, with random labels."""
-    n, side = BATCHES * setting.batch, setting.size // 4 + 1
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(n, 3, side, side, generator=generator)
-    pixels = F.interpolate(coarse, (setting.size, setting.size), mode="bicubic").clamp_(0, 1).mul_(255).byte()
-    return Images(pixels, torch.randint(CLASSES, (n,), generator=generator))
+    """Return smooth random images of CIFAR's form with random labels."""
+    n = BATCHES * setting.batch
+    labels = torch.randint(CLASSES, (n,), generator=torch.Generator().manual_seed(0))
+    return Images(smooth_images(n, setting.size), labels)
 
 
 def our_batches(images: Images, setting: Setting) -> Iterator[Batch]:
-    """Batches as `smallvit train --aug paper` makes them, epoch after epoch."""
+    """Return batches as `smallvit train --aug lee2021` makes them, epoch after epoch."""
     dataset = ImageDataset(
         name="synthetic",
         source="synthetic",
@@ -240,18 +234,18 @@ def our_batches(images: Images, setting: Setting) -> Iterator[Batch]:
         mean=MEAN,
         std=STD,
         flip=True,
-        aug="paper",
+        aug="lee2021",
         policy="cifar10",
         fingerprint="",
     )
-    augment = Augment.from_config(AugmentConfig(aug="paper"), setting.size, may_flip=True)
-    batches = TrainingBatches(dataset, setting.batch, augment, 0, setting.device)
+    augment = Augment.from_config(AugmentConfig(aug="lee2021"), setting.size, flip=True)
+    batches = InMemoryLoader(dataset, setting.batch, augment, 0, setting.device)
     return itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
 
 
 def plain_batches(images: Images, setting: Setting) -> Iterator[Batch]:
-    """The same operations by torchvision, on one PIL image after the other; mixing on the batch."""
-    theirs = PerImage("paper", images.pixels, images.labels)
+    """Yield batches augmented by torchvision, one PIL image after the other; mixing on the batch."""
+    theirs = PerImage("lee2021", images.pixels, images.labels)
     while True:
         for chosen in torch.randperm(len(images)).split(setting.batch):
             x = torch.stack([theirs.transform(Image.fromarray(image)) for image in theirs.images[chosen.numpy()]])
@@ -264,29 +258,27 @@ def plain_batches(images: Images, setting: Setting) -> Iterator[Batch]:
 
 
 def take_turns(rows: Sequence[Row], setting: Setting) -> list[list[float]]:
-    """Seconds of a step in each round, for each row."""
-    steps, title = STEPS[setting.place], f"{setting.arch}: rounds"
-    times: list[list[float]] = [[] for _ in rows]
-    for number in track(range(WARM_UP + setting.repeats), title, console=Console(stderr=True), transient=True):
-        with torch._dynamo.config.patch(error_on_recompile=number >= WARM_UP):
-            for row, measured in zip(rows, times, strict=True):
-                measured.append(setting.seconds(row.call, steps))
-    return [measured[WARM_UP:] for measured in times]
+    """Return the seconds of a step in each round, for each row; recompilation after the warm-up is an error."""
+    calls = {index: row.call for index, row in enumerate(rows)}
+    arguments = {"device": setting.device, "steps": STEPS[setting.device_kind], "title": f"{setting.arch}: rounds"}
+    measure_in_turns(calls, WARM_UP, warm_up=0, **arguments)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        return list(measure_in_turns(calls, setting.rounds, warm_up=0, **arguments).values())
 
 
 def matmul_peak(setting: Setting, dtype: torch.dtype) -> float:
-    """FLOPs a second of large square matrix products: the best of several sizes, five times each."""
+    """Return the FLOPs per second of large square matrix products: the best of several sizes, five times each."""
     best = 0.0
-    for n in SQUARES[setting.place]:
+    for n in SQUARES[setting.device_kind]:
         left, right = torch.randn(2, n, n, device=setting.device).to(dtype)
         product = torch.empty_like(left)
-        taken = min(setting.seconds(partial(torch.mm, left, right, out=product)) for _ in range(5))
-        best = max(best, 2 * n**3 / taken)
+        call = partial(torch.mm, left, right, out=product)
+        best = max(best, 2 * n**3 / min(measure_seconds(call, setting.device) for _ in range(5)))
     return best
 
 
 def measure(setting: Setting, forms: list[Form], plugins: Sequence[bool], peaks: dict[torch.dtype, float]) -> Table:
-    """Let the forms of an architecture take turns; `peaks` in FLOPs a second."""
+    """Measure the forms of an architecture in turns; `peaks` are in FLOPs per second."""
     images = synthetic_images(setting)
     with cold_cache():
         with Console(stderr=True).status(f"{setting.arch}: first steps"):
@@ -296,22 +288,22 @@ def measure(setting: Setting, forms: list[Form], plugins: Sequence[bool], peaks:
 
 
 def tabulate(setting: Setting, rows: Sequence[Row], times: list[list[float]], peaks: dict[torch.dtype, float]) -> Table:
-    """Medians over the rounds, and of the rounds' ratios."""
+    """Return the table of medians over the rounds, and of the rounds' ratios."""
     plain = {(r.plugins, r.part): measured for r, measured in zip(rows, times, strict=True) if r.form.plain}
-    headings = "plugins", "part", "form", "ms a step", "images/s", "x plain", "of peak", "first step"
+    headings = "plugins", "part", "form", "ms per step", "images/s", "x plain", "of peak", "first step"
     table = Table(*headings, title=f"{setting.arch}, {setting.size} px, batch {setting.batch}")
     for row, measured in zip(rows, times, strict=True):
-        taken, base = statistics.median(measured), plain[row.plugins, row.part]
+        seconds = statistics.median(measured)
         if row.form.plain:
             table.add_section()
         table.add_row(
             "SPT + LSA" if row.plugins else "none",
             row.part,
             row.name,
-            f"{1e3 * taken:.1f}",
-            f"{setting.batch / taken:,.0f}",
-            f"{statistics.median(b / t for b, t in zip(base, measured, strict=True)):.2f}",
-            f"{100 * 6 * row.macs * setting.batch / taken / peaks[row.form.dtype]:.0f} %",
+            f"{1e3 * seconds:.1f}",
+            f"{setting.batch / seconds:,.0f}",
+            f"{median_ratio(plain[row.plugins, row.part], measured):.2f}",
+            f"{100 * 6 * row.macs * setting.batch / seconds / peaks[row.form.dtype]:.0f} %",
             "" if row.first is None else f"+ {row.first:.1f} s",
         )
     return table
@@ -319,7 +311,7 @@ def tabulate(setting: Setting, rows: Sequence[Row], times: list[list[float]], pe
 
 @contextmanager
 def cold_cache() -> Iterator[None]:
-    """While it is on, compiled code is kept in a folder of its own, and compiling that ends in eager code fails."""
+    """Use an empty cache for compiled code, and make dynamo's fall-back to eager an error."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
@@ -330,7 +322,7 @@ def cold_cache() -> Iterator[None]:
 
 
 def compile_cost(setting: Setting, plugins: bool) -> tuple[float, float, float]:
-    """Seconds that compiling adds to the first step, and seconds of an eager and of a compiled step."""
+    """Return the seconds that compilation adds to the first step, and those of an eager and of a compiled step."""
     dtype = pick_dtype(setting.device, "auto")
     batch = setting.fixed_batch()
     eager, compiled = (Form(dtype), Form(dtype, compiled=True))
@@ -343,57 +335,57 @@ def compile_cost(setting: Setting, plugins: bool) -> tuple[float, float, float]:
 
 
 def measure_compiling(settings: list[Setting], plugins: bool) -> Table:
-    """When compiling pays, each architecture in a fresh process: nothing of the compiler is loaded there yet."""
+    """Measure after how many steps compilation pays off, each architecture in a new process."""
     precision = PRECISION[pick_dtype(settings[0].device, "auto")]
-    title = f"compiling, {'with SPT + LSA' if plugins else 'without plugins'}, {precision}, batch {settings[0].batch}"
-    table = Table("model", "compiling, s", "ms eager", "ms compiled", "pays after", title=title)
+    title = f"compilation, {'with SPT + LSA' if plugins else 'without plugins'}, {precision}, batch {settings[0].batch}"
+    table = Table("model", "compilation, s", "ms eager", "ms compiled", "pays off after", title=title)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
         for setting in settings:
             first, eager, compiled = processes.submit(compile_cost, setting, plugins).result()
-            pays = f"{first / (eager - compiled):,.0f} steps" if compiled < eager else "never"
-            table.add_row(setting.arch, f"{first:.1f}", f"{1e3 * eager:.1f}", f"{1e3 * compiled:.1f}", pays)
+            pays_off = f"{first / (eager - compiled):,.0f} steps" if compiled < eager else "never"
+            table.add_row(setting.arch, f"{first:.1f}", f"{1e3 * eager:.1f}", f"{1e3 * compiled:.1f}", pays_off)
     return table
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["vit"], choices=PUBLISHED)
+    """Parse the command line."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--arch", nargs="+", default=["vit"], choices=LEE2021)
     parser.add_argument("--plugins", default="both", choices=PLUGINS)
     parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction, help="also compiled")
-    parser.add_argument("--compile-cost", action="store_true", help="only when compiling pays (both: with the plugins)")
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds")
-    parser.add_argument("--device", default="auto")
-    given = parser.parse_args(argv)
-    if given.img_size <= TINY_SIZE:
-        parser.error(f"--img-size {given.img_size}: expected more than {TINY_SIZE} px, up to which vit is another one")
-    return given
+    parser.add_argument(
+        "--compile-cost",
+        action="store_true",
+        help="only measure when compilation pays off (with the plugins for --plugins both)",
+    )
+    options = parser.parse_args(argv)
+    if options.img_size <= TINY_SIZE:
+        parser.error(
+            f"--img-size {options.img_size}: expected more than {TINY_SIZE}; vit is another model for smaller images"
+        )
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     argv = sys.argv[1:] if argv is None else argv
-    given = parse(argv)
-    device, plugins = pick_device(given.device), PLUGINS[given.plugins]
-    settings = [Setting(arch, device, given.img_size, given.batch_size, given.repeats) for arch in given.arch]
-    console = Console(highlight=False)
-    console.width = max(120, console.width)  # also where the output goes to a file
-    if given.compile_cost:
+    options = parse(argv)
+    device, plugins = pick_device(options.device), PLUGINS[options.plugins]
+    settings = [Setting(arch, device, options.img_size, options.batch_size, options.rounds) for arch in options.arch]
+    console = wide_console()
+    if options.compile_cost:
         console.print(measure_compiling(settings, plugins[-1]))
     else:
         dtypes = list(dict.fromkeys([torch.float32, pick_dtype(device, "auto")]))
-        forms = [Form(plain=True), *map(Form, dtypes), *([Form(dtypes[-1], compiled=True)] if given.compile else [])]
+        forms = [Form(plain=True), *map(Form, dtypes), *([Form(dtypes[-1], compiled=True)] if options.compile else [])]
         peaks = {dtype: matmul_peak(settings[0], dtype) for dtype in dtypes}
         for setting in settings:
             console.print(measure(setting, forms, plugins, peaks))
-        console.print(CAPTION if given.arch == ["vit"] else f"{CAPTION} {STAND_IN}")
+        console.print(CAPTION if options.arch == ["vit"] else f"{CAPTION} {STAND_IN}")
         rates = ", ".join(f"{PRECISION[dtype]} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in peaks.items())
         console.print(f"Peak: {rates}")
-    threads = "" if device.type == "cpu" else f", {torch.get_num_threads()} threads"
-    console.print(f"{describe_hardware(device)}{threads}, torch {torch.__version__}, medians of {given.repeats}")
+    console.print(f"{describe_machine(device)}, medians of {options.rounds}")
     console.print(shlex.join(["python", "benchmarks/train_step.py", *argv]))
 
 

@@ -1,4 +1,4 @@
-"""`smallvit compare`: train what is missing, and set models side by side."""
+"""Run `smallvit compare`: train missing runs and compare models."""
 
 from __future__ import annotations
 
@@ -6,102 +6,91 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from smallvit.cli.options import Parser, options_parser, parsed
-from smallvit.comparison import rows
-from smallvit.config import Config, option_homes
-from smallvit.errors import InputError
-from smallvit.options import flag, require
-
-if TYPE_CHECKING:
-    from smallvit.comparison.comparing import Showing
+from smallvit.cli.parser import Parser, options_parser, parse
+from smallvit.config import spec
+from smallvit.config.config import Config, option_names, option_types
+from smallvit.utils.errors import InputError, flag, require
 
 DESCRIPTION = """\
-Set models side by side: accuracy over seeds, parameters, speed and memory, as a table and a picture.
+Compare models: accuracy over seeds, parameters, speed and memory, as a table and a picture.
 
   smallvit compare --data cifar100 --arch vit --arch vit+spt+lsa --arch resnet56 --epochs 30 --seeds 3
   smallvit compare --arch vit --ablation --epochs 50 --seeds 2
   smallvit compare --arch vit --arch vit,lr=3e-3 --images-seen 100000
   smallvit compare RUN RUN ...
 
-Runs that are missing are trained, one after the other, and the same command goes on after an interruption.
-Rows have one budget and the same data, splits and test. A row's own options win over flags, and these over a recipe's;
-convolutional rows take the recipe cnn where none is named.
+Missing runs are trained one after the other; the same command resumes after an interruption.
+All rows share budget, data, splits and test. A row's own options override flags, and flags override a recipe;
+convolutional rows use the recipe cnn unless one is named.
 
-Written into --out, by default compare/<data>: compare.md (table and picture), compare.csv, compare.png, and a run's
-folder for each row and seed. With folders of runs files are written only if --out is given.
-Exit codes: 0 done, 1 a training failed, 2 bad input, 130 interrupted.
+Written to --out, by default compare/<data>: compare.md (table and picture), compare.csv, compare.png, and the folder
+of each run. With folders of runs, files are written only if --out is given.
+Exit codes: 0 success, 1 a training failed, 2 invalid input, 130 interrupted.
 See also: smallvit train, smallvit profile, smallvit eval; docs/comparing.md.
 """
-FOR_RUNS = ("out", "device", "amp", "speed", "runs")
-"""What serves for runs that are there."""
-
-
-TOLD = {"out": "Folder of the runs, the table and the picture. [compare/<data>; none for runs that are there]"}
+RUN_OPTIONS = ("out", "device", "amp", "speed", "runs")
+"""Options that apply to existing runs."""
+HELP = {"out": "Folder for the runs, the table and the picture. [compare/<data>; none for existing runs]"}
 
 
 def parser() -> Parser:
-    """The arguments."""
-    return options_parser("smallvit compare", DESCRIPTION, rows.COMMON, _own, TOLD)
+    """Return the argument parser."""
+    return options_parser("smallvit compare", DESCRIPTION, option_names("shared"), _add_arguments, HELP)
+
+
+def _add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("compare", "What to compare.")
+    group.add_argument("runs", nargs="*", metavar="RUN", help="Folders of finished runs; nothing is trained.")
+    group.add_argument("--arch", action="append", default=[], metavar="ROW", help=f"A row to train: {spec.SPEC_FORM}.")
+    group.add_argument("--ablation", action="store_true", help="Each row without plugins, with each, and with both.")
+    group.add_argument("--seeds", type=int, default=1, metavar="N", help="Runs per row, starting at --seed. [1]")
+    group.add_argument("--recipe", dest="common", metavar="NAME", help="Recipe of all rows that name none.")
+    group.add_argument("--images-seen", type=int, metavar="N", help="Budget in images, instead of --epochs.")
+    group.add_argument("--no-speed", action="store_false", dest="speed", help="Do not measure the speed of inference.")
 
 
 def main(argv: list[str]) -> int:
-    """Compare rows, training what is missing (1 if a training failed), or runs that are there."""
+    """Compare rows, training what is missing, or existing runs; return 1 if a training failed."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("smallvit compare trains one run after the other, on one device: start it without torchrun")
     for argument in argv:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        if argument.startswith("--") and name in option_homes() and name != "arch":
-            rows.require_common(name)
-    given = parsed(parser(), argv)
+        if argument.startswith("--") and name in option_types() and name != "arch":
+            spec.require_shared_option(name)
+    options = parse(parser(), argv)
     command = shlex.join(["smallvit", "compare", *argv])
-    return _runs(given, command) if given["runs"] else _rows(given, command)
+    return _compare_runs(options, command) if options["runs"] else _compare_rows(options, command)
 
 
-def _own(parser: Parser) -> None:
-    """The arguments that no configuration has."""
-    group = parser.add_argument_group("compare", "What is compared.")
-    group.add_argument("runs", nargs="*", metavar="RUN", help="Folders of finished runs: nothing is trained.")
-    group.add_argument("--arch", action="append", default=[], metavar="ROW", help=f"A row to train: {rows.FORM}.")
-    group.add_argument("--ablation", action="store_true", help="Each row without plugins, with each, and with both.")
-    group.add_argument("--seeds", type=int, default=1, metavar="N", help="Runs of each row, from --seed on. [1]")
-    group.add_argument("--recipe", dest="common", metavar="NAME", help="A recipe for all rows that name none.")
-    group.add_argument("--images-seen", type=int, metavar="N", help="The budget in images, in place of --epochs.")
-    group.add_argument("--no-speed", action="store_false", dest="speed", help="Do not measure the speed of inference.")
-
-
-def _rows(given: dict[str, Any], command: str) -> int:
-    own = {name: given.pop(name) for name in ("runs", "arch", "ablation", "seeds", "common", "images_seen", "speed")}
+def _compare_rows(options: dict[str, Any], command: str) -> int:
+    own = {name: options.pop(name) for name in ("runs", "arch", "ablation", "seeds", "common", "images_seen", "speed")}
     if not own["arch"]:
         raise InputError("nothing to compare: give --arch ROW for each row, or folders of runs; see --help")
     require(own["seeds"] >= 1, "seeds", own["seeds"], "at least 1")
     require(own["images_seen"] is None or own["images_seen"] >= 1, "images_seen", own["images_seen"], "at least 1")
-    if own["images_seen"] is not None and "epochs" in given:
-        raise InputError("--images-seen and --epochs: give one of them")
-    chosen = [rows.parse(text) for text in own["arch"]]
+    if own["images_seen"] is not None and "epochs" in options:
+        raise InputError("--images-seen and --epochs: give only one of them")
+    rows = [spec.parse_spec(text) for text in own["arch"]]
     if own["ablation"]:
-        chosen = [variant for row in chosen for variant in rows.ablation(row)]
-    config = Config.build(**given)
-    first = given.pop("seed", 0)
-    out = Path(os.path.expanduser(given.pop("out", os.path.join("compare", _data_name(config.data.data)))))
+        rows = [variant for row in rows for variant in spec.expand_ablation(row)]
+    config = Config.build(**options)
+    first = options.pop("seed", 0)
+    out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", _data_name(config.data.data)))))
 
-    from smallvit.comparison import comparing, contest  # only now: help and bad flags need no torch
+    from smallvit.experiments import compare, grid
 
-    plan = contest.Contest(
-        rows=chosen,
-        flags=given,
-        seeds=range(first, first + own["seeds"]),
-        out=out,
-        recipe=own["common"],
-        images_seen=own["images_seen"],
+    seeds = range(first, first + own["seeds"])
+    plan = grid.Grid(
+        rows=rows, flags=options, seeds=seeds, out=out, recipe=own["common"], images_seen=own["images_seen"]
     )
     try:
-        done = comparing.compare_rows(plan, _showing(given | own, out, command))
+        finished = compare.compare_rows(plan, compare.Output(command, out, speed=own["speed"], compute=config.compute))
     except KeyboardInterrupt:
-        print("comparison interrupted; the same command goes on", file=sys.stderr)
+        print("comparison interrupted; run the same command to resume", file=sys.stderr)
         raise
-    return 0 if done else 1
+    return 0 if finished else 1
 
 
 def _data_name(data: str) -> str:
@@ -109,33 +98,21 @@ def _data_name(data: str) -> str:
     return os.path.basename(os.path.realpath(path) if os.path.exists(path) else data)
 
 
-def _runs(given: dict[str, Any], command: str) -> int:
-    unset = {"arch": [], "ablation": False, "seeds": 1, "common": None, "images_seen": None}
-    for name, value in given.items():
-        if name not in FOR_RUNS and not (name in unset and value == unset[name]):
-            told = flag("recipe" if name == "common" else name)
-            raise InputError(f"{told} is of no use with runs that are there; leave it out")
-    for run in given["runs"]:
+def _compare_runs(options: dict[str, Any], command: str) -> int:
+    unset = parser().parse_args([])
+    for name, value in options.items():
+        if name not in RUN_OPTIONS and value != getattr(unset, name, NotImplemented):
+            raise InputError(
+                f"{flag('recipe' if name == 'common' else name)} does not apply to existing runs; remove it"
+            )
+    for run in options["runs"]:
         if not os.path.isdir(os.path.expanduser(run)):
-            raise InputError(f"{run}: no such folder of a run; a row to train is given as --arch {run}")
+            raise InputError(f"{run}: no such run folder; to train a row, give --arch {run}")
 
-    from smallvit.comparison import comparing
+    from smallvit.experiments import compare
 
-    out = Path(os.path.expanduser(given["out"])) if "out" in given else None
-    comparing.compare_runs([Path(os.path.expanduser(run)) for run in given["runs"]], _showing(given, out, command))
+    out = Path(os.path.expanduser(options["out"])) if "out" in options else None
+    runs = [Path(os.path.expanduser(run)) for run in options["runs"]]
+    compute = Config.build(**{name: options[name] for name in ("device", "amp") if name in options}).compute
+    compare.compare_runs(runs, compare.Output(command, out, speed=options["speed"], compute=compute))
     return 0
-
-
-def _showing(given: dict[str, Any], out: Path | None, command: str) -> Showing:
-    from rich.console import Console
-
-    from smallvit.comparison import comparing
-
-    return comparing.Showing(
-        console=Console(highlight=False, markup=False, soft_wrap=True),
-        command=command,
-        out=out,
-        device=given.get("device", "auto"),
-        amp=given.get("amp", "auto"),
-        measured=given["speed"],
-    )

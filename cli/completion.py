@@ -1,4 +1,4 @@
-"""`smallvit completion`: what makes a shell complete verbs, options and their values."""
+"""Run `smallvit completion`: print a script that completes commands in a shell."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import argparse
 from importlib import import_module
 
 from smallvit.cli import VERBS
-from smallvit.cli.options import Parser
-from smallvit.errors import InputError, nearest
+from smallvit.cli.parser import Parser
+from smallvit.utils.errors import InputError, suggest
 
 DESCRIPTION = """\
-Print a script that makes a shell complete smallvit's verbs, options, values, models and files.
+Print a script that completes smallvit's verbs, options, values, models and files in a shell.
 
   smallvit completion bash > ~/.local/share/bash-completion/completions/smallvit
   smallvit completion zsh > ~/.zfunc/_smallvit
 
-bash: the folder is that of the package bash-completion, which reads the file when it is first needed (mkdir -p it).
+bash: the folder belongs to the package bash-completion, which loads the file on demand (create it with mkdir -p).
 Without the package, put the file anywhere and `source` it in ~/.bashrc.
 zsh: any folder of $fpath, set before compinit in ~/.zshrc:
 
   fpath=(~/.zfunc $fpath)
   autoload -Uz compinit && compinit
 
-A new shell completes. The script holds the names of timm's models and optimisers: print it anew after an update.
+Completion works in new shells. The script contains the names of timm's models and optimizers: print it again after an
+update.
 """
 SHELLS = ("bash", "zsh")
 PATHS = ("RUN", "DIR", "FILE", "FOLDER", "IMAGE", "PATH")
-"""What arguments are called that take files or folders."""
+"""Names, in help texts, of arguments that are files or folders."""
 PATH_OPTIONS = ("config", "data_dir", "init", "name", "out", "resume", "teacher")
-
 PREAMBLES = {
     "bash": """\
 _smallvit_models() {{ compgen -W "{models}" -- "$1"; }}
@@ -39,14 +39,13 @@ _smallvit_models() {{ compadd "$@" -- {models} }}
 _smallvit_data_files() {{ _alternative 'names:data set:({data})' 'files:folder or zip file:_files' }}
 """,
 }
-"""Functions of each shell that complete what is long, or more than one thing."""
-MODELS, DATA = (dict.fromkeys(SHELLS, name) for name in ("_smallvit_models", "_smallvit_data_files"))
+"""Shell functions that complete names of models, and of data sets or files."""
 
 
 def parser() -> Parser:
-    """The arguments."""
+    """Return the argument parser."""
     parser = Parser("smallvit completion", DESCRIPTION)
-    parser.add_argument("shell", metavar="SHELL", help=", ".join(SHELLS))
+    parser.add_argument("shell", metavar="SHELL", help=f"Shell: {', '.join(SHELLS)}.")
     return parser
 
 
@@ -54,72 +53,44 @@ def main(argv: list[str]) -> int:
     """Print the script."""
     shell = parser().parse_args(argv).shell
     if shell not in SHELLS:
-        raise InputError(f"smallvit completion {shell}: expected one of {', '.join(SHELLS)}{nearest(shell, SHELLS)}")
-    print(script(shell))
+        raise InputError(f"smallvit completion {shell}: expected one of {', '.join(SHELLS)}{suggest(shell, SHELLS)}")
+    print(render_script(shell))
     return 0
 
 
-def script(shell: str) -> str:
-    """The completion script of a shell."""
+def render_script(shell: str) -> str:
+    """Return the completion script of a shell."""
     import shtab
     import timm
-
-    from smallvit.cli.list import ARCHS
-    from smallvit.options import DATA_NAMES
-
-    names = {"models": " ".join([*ARCHS, *timm.list_models()]), "data": " ".join(DATA_NAMES)}
-    return shtab.complete(tree(), shell, preamble={shell: PREAMBLES[shell].format(**names)})
-
-
-def tree() -> argparse.ArgumentParser:
-    """All verbs in one parser, every argument with what completes it."""
-    root = argparse.ArgumentParser("smallvit", description="Vision Transformers that learn from small image sets.")
-    root.add_argument("-V", "--version", action="store_true", help="print the version")
-    verbs = root.add_subparsers(dest="verb", parser_class=lambda **given: _verb(given["prog"].split()[-1]))
-    values = _values()
-    for verb, summary in VERBS.items():
-        for action in verbs.add_parser(verb, help=summary)._actions:
-            _complete(action, values)
-    return root
-
-
-def _verb(name: str) -> Parser:
-    return import_module(f"smallvit.cli.{name}").parser()
-
-
-def _values() -> dict[str, list[str]]:
-    """What arguments take that are no choices to the parser, by their names in it."""
     from timm.optim import list_optimizers
 
-    from smallvit.cli.list import TABLES
-    from smallvit.options import LOGGERS
-    from smallvit.recipes import RECIPES
+    from smallvit.cli.list import ARCHS, TABLES
+    from smallvit.config.options import LOGGERS
+    from smallvit.config.recipes import RECIPES
+    from smallvit.datasets.catalog import DATASETS
 
-    return {
-        "recipe": list(RECIPES),
-        "common": list(RECIPES),
-        "what": list(TABLES),
-        "shell": list(SHELLS),
-        "log": list(LOGGERS),
-        "opt": list_optimizers(),
-        "device": ["auto", "cpu", "cuda", "mps"],
-    }
-
-
-def _complete(action: argparse.Action, values: dict[str, list[str]]) -> None:
-    """Tell shtab what completes an argument."""
-    import shtab
-
-    metavar = action.metavar if isinstance(action.metavar, str) else ""
-    if action.nargs == 0 or action.choices:
-        return
-    if metavar.startswith("{"):
-        action.choices = metavar.strip("{}").split(",")
-    elif action.dest in values:
-        action.choices = values[action.dest]
-    elif action.dest == "arch" or metavar == "ROW":
-        action.complete = MODELS
-    elif action.dest == "data":
-        action.complete = DATA
-    elif action.dest in PATH_OPTIONS or metavar.partition(".")[0] in PATHS:
-        action.complete = shtab.FILE
+    recipes, values = list(RECIPES), {"what": list(TABLES), "shell": list(SHELLS), "log": list(LOGGERS)}
+    values |= {"recipe": recipes, "common": recipes, "opt": list_optimizers(), "device": ["auto", "cpu", "cuda", "mps"]}
+    root = argparse.ArgumentParser("smallvit", description="Vision Transformers that learn from small image sets.")
+    root.add_argument("-V", "--version", action="store_true", help="print the version")
+    verbs = root.add_subparsers(
+        dest="verb",
+        parser_class=lambda prog, **_: import_module(f"smallvit.cli.{prog.split()[-1]}").parser(),
+    )
+    for verb, summary in VERBS.items():
+        for action in verbs.add_parser(verb, help=summary)._actions:
+            metavar = action.metavar if isinstance(action.metavar, str) else ""
+            if action.nargs == 0 or action.choices:
+                continue
+            if metavar.startswith("{"):
+                action.choices = metavar.strip("{}").split(",")
+            elif action.dest in values:
+                action.choices = values[action.dest]
+            elif action.dest == "arch" or metavar == "ROW":
+                action.complete = dict.fromkeys(SHELLS, "_smallvit_models")
+            elif action.dest == "data":
+                action.complete = dict.fromkeys(SHELLS, "_smallvit_data_files")
+            elif action.dest in PATH_OPTIONS or metavar.partition(".")[0] in PATHS:
+                action.complete = shtab.FILE
+    names = {"models": " ".join([*ARCHS, *timm.list_models()]), "data": " ".join(DATASETS)}
+    return shtab.complete(root, shell, preamble={shell: PREAMBLES[shell].format(**names)})

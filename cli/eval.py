@@ -1,74 +1,79 @@
-"""`smallvit eval`: how good a trained model is, how sure of that one can be, and where it errs."""
+"""Evaluate a trained model: `smallvit eval`."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-from smallvit.cli.options import ASKS, OF_A_MODEL, Parser, options_parser, parsed
-from smallvit.config import Config
+from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse
+from smallvit.config.config import Config
 
 DESCRIPTION = """\
-Judge a trained model: accuracy with its interval, each class, calibration, mistakes, robustness.
+Evaluate a trained model: accuracy with confidence interval, per-class metrics, calibration, mistakes, robustness.
 
   smallvit eval runs/vit-spt-lsa-digits
   smallvit eval runs/vit-spt-lsa-cifar100 --flip --robustness --overwrite
   smallvit eval runs/vit-spt-lsa-cifar100 --compare runs/vit-cifar100
-  smallvit eval runs/vit-spt-lsa-cifar100 --data photos --split all --out judged
+  smallvit eval runs/vit-spt-lsa-cifar100 --data photos --split all --out results
   smallvit eval vit_tiny_patch16_224:pretrained --data imagenet
 
-RUN is a run's folder, a weights file, or a timm model with pretrained weights. Without --data, the run's own data is
-judged with the options that the run had, and flags win over these; the defaults in brackets are those of other data.
-Classes of other data are matched by name.
+RUN is a run folder, a weights file, or a timm model with pretrained weights. Without --data, the model is evaluated on
+the run's data with the run's data options; flags override them. The defaults in brackets apply to other data. Classes
+of other data are matched by name.
 
-Written into --out, by default RUN/eval/<split>, or RUN/eval/<data>-<split> for other data: metrics.json, classes.csv,
-confusion.csv, predictions.csv, confusion.png, reliability.png, mistakes.png. Without a run's folder files are written
-only if --out is given.
+Output files: metrics.json, classes.csv, confusion.csv, predictions.csv, confusion.png, reliability.png, mistakes.png.
+They are written to --out, by default RUN/eval/<split>, or RUN/eval/<data>-<split> for other data. Without a run folder
+nothing is written unless --out is given.
 See also: smallvit report, smallvit probe, smallvit predict; docs/evaluation.md.
 """
 OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 
 
 def parser() -> Parser:
-    """The arguments."""
-    return options_parser("smallvit eval", DESCRIPTION, ASKS, _own, OF_A_MODEL)
+    """Create the argument parser."""
+    return options_parser("smallvit eval", DESCRIPTION, EVALUATION_OPTIONS, _add_arguments, EVALUATION_HELP)
 
 
 def main(argv: list[str]) -> int:
-    """Judge the model, write what was found, and print it."""
-    options = parsed(parser(), argv)
+    """Evaluate the model, write the results and print them."""
+    options = parse(parser(), argv)
     name = options.pop("name")
     own: dict[str, Any] = {each: options.pop(each) for each in OWN}
 
     from rich.console import Console
 
-    from smallvit import learnt, trained
-    from smallvit.judgement import evidence, judging, verdict
+    from smallvit.datasets.catalog import require_data
+    from smallvit.models import weights_info
 
-    config = Config.build(**learnt.with_learnt_data(trained.card(name, "eval"), options))
-    folder = evidence.destination(name, config.data.data, own["split"], own["out"])
-    record = judging.judge(name, config, **own, command=shlex.join(["smallvit", "eval", *argv]))
-    verdict.show(record, Console(soft_wrap=True))
+    config = Config.build(**weights_info.add_data_options(weights_info.read_weights_info(name, "eval"), options))
+    require_data(config.data.data)
+
+    from smallvit.evaluation import artifacts, evaluator  # import torch
+
+    folder = artifacts.resolve_output(name, config.data.data, own["split"], own["out"])
+    record = evaluator.evaluate_run(name, config, **own, command=shlex.join(["smallvit", "eval", *argv]))
+    artifacts.print_metrics(record, Console(soft_wrap=True))
     print()
     if folder is None:
-        print("nothing is written without --out, as this is no run's folder")
+        print("no files written, since this is not a run folder; add --out to write them")
         return 0
     if record["top1"] == 100:
-        print(f"no mistakes, hence no {evidence.MISTAKES}")
-    for file in evidence.FILES:
-        if (folder / file).exists():
-            print(folder / file)
+        print(f"no mistakes, so no {artifacts.MISTAKES}")
+    for file in artifacts.list_outputs(folder):
+        print(file)
     return 0
 
 
-def _own(parser: Parser) -> None:
-    """The arguments that no configuration has."""
-    group = parser.add_argument_group("eval", "What is judged, and how.")
-    what = "a run's folder, a weights file (.safetensors), or a timm model with pretrained weights"
+def _add_arguments(parser: Parser) -> None:
+    """Add the arguments that are not configuration options."""
+    group = parser.add_argument_group("eval", "What to evaluate.")
+    what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
     group.add_argument("name", metavar="RUN", help=what)
-    group.add_argument("--split", default="test", metavar="{test,val,train,all}", help="Which images. [test]")
+    group.add_argument("--split", default="test", metavar="{test,val,train,all}", help="Split to evaluate on. [test]")
     group.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
-    group.add_argument("--robustness", action="store_true", help="Also with noise, blur, less contrast, and as JPEG.")
-    group.add_argument("--compare", metavar="RUN", help="Another trained model, for the same images.")
-    group.add_argument("--out", metavar="DIR", help="Folder for what is found.")
-    group.add_argument("--overwrite", action="store_true", help="Replace what was found before.")
+    group.add_argument(
+        "--robustness", action="store_true", help="Also evaluate with noise, blur, lower contrast and JPEG artifacts."
+    )
+    group.add_argument("--compare", metavar="RUN", help="A second trained model to compare with on the same images.")
+    group.add_argument("--out", metavar="DIR", help="Output folder.")
+    group.add_argument("--overwrite", action="store_true", help="Replace earlier results.")

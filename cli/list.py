@@ -1,4 +1,4 @@
-"""`smallvit list`: what has a name."""
+"""`smallvit list`: list architectures, recipes, experiments, data sets, plugins and augmentation presets."""
 
 from __future__ import annotations
 
@@ -6,244 +6,196 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.options import Parser, field_sentences
-from smallvit.errors import InputError, nearest
-from smallvit.options import PLUGINS, ModelConfig, flag
+from rich.console import Console, Group, RenderableType
+from rich.progress import track
+from rich.table import Column, Table
+from rich.text import Text
+
+from smallvit.cli.parser import Parser, field_docs
+from smallvit.config.model import ModelConfig
+from smallvit.config.spec import format_value
+from smallvit.plugins import PLUGINS, Plugin
+from smallvit.utils.errors import InputError, flag, suggest
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
-    from rich.table import Table
     from torch import nn
 
 DESCRIPTION = """\
-List what has a name: architectures, recipes, experiments, data sets, plugins, augmentation presets, their values.
+List architectures, recipes, experiments, data sets, plugins or augmentation presets with their values.
 
-  smallvit list archs                  # the paper's models and CIFAR's ResNets: parameters, plugins
-  smallvit list archs 'deit*'          # all models of that name, timm's too
-  smallvit list plugins                # SPT, LSA, one-bit layers and the distillation token, their variants and flags
-  smallvit list recipes 'deit*'        # what two of the recipes set
-  smallvit list experiments            # what smallvit reproduce does again
-  smallvit list data                   # data sets: sizes, sources, terms
+  smallvit list archs                  # our architectures and CIFAR's ResNets: parameters, plugins
+  smallvit list archs 'deit*'          # architectures by pattern, including timm's
+  smallvit list plugins                # plugins: options, sources, Python calls
+  smallvit list recipes 'deit*'        # values that two of the recipes set
+  smallvit list experiments            # experiments for smallvit reproduce
+  smallvit list data                   # data sets: sizes, sources, licenses
   smallvit list aug                    # augmentation presets, value by value
 
-The tables take the width of the terminal, and 80 columns elsewhere: COLUMNS=200 smallvit list recipes > recipes.txt.
-See also: smallvit coverage (what SPT and LSA find in a model), docs/models.md, docs/recipes.md, docs/data.md.
+Tables are as wide as the terminal, or 80 columns in a file: COLUMNS=200 smallvit list recipes > recipes.txt.
+See also: docs/models.md, docs/patching.md, docs/recipes.md, docs/data.md.
 """
 
+DISTILLATION = (
+    "Distillation token: a second token and head, trained by --teacher. Touvron et al. 2021, arXiv:2012.12877. "
+    "smallvit.add_distillation_token(model)"
+)
 ARCHS = {
-    "vit": "ViT of 9 layers, 192 wide; for images of up to 16 px it is vit96. arXiv:2010.11929",
-    "cait": "CaiT, 24 layers among patches and 2 of class attention, talking heads. arXiv:2103.17239",
+    "vit": "ViT, 9 blocks, width 192; vit96 for images of up to 16 px. arXiv:2010.11929",
+    "cait": "CaiT, 24 blocks and 2 class-attention blocks, talking heads. arXiv:2103.17239",
     "pit": "PiT, three stages with pooling between them. arXiv:2103.16302",
-    "swin": "Swin, three stages of windows of 4 × 4 tokens. arXiv:2103.14030",
-    "t2t": "T2T-ViT, tokens from unfolds that overlap, 12 layers. arXiv:2101.11986",
-    "binaryvit": "BinaryViT: one-bit layers, four stages of up to 512 wide. arXiv:2306.16678",
-    "binaryvit_tiny": "BinaryViT for small images: four stages of up to 256 wide, 10 layers. arXiv:2306.16678",
-    "vit96": "ViT of 6 layers, 96 wide. arXiv:2010.11929",
-} | {f"resnet{depth}": f"CIFAR's ResNet of {depth} layers. arXiv:1512.03385" for depth in (20, 32, 44, 56, 110)}
-"""What our architectures are, and where they come from."""
-
-SOURCES = {
-    "spt": "SPT, shifted patch tokenization: a token sees half a patch beyond its own. Lee, Lee, Song 2021, "
-    "arXiv:2112.13492. smallvit.patch(model, spt=True), or spt=smallvit.SPTConfig(directions=..., shift=..., norm=...)",
-    "lsa": "LSA, locality self-attention: a learnt temperature, and no token attends to itself. Lee, Lee, Song 2021, "
-    "arXiv:2112.13492. smallvit.patch(model, lsa=True), or lsa=smallvit.LSAConfig(temperature=..., mask=...)",
-    "binary": "One-bit layers: weights, activations and attention maps, with learnt thresholds, in all blocks. "
-    "BinaryViT, Le, Li 2023, arXiv:2306.16678. smallvit.patch(model, binary=True), or "
-    "binary=smallvit.BinaryConfig(weights=..., activations=..., attention=...)",
-    "plugin": "init exact: a trained model computes at first what it did before, and the plugins come in gradually. "
-    'smallvit.patch(model, spt=True, lsa=True, init="exact"), smallvit.set_openness(model, 0.5)',
-    "dist": "Distillation token: beside the class token, with a head of its own, taught by --teacher. Touvron et al. "
-    "2021, arXiv:2012.12877. smallvit.add_distillation_token(model)",
-}
-"""The plugins by how their options begin: what they are, from where, and how Python calls them."""
+    "swin": "Swin, three stages with windows of 4 × 4 tokens. arXiv:2103.14030",
+    "t2t": "T2T-ViT, tokens from overlapping unfolds, 12 blocks. arXiv:2101.11986",
+    "binaryvit": "BinaryViT, one-bit layers, four stages, width up to 512. arXiv:2306.16678",
+    "binaryvit_tiny": "BinaryViT for small images, four stages, width up to 256. arXiv:2306.16678",
+    "vit96": "ViT, 6 blocks, width 96. arXiv:2010.11929",
+} | {f"resnet{depth}": f"CIFAR's ResNet, {depth} layers. arXiv:1512.03385" for depth in (20, 32, 44, 56, 110)}
+"""Our architectures, with sources."""
 
 
 def parser() -> Parser:
-    """The arguments."""
+    """Build the argument parser."""
     parser = Parser("smallvit list", DESCRIPTION)
     parser.add_argument("what", metavar="WHAT", help=", ".join(TABLES))
-    parser.add_argument("pattern", metavar="PATTERN", nargs="?", help="only names that fit, such as 'deit*' [all]")
+    parser.add_argument("pattern", metavar="PATTERN", nargs="?", help="Only matching names, e.g. 'deit*'. [all]")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Print one table."""
-    from rich.console import Console
-
     options = parser().parse_args(argv)
     if options.what not in TABLES:
-        expected = f"expected one of {', '.join(TABLES)}{nearest(options.what, TABLES)}"
+        expected = f"expected one of {', '.join(TABLES)}{suggest(options.what, TABLES)}"
         raise InputError(f"smallvit list {options.what}: {expected}")
     Console().print(TABLES[options.what](options.pattern))
     return 0
 
 
-def fitting(pattern: str | None, names: Iterable[str]) -> list[str]:
-    """The names that fit a pattern; all where there is none.
+def match_names(pattern: str | None, names: Iterable[str]) -> list[str]:
+    """Return the names that match a pattern; all of them without one.
 
     Raises:
-        InputError: none does; the line names the nearest.
+        InputError: no name matches; the message names the nearest.
     """
     names = list(names)
-    found = [name for name in names if pattern is None or fnmatchcase(name, pattern)]
-    if not found:
-        hint = nearest(pattern, names) or "; 'a*' fits all that begin with a"
-        raise InputError(f"smallvit list: no name fits {pattern!r}{hint}")
-    return found
+    matches = [name for name in names if pattern is None or fnmatchcase(name, pattern)]
+    if not matches:
+        hint = suggest(pattern, names) or "; try a pattern such as 'a*'"
+        raise InputError(f"smallvit list: no name matches {pattern!r}{hint}")
+    return matches
 
 
 def archs(pattern: str | None) -> Group:
-    """Our architectures, then those of timm's that fit the pattern, or how many there are."""
+    """List our architectures; with a pattern, also timm's that match."""
     import timm
-    from rich.console import Console, Group
-    from rich.progress import track
-
-    theirs = timm.list_models()
-    names = fitting(pattern, [*ARCHS, *theirs] if pattern else ARCHS)
-    ours = [name for name in names if name in ARCHS]
-    parts: list[RenderableType] = [_ours(ours), *(f"{name}: {ARCHS[name]}" for name in ours)] if ours else []
-    if pattern is None:
-        parts.append(
-            f"and {len(theirs):,} of timm {timm.__version__}: smallvit list archs 'deit*' shows those that fit;\n"
-            "smallvit coverage says where SPT and LSA go, and why not"
-        )
-    elif len(names) > len(ours):
-        shown = track(names[len(ours) :], "building", console=Console(stderr=True), transient=True)
-        parts.append(_theirs(shown))
-    return Group(*parts)
-
-
-def _ours(names: Iterable[str]) -> Table:
-    from rich.table import Table
-
-    from smallvit.models import create_model
-    from smallvit.profile import count_parameters
-
-    table = Table("--arch", "parameters", "+ SPT + LSA", "takes", caption="at 32 px, with 10 classes")
-    for name in names:
-        plain = _unfilled(create_model, name, img_size=32, num_classes=10)
-        takes, with_both = taken(plain), ""
-        if "SPT" in takes and "LSA" in takes:
-            both = _unfilled(create_model, name, img_size=32, num_classes=10, spt=True, lsa=True)
-            with_both = f"{count_parameters(both):,}"
-        table.add_row(name, f"{count_parameters(plain):,}", with_both, ", ".join(takes))
-    return table
-
-
-def _theirs(names: Iterable[str]) -> Table:
-    import timm
-    from rich.table import Table
-
-    from smallvit.profile import count_parameters
-
-    caption = "as timm has them: its image sizes and classes; --img-size and the data decide otherwise"
-    table = Table("--arch", "px", "parameters", "takes", "--init", caption=caption)
-    for name in names:
-        model = _unfilled(timm.create_model, name, pretrained=False)
-        size, trained = model.pretrained_cfg["input_size"][-1], timm.is_model_pretrained(name)
-        figures = str(size), f"{count_parameters(model):,}"
-        table.add_row(name, *figures, ", ".join(taken(model)), "yes" if trained else "no")
-    return table
-
-
-def _unfilled(create: Callable[..., nn.Module], *names: str, **arguments: Any) -> nn.Module:
-    """A model whose weights take no memory."""
     import torch
 
-    with torch.device("meta"):
-        return create(*names, **arguments)
+    from smallvit.models.factory import create_model
+    from smallvit.profiling.flops import count_parameters
+
+    timm_names = timm.list_models()
+    names = match_names(pattern, [*ARCHS, *timm_names] if pattern else ARCHS)
+    caption = "ours for 10 classes; timm's with their own image sizes and classes. --init: has pretrained weights"
+    table = Table("--arch", "px", "parameters", "plugins", "--init", caption=caption)
+    for name in track(names, "building", console=Console(stderr=True), transient=True):
+        with torch.device("meta"):
+            if name in ARCHS:
+                model, size, pretrained = create_model(name, img_size=32, num_classes=10), 32, False
+            else:
+                model, pretrained = timm.create_model(name, pretrained=False), timm.is_model_pretrained(name)
+                size = model.pretrained_cfg["input_size"][-1]
+            plugins = ", ".join(available_plugins(model))
+        table.add_row(name, str(size), f"{count_parameters(model):,}", plugins, "yes" if pretrained else "no")
+    notes = [f"{name}: {ARCHS[name]}" for name in names if name in ARCHS]
+    if pattern is None:
+        notes.append(f"and {len(timm_names):,} of timm {timm.__version__}: see smallvit list archs 'deit*'")
+    return Group(table, *notes)
 
 
-def taken(model: nn.Module) -> list[str]:
-    """The plugins that a model can take."""
-    from smallvit.plugins.distillation import TwoHeads
-    from smallvit.plugins.patching import why_not
+def available_plugins(model: nn.Module) -> list[str]:
+    """Return the names of the plugins that can be applied to a model."""
+    from smallvit.plugins.distillation import KINDS
+    from smallvit.plugins.patch import unsupported_reason
 
-    kind = TwoHeads.kinds.get(type(model))
+    kind = KINDS.get(type(model))
     token = kind is not None and kind.refusal(model) is None
-    return [called for name, called in PLUGINS.items() if why_not(model, name) is None] + ["token"] * token
+    supported = [plugin.label for plugin in PLUGINS.values() if unsupported_reason(model, plugin.name) is None]
+    return [*supported, *(["token"] if token else [])]
 
 
 def plugins(pattern: str | None) -> Group:
-    """The plugins: their flags and values, then what they are, their sources, and how Python calls them."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    kinds, sentences = get_type_hints(ModelConfig), field_sentences(ModelConfig)
-    options = {option.name: option for option in fields(ModelConfig) if option.name.split("_")[0] in SOURCES}
-    names = fitting(pattern, options)
-    table = Table("flag", "values", "default", "")
+    """Return the options of the plugins, then their sources and how to use them in Python."""
+    sentences = field_docs(ModelConfig)
+    shared = ("plugin_init", "dist_token", "dist_average")
+    options = {each.name: each for each in fields(ModelConfig) if "plugin" in each.metadata or each.name in shared}
+    names = match_names(pattern, options)
+    table = Table("flag", "default", "")
     for name in names:
-        values = ", ".join(map(str, get_args(kinds[name]))) or {bool: "on, off", float: "a share"}[kinds[name]]
-        default = options[name].default
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
-        table.add_row(flag(name), values, shown, Text(sentences[name]))
-    beginnings = {name.split("_")[0] for name in names}
-    return Group(table, *(Text(text) for plugin, text in SOURCES.items() if plugin in beginnings))
+        table.add_row(flag(name), format_value(options[name].default), Text(sentences[name]))
+    listed = {options[name].metadata.get("plugin") for name in names}
+    usage = [_usage(plugin) for plugin in PLUGINS.values() if plugin.name in listed]
+    return Group(table, *map(Text, [*usage, *([DISTILLATION] if "dist_token" in names else [])]))
+
+
+def _usage(plugin: Plugin) -> str:
+    """Return a plugin's names, its source, and the calls that use it."""
+    keywords = ", ".join(f"{each.name}=..." for each in fields(plugin.config))
+    paper = plugin.citation
+    return (
+        f"{plugin.label}, {plugin.title}: {paper.title}, arXiv:{paper.arxiv}. vit+{plugin.name}, "
+        f"smallvit.patch(model, {plugin.name}=True), or {plugin.name}=smallvit.{plugin.config.__name__}({keywords})"
+    )
 
 
 def data(pattern: str | None) -> Group:
-    """The data sets: their names and sizes, then where they come from."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from smallvit.datasets.table import DATASETS
+    """List the data sets with their sizes and sources."""
+    from smallvit.datasets.catalog import DATASETS
 
     table, sources = Table("--data", "classes", "pixels", "train", "test", "download", "--aug"), []
-    for name in fitting(pattern, DATASETS):
+    for name in match_names(pattern, DATASETS):
         entry = DATASETS[name]
         sizes = [archive.size for archive in entry.archives]
         download = f"{sum(filter(None, sizes)) / 1e6:,.0f} MB" if sizes else "none"
-        counts = (entry.classes, entry.img_size, entry.train, entry.test)
+        counts = (entry.num_classes, entry.img_size, entry.num_train, entry.num_test)
         table.add_row(name, *(f"{count:,}" for count in counts), download, entry.aug)
-        sources.append(Text(f"{name}: {entry.citation}; {entry.terms}"))
+        sources.append(Text(f"{name}: {entry.citation}; {entry.license}"))
     return Group(table, *sources)
 
 
 def aug(pattern: str | None) -> Table:
-    """The augmentation presets: what each does at 32 px, and at 224 px where that is another thing."""
-    from rich.table import Table
-
+    """List the augmentation presets with their values at 32 px, and those that differ at 224 px."""
     from smallvit.datasets.presets import OFF, PRESETS, preset
 
     table = Table("--aug", "32 px", "224 px")
-    for name in fitting(pattern, PRESETS):
+    for name in match_names(pattern, PRESETS):
         small, large = (preset(name, size) for size in (32, 224))
-        table.add_row(name, _values(changes(OFF, small)), _values(changes(small, large)))
+        table.add_row(name, format_values(changes(OFF, small)), format_values(changes(small, large)))
     return table
 
 
 def recipes(pattern: str | None) -> Table:
-    """The recipes: what each is, the values in which it differs from the defaults, and those it has for ImageNet."""
-    from rich.table import Table
-
-    from smallvit.config import Config
-    from smallvit.recipes import RECIPES
+    """List the recipes with the values that differ from the defaults, and those that differ for ImageNet."""
+    from smallvit.config.config import Config
+    from smallvit.config.recipes import RECIPES
 
     table = Table("--recipe", "", "values", "--data imagenet")
-    for name in fitting(pattern, RECIPES):
+    for name in match_names(pattern, RECIPES):
         recipe = RECIPES[name]
         small, large = (
-            changes(Config.build(data=data).options(), recipe(data=data).options()) for data in ("digits", "imagenet")
+            changes(Config.build(data=data).to_dict(), recipe(data=data).to_dict()) for data in ("digits", "imagenet")
         )
-        table.add_row(name, recipe.__doc__.splitlines()[0], _values(small), _values(changes(small, large)))
+        summary = recipe.__doc__.splitlines()[0]
+        table.add_row(name, summary, format_values(small), format_values(changes(small, large)))
     return table
 
 
 def experiments(pattern: str | None) -> Group:
-    """The experiments: their size, and what each is about, then the rows of those that fit a pattern."""
-    from rich.console import Group
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from smallvit.reproduction.experiments import EXPERIMENTS
+    """List the experiments; with a pattern, also the rows of those that match."""
+    from smallvit.experiments.catalog import EXPERIMENTS
 
     table, rows = Table(Column("NAME", no_wrap=True), "rows", "seeds", "epochs", ""), []
-    for name in fitting(pattern, EXPERIMENTS):
+    for name in match_names(pattern, EXPERIMENTS):
         each = EXPERIMENTS[name]
         table.add_row(name, str(len(each.trials)), str(each.seeds), str(each.epochs), each.title)
         if pattern is not None:
@@ -252,16 +204,15 @@ def experiments(pattern: str | None) -> Group:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Values that are there only after, or others than before."""
+    """Return the values of `after` that are not in `before`, or different there."""
     return {name: value for name, value in after.items() if name not in before or value != before[name]}
 
 
-def _values(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_figure(value)}" for name, value in options.items())
-
-
-def _figure(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def format_values(values: dict[str, Any]) -> str:
+    """Format options as "name value, ..." with three digits."""
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
 
 
 TABLES: Mapping[str, Callable[[str | None], RenderableType]] = {

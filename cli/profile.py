@@ -1,146 +1,147 @@
-"""`smallvit profile`: what models cost."""
+"""Profile models: `smallvit profile`."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from smallvit.cli.options import Parser, options_parser, parsed
-from smallvit.comparison import rows
-from smallvit.config import Config
-from smallvit.errors import InputError
-from smallvit.files import require_free
-from smallvit.options import require
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from smallvit.cli.parser import Parser, options_parser, parse
+from smallvit.config import spec
+from smallvit.config.config import Config
+from smallvit.config.model import ARCH, ModelConfig
+from smallvit.utils.errors import InputError, require
+from smallvit.utils.files import check_output_folder
 
 DESCRIPTION = """\
-Measure what models cost: parameters, operations, memory, latency, throughput, side by side.
+Measure parameters, operations, memory, latency and throughput of models side by side.
 
   smallvit profile vit vit+spt+lsa resnet56 --img-size 32 64
   smallvit profile runs/vit-spt-lsa-digits --batch-sizes 1 16 --out costs
   smallvit profile vit swin cait --growth --out growth
+  smallvit profile --arch vit --spt --lsa
   smallvit profile vit,patch_size=8 deit_tiny_patch16_224+lsa --img-size 64 --growth 64 96 128
 
-A row is a model with its plugins and options, or a run's folder; without any they are vit and vit+spt+lsa. Patches
-follow the image size as in training, but for --growth, which keeps those of the smallest size. Models take turns.
+A row is a model with its plugins and options, or a run folder; by default vit and vit+spt+lsa. The patch size follows
+the image size as in training; --growth keeps that of the smallest size. Models take turns. When --seconds end, larger
+batches and further rounds are skipped.
 
-Written into --out: profile.md, profile.csv, profile.json; with --growth also growth.csv and growth.png. Without --out
-nothing is written.
-See also: smallvit compare, smallvit list, smallvit coverage; docs/profiling.md.
+Output files in --out: profile.md, profile.csv, profile.json; with --growth also growth.csv and growth.png. Nothing is
+written without --out.
+See also: smallvit compare, smallvit list; docs/profiling.md.
 """
 ROWS = ("vit", "vit+spt+lsa")
-"""Where none are given."""
-SERVES = ("device", "amp")
-CSV, JSON, PAGE, GROWTH, PICTURE = "profile.csv", "profile.json", "profile.md", "growth.csv", "growth.png"
+"""Default rows."""
+SERVES = ("device", "amp", "model.*")
+CSV, JSON, PAGE, GROWTH, FIGURE = "profile.csv", "profile.json", "profile.md", "growth.csv", "growth.png"
 
 
 def parser() -> Parser:
-    """The arguments."""
+    """Create the argument parser."""
     return options_parser("smallvit profile", DESCRIPTION, SERVES, _own)
 
 
 def _own(parser: Parser) -> None:
-    """The arguments that no configuration has."""
-    group = parser.add_argument_group("profile", "What is measured.")
+    """Add the arguments that are not configuration options."""
+    group = parser.add_argument_group("profile", "What to measure.")
     sizes = {"type": int, "metavar": "N"}
-    group.add_argument("rows", nargs="*", metavar="ROW", help=f"{rows.FORM}, or a run's folder.")
-    group.add_argument(
-        "--img-size", nargs="+", **sizes, help="Image sizes in pixels; by default a run's own, and 32 of others."
-    )
-    group.add_argument("--classes", default=100, **sizes, help="Classes, of rows that are no runs. [100]")
+    group.add_argument("rows", nargs="*", metavar="ROW", help=f"{spec.SPEC_FORM}, or a run folder.")
+    group.add_argument("--img-size", nargs="+", **sizes, help="Image sizes in pixels. [a run's own, else 32]")
+    group.add_argument("--classes", default=100, **sizes, help="Classes of rows that are not runs. [100]")
     group.add_argument(
         "--batch-sizes",
         nargs="+",
         default=[1, 16, 128],
         **sizes,
-        help="Batches of inference; the largest (2 at least) is the training step's, the first growth's. [1 16 128]",
+        help="Batch sizes of inference; the training step uses the largest (at least 2), growth the first. [1 16 128]",
     )
     group.add_argument(
         "--growth",
         nargs="*",
         **sizes,
-        help="Also over image sizes, by default those from 32 to 224 that a model takes.",
+        help="Also measure over image sizes; by default those from 32 to 224 that a model supports.",
     )
-    group.add_argument("--out", metavar="DIR", help="Folder for the table, the figures and the picture.")
-    group.add_argument("--overwrite", action="store_true", help="Replace the files that are in --out.")
+    group.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="Time budget of each model at each image size. [10]",
+    )
+    group.add_argument("--out", metavar="DIR", help="Output folder.")
+    group.add_argument("--overwrite", action="store_true", help="Replace earlier results.")
 
 
 def main(argv: list[str]) -> int:
     """Measure the rows, print a table, and write the files to --out."""
-    given = parsed(parser(), argv)
-    own = {
-        name: given.pop(name) for name in ("rows", "img_size", "classes", "batch_sizes", "growth", "out", "overwrite")
-    }
+    given = parse(parser(), argv)
+    names = ("rows", "img_size", "classes", "batch_sizes", "growth", "seconds", "out", "overwrite")
+    own = {name: given.pop(name) for name in names}
+    model = {each.name: given.pop(each.name) for each in fields(ModelConfig) if each.name in given}
+    if model:
+        own["rows"] = [*own["rows"], spec.format_label(model.pop("arch", ARCH), model)]
     compute = Config.build(**given).compute
-    for name in ("img_size", "batch_sizes", "growth"):
-        for value in own[name] or []:
+    for name in ("img_size", "batch_sizes", "growth", "classes"):
+        for value in [own[name]] if name == "classes" else own[name] or []:
             require(value >= 1, name, value, "at least 1")
-    require(own["classes"] >= 1, "classes", own["classes"], "at least 1")
+    require(0 < own["seconds"] < math.inf, "seconds", own["seconds"], "more than 0")
     out = None if own["out"] is None else Path(os.path.expanduser(own["out"]))
     if out is not None:
-        require_free(out, "--out", overwrite=own["overwrite"])
+        check_output_folder(out, overwrite=own["overwrite"])
     if own["overwrite"] and out is None:
-        raise InputError("--overwrite needs --out DIR: which folder to replace")
+        raise InputError("--overwrite has no effect without --out; add --out DIR")
 
     from rich.console import Console
 
-    from smallvit.costs import profiling, subjects
+    from smallvit.profiling import profile
+    from smallvit.utils import tables
 
-    plan = profiling.Plan(
-        subjects=subjects.subjects(own["rows"] or list(ROWS), own["classes"]),
-        img_sizes=_once(own["img_size"]),
-        batch_sizes=_once(own["batch_sizes"]),
-        growth=None if own["growth"] is None else _once(own["growth"]),
+    plan = profile.ProfileConfig(
+        rows=profile.parse_rows(own["rows"] or list(ROWS), own["classes"]),
+        img_sizes=_unique(own["img_size"]),
+        batch_sizes=_unique(own["batch_sizes"]),
+        growth=None if own["growth"] is None else _unique(own["growth"]),
         device=compute.device,
         amp=compute.amp,
+        seconds=own["seconds"],
     )
-    found = profiling.measure(plan) | {"command": shlex.join(["smallvit", "profile", *argv])}
-    _show(found, Console(highlight=False, markup=False, soft_wrap=True), out)
+    results = profile.run_profile(plan) | {"command": shlex.join(["smallvit", "profile", *argv])}
+    table, notes = profile.create_table(results), profile.list_notes(results)
+    written = [] if out is None else _write(results, notes, out)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    tables.fit_console(console, table)
+    console.print(table)
+    console.print()
+    for note in notes:
+        console.print(note)
+    if written:
+        console.print(f"\nwrote {', '.join(map(str, written))}")
     return 0
 
 
-def _once(values: Sequence[int] | None) -> list[int]:
+def _unique(values: Sequence[int] | None) -> list[int]:
     return list(dict.fromkeys(values or []))
 
 
-def _show(found: dict[str, Any], console: Console, out: Path | None) -> None:
-    """Write the files, and print a table and how it came about."""
-    from rich.measure import Measurement
-
-    from smallvit.costs import tables
-
-    table, lines = tables.table(found), tables.notes(found)
-    written = [] if out is None else _write(found, lines, out)
-    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
-    console.width = max(console.width, needed)  # no figure is cut
-    console.print(table)
-    console.print()
-    for line in lines:
-        console.print(line)
-    if written:
-        console.print(f"\nwritten {', '.join(map(str, written))}")
-
-
-def _write(found: dict[str, Any], lines: list[str], out: Path) -> list[Path]:
-    """Write a profile's files; returns them."""
-    from smallvit import report
-    from smallvit.costs import loglog, tables
-    from smallvit.files import write_text
+def _write(results: dict[str, Any], notes: list[str], out: Path) -> list[Path]:
+    """Write a profile's files; return their paths."""
+    from smallvit.profiling import profile, scaling
+    from smallvit.utils import tables
+    from smallvit.utils.files import write_text
 
     out.mkdir(parents=True, exist_ok=True)
-    grown = found.get("growth")
-    report.write_csv(found["rows"], out / CSV)
-    write_text(out / JSON, json.dumps(found, indent=2) + "\n")
-    for name in (GROWTH, PICTURE):
+    growth = results.get("growth")
+    tables.write_csv(results["rows"], out / CSV)
+    write_text(out / JSON, json.dumps(results, indent=2) + "\n")
+    for name in (GROWTH, FIGURE):
         (out / name).unlink(missing_ok=True)
-    if grown:
-        report.write_csv(grown, out / GROWTH)
-        loglog.plot_growth(grown, out / PICTURE, f"Growth with the image: {found['hardware']}, {found['precision']}")
-    write_text(out / PAGE, tables.page(found, lines, PICTURE if grown else None))
-    return [out / name for name in (PAGE, CSV, JSON, *([GROWTH, PICTURE] if grown else []))]
+    if growth:
+        tables.write_csv(growth, out / GROWTH)
+        scaling.plot_growth(growth, out / FIGURE, f"{results['hardware']}, {results['precision']}")
+    write_text(out / PAGE, profile.format_markdown(results, notes, FIGURE if growth else None))
+    return [out / name for name in (PAGE, CSV, JSON, *([GROWTH, FIGURE] if growth else []))]

@@ -1,35 +1,39 @@
-"""`smallvit report`: runs as one HTML page."""
+"""Run `smallvit report`: write runs as one HTML page."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from smallvit.cli.options import Parser, new_file, options_parser
-from smallvit.config import Config
-from smallvit.runs import Run
+from smallvit.cli.parser import Parser, options_parser
+from smallvit.config.config import Config
+from smallvit.runs.run import Run
+from smallvit.utils.errors import InputError
+from smallvit.utils.files import check_output_file
 
 DESCRIPTION = """\
-Write a run, or several side by side, as one HTML page that needs nothing but itself.
+Write a run, or a comparison of several, as one self-contained HTML page.
 
   smallvit report runs/vit-spt-lsa-digits
   smallvit report runs/vit-digits runs/vit-spt-lsa-digits --out digits.html
   smallvit report RUN --no-compute --overwrite
+  smallvit report RUN --data DIR                 # if the run's data has moved
 
-The page has accuracy, curves, classes, confusions, calibration, mistakes, attention maps, all options, and how to
-repeat it. Test results and attention maps that are missing, or are of former weights, are computed first and stay in
-the run's folder; --no-compute leaves them out.
+The page shows accuracy, curves, classes, confusions, calibration, mistakes, attention maps, all options, and the
+command that repeats the training. Test results and attention maps that are missing, or of other weights, are computed
+first and stored in the run's folder, unless --no-compute is given.
 See also: smallvit eval, smallvit attend, smallvit compare; docs/reporting.md.
 """
 
 
 def parser() -> Parser:
-    """The arguments."""
-    return options_parser("smallvit report", DESCRIPTION, ("device",), _own)
+    """Return the argument parser."""
+    moved = "New location of the runs' data, if it has moved; contents are compared."
+    return options_parser("smallvit report", DESCRIPTION, ("device", "data"), _add_arguments, {"data": moved})
 
 
 def main(argv: list[str]) -> int:
-    """Compute what is missing, and write the page."""
+    """Compute missing results, and write the page."""
     given = parser().parse_args(argv)
     config = Config.build(device=getattr(given, "device", "auto"))
     folders = [Path(os.path.expanduser(run)) for run in given.runs]
@@ -37,17 +41,18 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from smallvit.pages import dossier, page
+    from smallvit.report import html, run_summary
 
-    dossier.require_apart(folders)
-    runs = [dossier.read(folder) for folder in folders]
-    path = new_file(out, ".html", overwrite=given.overwrite)
-    if given.compute and any(run.lacking for run in runs):
-        from smallvit.pages import lacking  # only now: what is all there needs no torch
-
-        console = Console(stderr=True)
-        runs = [lacking.completed(run, config.compute.device, console) if run.lacking else run for run in runs]
-    page.write(runs, path)
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise InputError(f"{folder}: given twice")
+    runs = [run_summary.read_run_summary(folder) for folder in folders]
+    path = check_output_file(out, ".html", overwrite=given.overwrite)
+    if given.compute:
+        moved, console = getattr(given, "data", None), Console(stderr=True)
+        device = config.compute.device
+        runs = [run_summary.complete_summary(run, device, console, moved) if run.computable else run for run in runs]
+    html.write_report(runs, path)
     for run in runs:
         for note in run.notes:
             print(f"{run.folder}: {note}")
@@ -55,11 +60,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _own(parser: Parser) -> None:
-    """The arguments that no configuration has."""
+def _add_arguments(parser: Parser) -> None:
+    """Add the arguments that are not options of a configuration."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of runs.")
-    page = f"The page; by default {Run.REPORT} in the run's folder, or here where there are several."
+    page = f"The page; by default {Run.REPORT} in the run's folder, or in the working directory for several runs."
     parser.add_argument("--out", metavar="FILE.html", help=page)
-    parser.add_argument("--overwrite", action="store_true", help="Replace the page that is there.")
-    nothing = "Leave out what is missing; by default it is computed."
+    parser.add_argument("--overwrite", action="store_true", help="Replace an existing page.")
+    nothing = "Do not compute missing results."
     parser.add_argument("--no-compute", action="store_false", dest="compute", help=nothing)

@@ -1,39 +1,40 @@
-"""`smallvit show`: a picture of augmented training images, with the labels that the model is to learn."""
+"""`smallvit show`: draw augmented training images with their labels."""
 
 from __future__ import annotations
 
-from smallvit.cli.options import Parser, new_file, options_parser, parsed
-from smallvit.config import Config
+from smallvit.cli.parser import Parser, options_parser, parse
+from smallvit.config.config import Config
+from smallvit.datasets.catalog import require_data
+from smallvit.utils.files import check_output_file
 
 DESCRIPTION = """\
-Write a picture of training images as the model sees them: in each row an image, then seven augmented views of it.
+Draw training images as the model sees them: each row has an image and seven augmented views of it.
 
-  smallvit show --data cifar100 --aug paper --out sheet.png
+  smallvit show --data cifar100 --aug lee2021 --out sheet.png
   smallvit show --data DIR --img-size 64 --aug mix --flip 0 --overwrite --out sheet.png
   smallvit show --recipe deit --data DIR
 
-One PNG is written, augmented.png unless --out names another. Below each image stands its label, or the two that it is
-mixed from with their shares. --seed draws other images and views.
+The output is one PNG file. The caption of a view is its label, or the two mixed labels with their shares. Another
+--seed draws other images and views.
 See also: smallvit list aug; docs/data.md.
 """
-
-
 SERVES = ("recipe", "config", "data.*", "augment.*", "seed", "out", "overwrite")
-TOLD = {"out": "File (.png) for the picture. [augmented.png]", "overwrite": "Replace --out."}
+HELP = {"out": "Output file (.png). [augmented.png]", "overwrite": "Replace --out."}
 
 
 def parser() -> Parser:
-    """The arguments."""
-    return options_parser("smallvit show", DESCRIPTION, SERVES, told=TOLD)
+    """Return the argument parser."""
+    return options_parser("smallvit show", DESCRIPTION, SERVES, help_texts=HELP)
 
 
 def main(argv: list[str]) -> int:
-    """Load the data, augment some of it, write the PNG (augmented.png, unless --out names another)."""
-    config = Config.build(**parsed(parser(), argv))
-    path = new_file(config.run.out or "augmented.png", ".png", overwrite=config.run.overwrite)
+    """Load the data, augment some images, and write the PNG file."""
+    config = Config.build(**parse(parser(), argv))
+    require_data(config.data.data)
+    path = check_output_file(config.run.out or "augmented.png", ".png", overwrite=config.run.overwrite)
 
-    from smallvit import sheet
+    from smallvit.datasets import preview
 
-    sheet.augmented(config).save(path)
+    preview.draw_augmented(config).save(path)
     print(path)
     return 0

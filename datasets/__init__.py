@@ -1,20 +1,20 @@
-"""Data sets by name, any folder or zip file of class folders, and what timm's readers read.
+"""Load image classification data sets: by name, from a folder or zip file, or from the Hugging Face Hub.
 
-`DATASETS` is the table of names; `load` reads, splits and describes what a `DataConfig` names.
+`DATASETS` lists the data sets known by name; `create_dataset` reads, splits and describes what a `DataConfig` names.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from smallvit.datasets.table import DATASETS
+from smallvit.datasets.catalog import DATASETS
 
-__all__ = ["DATASETS", "load"]
+__all__ = ["DATASETS", "create_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from smallvit.datasets.source import load  # only now: the table alone needs no torch
+    if name == "create_dataset":  # imported on first use, as DATASETS alone needs no torch
+        from smallvit.datasets.factory import create_dataset
 
-        return load
+        return create_dataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

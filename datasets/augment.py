@@ -1,13 +1,17 @@
-"""Batched augmentation on the training device, drawn anew for each image.
+"""Augment batches on the training device, with parameters drawn for each image.
 
-Parameters are drawn on the host from a generator that a seed, an epoch and a step determine, so they are the same on
-every device; applying them is a handful of whole-tensor operations, without a loop over images.
+Parameters are drawn on the CPU from a generator that depends on seed, epoch and step, so they are the same on every
+device. They are applied in a few whole-tensor operations, without a loop over images.
 
-    crop, flip       a padded crop (black or mirrored border), or a rectangle resized as by RandomResizedCrop; mirrored
-    policy, jitter   colours and shapes: `policies`
-    normalise        (x / 255 − mean) / std
-    random erasing   a rectangle set to 0, the mean colour, or to noise; Zhong et al. 2017, arXiv:1708.04896
-    Mixup, CutMix    `mixing`
+    crop, flip       a padded crop (black or mirrored border) or RandomResizedCrop, and a horizontal flip
+    policies         AutoAugment and others, color jitter: `auto_augment`
+    normalize        (x / 255 − mean) / std
+    random erasing   a rectangle set to 0, the mean color, or to noise; Zhong et al. 2017, arXiv:1708.04896
+    Mixup, CutMix    x ← w·x + (1 − w)·partner, with a weight w per pixel
+
+Mixup's weight is constant (Zhang et al. 2017, arXiv:1710.09412); CutMix's is 0 in a rectangle and 1 elsewhere (Yun et
+al. 2019, arXiv:1905.04899). The weight of the label is the mean of w. The partner is the neighbor, in pairs: a batch
+can be split between pairs, and each part is mixed as in the batch. An image without a neighbor remains unchanged.
 
 Axes: b batch, c channels, h w pixels, k classes.
 """
@@ -15,7 +19,8 @@ Axes: b batch, c channels, h w pixels, k classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,36 +28,81 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from smallvit.datasets.boxes import Boxes, crop_boxes, erasing_boxes
-from smallvit.datasets.mixing import Mix, Mixing, mix_pairs
-from smallvit.datasets.noise import normal_noise
-from smallvit.datasets.operations import fetch, perform, resized_crop
-from smallvit.datasets.policies import Policy, Step, jitter, policy
+from smallvit.config.options import AugmentConfig
+from smallvit.datasets.boxes import Boxes, crop_boxes, cutmix_boxes, erasing_boxes
+from smallvit.datasets.functional import apply_operations, gather_pixels, normal_noise, resized_crop
 from smallvit.datasets.presets import preset
-from smallvit.errors import InputError
-from smallvit.options import AugmentConfig
+from smallvit.utils.errors import InputError, warn
 
-LEAST_ERASED = 0.02
-"""Least share of an image's area that random erasing takes."""
-GREY = 128
-"""What policies fill with where an image has been moved away, as AutoAugment's own code."""
+if TYPE_CHECKING:
+    from smallvit.datasets.auto_augment import Policy, Step
+
+MIN_ERASED = 0.02
+"""Minimum share of an image's area for random erasing."""
+GRAY = 128
+"""Fill for pixels outside of the image in geometric operations, as in AutoAugment's code."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Parameters of Mixup and CutMix for each image of a batch."""
+
+    kept: np.ndarray
+    """Mixup's weight of the image; 1 without Mixup."""
+    cut: Boxes
+    """CutMix's rectangle of the partner; empty without CutMix."""
+
+    def part(self, chosen: slice) -> Mix:
+        """Return the parameters of some of the images."""
+        return Mix(self.kept[chosen], self.cut.part(chosen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Distribution of Mixup's and CutMix's parameters."""
+
+    prob: float = 0.0
+    """Probability that an image (or a batch) is mixed, by Mixup or CutMix in equal shares."""
+    mixup: float = 0.0
+    """Alpha of Beta(alpha, alpha), from which Mixup's weight is drawn; 0: no Mixup."""
+    cutmix: float = 0.0
+    """Alpha of Beta(alpha, alpha), from which CutMix's remaining area is drawn; 0: no CutMix."""
+    per: Literal["elem", "batch"] = "elem"
+    """Whether parameters are drawn for each image or once for a batch."""
+    major: bool = False
+    """Whether Mixup's weight is at least a half."""
+
+    def __bool__(self) -> bool:
+        return bool(self.prob and (self.mixup or self.cutmix))
+
+    def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Mix:
+        """Draw the parameters of `b` images of `h` × `w` pixels."""
+        n = b if self.per == "elem" else 1
+        mixed = rng.random(n) < self.prob
+        share = 0.5 if self.mixup and self.cutmix else float(self.mixup > 0)
+        by_mixup = rng.random(n) < share
+        weight = _draw_beta(rng, self.mixup, n)
+        weight = np.maximum(weight, 1 - weight) if self.major else weight
+        kept = np.where(mixed & by_mixup, weight, 1.0)
+        cut = cutmix_boxes(rng, mixed & ~by_mixup & (self.cutmix > 0), _draw_beta(rng, self.cutmix, n), h, w)
+        return Mix(kept, cut) if n == b else Mix(np.repeat(kept, b), cut.repeat(b))
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each image of a batch."""
+    """Augmentation parameters of each image of a batch."""
 
     crop: Boxes
-    """In pixels of the image, or of the padded one."""
+    """In pixels of the image, or of the padded image."""
     flip: np.ndarray
     steps: tuple[Step, ...]
     erase: Boxes
     noise: np.ndarray
-    """Keys of the noise in erased rectangles."""
+    """Keys of the random noise in erased rectangles."""
     mix: Mix
 
     def part(self, chosen: slice) -> Draws:
-        """The same for a part of the images."""
+        """Return the parameters of some of the images."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         steps = tuple(step.part(chosen) for step in values.pop("steps"))
         flip, noise = values.pop("flip")[chosen], values.pop("noise")[chosen]
@@ -61,51 +111,61 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The augmentation of one data set: draw parameters for a batch, then apply them."""
+    """Augmentation of a data set: draw parameters for a batch, then apply them."""
 
     crop: Literal["none", "pad", "reflect", "resized"] = "none"
     padding: int = 0
     crop_scale: float = 0.08
     flip: float = 0.0
     policies: tuple[Policy, ...] = ()
-    erasing: float = 0.0
-    erasing_fill: Literal["mean", "noise"] = "mean"
+    bicubic: bool = False
+    """Resample crops and geometric operations bicubically instead of bilinear crops and nearest pixels."""
+    policy_fill: Literal["gray", "mean"] = "gray"
+    """Fill of geometric operations: 128, or the data set's mean."""
+    random_erasing: float = 0.0
+    random_erasing_fill: Literal["mean", "noise"] = "mean"
     erasing_area: float = 0.4
     mixing: Mixing = field(default_factory=Mixing)
-    repeats: int = 1
+    aug_repeats: int = 1
 
     @classmethod
     def from_config(
-        cls, config: AugmentConfig, img_size: int, may_flip: bool, auto: str = "mix", own_policy: str = "cifar10"
+        cls, config: AugmentConfig, img_size: int, flip: bool, aug: str = "mix", policy: str = "cifar10"
     ) -> Augment:
-        """The preset (`auto` names the one that suits the data), with the options that were given in place of its own.
+        """Create the augmentation of a preset, with the options of `config` instead of the preset's values.
+
+        Args:
+            flip: Whether mirrored images keep their class.
+            aug: Preset for `--aug auto`.
+            policy: AutoAugment policy for `--auto-augment autoaugment`.
 
         Raises:
-            InputError: a border wider than the image, an option that has no effect, or no such policy.
+            InputError: a border wider than the image, or an unknown policy.
         """
-        values = preset(auto if config.aug == "auto" else config.aug, img_size)
-        values["flip"] *= may_flip
-        values |= {name: given for name in values if (given := getattr(config, name, None)) not in (None, "auto")}
+        values = preset(aug if config.aug == "auto" else config.aug, img_size)
+        values["flip"] *= flip
+        values |= {name: value for name in values if (value := getattr(config, name, None)) not in (None, "auto")}
         padding = _padding(config, values, img_size)
-        _require_effect(config, values)
-        drawn = (policy(values["policy"], own_policy), jitter(values["jitter"]))
+        _warn_ineffective(config, values)
         return cls(
             crop=values["crop"],
             padding=padding,
             crop_scale=values["crop_scale"],
             flip=values["flip"],
-            policies=tuple(each for each in drawn if each is not None),
-            erasing=values["erasing"],
-            erasing_fill=values["erasing_fill"],
+            policies=_create_policies(values["auto_augment"], values["color_jitter"], policy),
+            bicubic=values["bicubic"],
+            policy_fill=values["policy_fill"],
+            random_erasing=values["random_erasing"],
+            random_erasing_fill=values["random_erasing_fill"],
             erasing_area=values["erasing_area"],
             mixing=Mixing(
-                prob=values["mix_prob"],
+                prob=values["mixup_prob"],
                 mixup=values["mixup"],
                 cutmix=values["cutmix"],
-                per=values["mix_per"],
+                per=values["mixup_mode"],
                 major=values["mix_major"],
             ),
-            repeats=values["repeats"],
+            aug_repeats=values["aug_repeats"],
         )
 
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Draws:
@@ -117,7 +177,7 @@ class Augment:
             crop = Boxes(top, left, top + h, left + w)
         flip = rng.random(b) < self.flip
         steps = tuple(step for each in self.policies for step in each(rng, b, min(h, w)))
-        erase = erasing_boxes(rng, rng.random(b) < self.erasing, h, w, (LEAST_ERASED, self.erasing_area))
+        erase = erasing_boxes(rng, rng.random(b) < self.random_erasing, h, w, (MIN_ERASED, self.erasing_area))
         noise = rng.integers(-(2**63), 2**63, b)
         return Draws(crop, flip, steps, erase, noise, self.mixing.draw(rng, b, h, w))
 
@@ -130,62 +190,72 @@ class Augment:
         std: Float[Tensor, "c 1 1"],
         classes: int,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-        """Normalised images and label distributions."""
-        x = normalise(self.vary(images, draws), mean, std)
-        if self.erasing:
-            x = erase(x, draws.erase, draws.noise if self.erasing_fill == "noise" else None)
+        """Return augmented, normalized images and label distributions."""
+        fill = (255 * mean).round_().clamp_(max=255).byte() if self.policy_fill == "mean" else GRAY
+        x = normalize(self.transform(images, draws, fill), mean, std)
+        if self.random_erasing:
+            x = erase(x, draws.erase, draws.noise if self.random_erasing_fill == "noise" else None)
         targets = F.one_hot(labels, classes).to(x.dtype)
         return mix_pairs(x, targets, draws.mix) if self.mixing else (x, targets)
 
-    def vary(self, images: UInt8[Tensor, "b c h w"], draws: Draws) -> UInt8[Tensor, "b c h w"]:
-        """What happens to grey levels: crop, flip, policies."""
+    def transform(
+        self, images: UInt8[Tensor, "b c h w"], draws: Draws, fill: int | UInt8[Tensor, "c 1 1"] = GRAY
+    ) -> UInt8[Tensor, "b c h w"]:
+        """Apply crop, flip and policies to gray levels; `fill` is for pixels from outside of the image."""
         flip = _to(images.device, draws.flip)
         top, left = _to(images.device, draws.crop.top), _to(images.device, draws.crop.left)
         if self.crop == "resized":
             height, width = draws.crop.bottom - draws.crop.top, draws.crop.right - draws.crop.left
-            images = resized_crop(images, top, left, _to(images.device, height), _to(images.device, width))
+            sides = _to(images.device, height), _to(images.device, width)
+            images = resized_crop(images, top, left, *sides, bicubic=self.bicubic)
             top, left = torch.zeros_like(top), torch.zeros_like(left)
         images = crop_and_flip(images, self.padding, top, left, flip, mirror=self.crop == "reflect")
         for step in draws.steps:
-            images = perform(images, step.names, step.strengths, step.places, fill=GREY)
+            images = apply_operations(images, step.names, step.strengths, step.centers, fill, bicubic=self.bicubic)
         return images
 
 
-def _require_effect(config: AugmentConfig, values: dict[str, Any]) -> None:
-    """Check that what was asked for on purpose happens.
+def _warn_ineffective(config: AugmentConfig, values: dict[str, Any]) -> None:
+    """Warn of options that have no effect with the others."""
+    if not values["mixup_prob"] and (config.mixup or config.cutmix or config.mixup_mode != "auto"):
+        warn("--mixup, --cutmix and --mixup-mode have no effect without --mixup-prob; add e.g. --mixup-prob 0.5")
+    if config.mixup_prob and not (values["mixup"] or values["cutmix"]):
+        warn("--mixup-prob has no effect without --mixup or --cutmix; add e.g. --cutmix 1")
+    if config.random_erasing_fill != "auto" and not values["random_erasing"]:
+        warn("--random-erasing-fill has no effect without --random-erasing; add e.g. --random-erasing 0.25")
 
-    Raises:
-        InputError: an option is of no use with the others.
-    """
-    if not values["mix_prob"] and (config.mixup or config.cutmix or config.mix_per != "auto"):
-        raise InputError("--mixup, --cutmix and --mix-per are of no use here without --mix-prob: give it too, say 0.5")
-    if config.mix_prob and not (values["mixup"] or values["cutmix"]):
-        raise InputError("--mix-prob is of no use here without --mixup or --cutmix: give one too, say --cutmix 1")
-    if config.erasing_fill != "auto" and not values["erasing"]:
-        raise InputError("--erasing-fill is of no use here without --erasing: give it too, say 0.25")
+
+def _create_policies(auto_augment: str, color_jitter: float, policy: str) -> tuple[Policy, ...]:
+    """Return AutoAugment or the like, and color jitter, as far as they are switched on."""
+    if auto_augment == "none" and not color_jitter:
+        return ()
+    from smallvit.datasets.auto_augment import create_policy, jitter_colors
+
+    jitter = partial(jitter_colors, color_jitter) if color_jitter else None
+    return tuple(each for each in (create_policy(auto_augment, policy), jitter) if each is not None)
 
 
 def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> int:
-    """Pixels of border for the crop that was chosen."""
+    """Return the border of the selected crop in pixels."""
     crop, padding = values["crop"], values["crop_padding"]
     if config.crop_scale is not None and crop != "resized":
-        raise InputError(f"--crop-scale is of no use with the crop {crop}; give --crop resized")
+        warn(f"--crop-scale has no effect with --crop {crop}; add --crop resized")
     if crop not in ("pad", "reflect"):
         if config.crop_padding is not None:
-            raise InputError(f"--crop-padding is of no use with the crop {crop}; give --crop pad or reflect")
+            warn(f"--crop-padding has no effect with --crop {crop}; add --crop pad or reflect")
         return 0
-    most = img_size - (crop == "reflect")
+    largest = img_size - (crop == "reflect")
     if config.crop_padding is None:
-        return min(most, round(img_size / 8) if padding is None else padding)
-    if padding > most:
-        raise InputError(f"--crop-padding {padding}: expected at most {most} for images of {img_size} px")
+        return min(largest, round(img_size / 8) if padding is None else padding)
+    if padding > largest:
+        raise InputError(f"--crop-padding {padding}: expected at most {largest} for images of {img_size} px")
     return padding
 
 
-def normalise(
+def normalize(
     images: UInt8[Tensor, "b c h w"], mean: Float[Tensor, "c 1 1"], std: Float[Tensor, "c 1 1"]
 ) -> Float[Tensor, "b c h w"]:
-    """Grey levels 0 to 255 to zero mean and unit variance per channel; mean and std of values in [0, 1]."""
+    """Normalize gray levels 0 to 255 per channel; `mean` and `std` are those of values in [0, 1]."""
     return images.float().div_(255).sub_(mean).div_(std)
 
 
@@ -197,7 +267,7 @@ def crop_and_flip(
     flip: Tensor,
     mirror: bool = False,
 ) -> UInt8[Tensor, "b c h w"]:
-    """Pad with black (or the mirrored edge), cut h × w at (top, left), mirror where `flip`."""
+    """Pad with black (or the mirrored edge), crop h × w at (top, left), and mirror the images with `flip`."""
     h, w = images.shape[-2:]
     columns = torch.arange(w, device=images.device)
     rows = top[:, None] + torch.arange(h, device=images.device)
@@ -207,19 +277,42 @@ def crop_and_flip(
         columns = w - 1 - (w - 1 - (columns - padding).abs()).abs()
     elif padding:
         images = F.pad(images, (padding,) * 4)
-    return fetch(images, rows[:, :, None] * images.shape[-1] + columns[:, None, :])
+    return gather_pixels(images, rows[:, :, None] * images.shape[-1] + columns[:, None, :])
 
 
 def erase(x: Float[Tensor, "b c h w"], boxes: Boxes, keys: np.ndarray | None = None) -> Float[Tensor, "b c h w"]:
-    """Set each image's rectangle to 0, the mean colour, or to normal noise from its key. Changes `x`."""
+    """Set each image's rectangle in `x` to 0, the mean color, or to normal noise from its key, in place."""
     chosen = np.flatnonzero(boxes.bottom > boxes.top)
     if not len(chosen):
         return x
-    where = _to(x.device, chosen)
-    erased = x[where]
+    indices = _to(x.device, chosen)
+    erased = x[indices]
     fill = 0.0 if keys is None else normal_noise(_to(x.device, keys[chosen]), erased[0].numel()).view_as(erased)
-    x[where] = torch.where(boxes.part(chosen).inside(*x.shape[-2:], x.device), fill, erased)
+    h, w = x.shape[-2:]
+    x[indices] = torch.where(boxes.part(chosen).mask(h, w, x.device), fill, erased)
     return x
+
+
+def mix_pairs(
+    x: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], mix: Mix
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
+    """Mix images and label distributions with their neighbors."""
+    h, w = x.shape[-2:]
+    kept = torch.from_numpy(mix.kept.astype(np.float32)).to(x.device, non_blocking=True)
+    weight = torch.where(mix.cut.mask(h, w, x.device), 0.0, kept[:, None, None, None])
+    share = weight.mean(dim=(1, 2, 3))[:, None]
+    return torch.lerp(swap_pairs(x), x, weight), torch.lerp(swap_pairs(targets), targets, share)
+
+
+def swap_pairs(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    """Swap each entry with its neighbor."""
+    even = len(x) // 2 * 2
+    swapped = x[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped if even == len(x) else torch.cat([swapped, x[even:]])
+
+
+def _draw_beta(rng: np.random.Generator, alpha: float, b: int) -> np.ndarray:
+    return rng.beta(alpha, alpha, b) if alpha else np.ones(b)
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:

@@ -1,19 +1,22 @@
-"""Image files of any size and mode to one uint8 tensor, decoded once, in parallel, and cached on disk.
+"""Decode image files of any size and mode to one uint8 tensor, in parallel and cached on disk.
 
-Decoding: EXIF orientation is applied, 16-bit grey is scaled to 8, transparency is laid on white, every mode ends
-as RGB; the shorter side is resized to the image size (bilinear, antialiased) and the centre is cut out. What Pillow
-warns of is either harmless or an error a little later, so its warnings are silenced.
+EXIF orientation is applied, gray values of more than 8 bits are scaled (see `gray`), transparent pixels become white,
+and every mode becomes RGB. The shorter side is resized to the image size (bilinear, antialiased), then the center is
+cropped. Warnings of Pillow are harmless or followed by an error, so they are silenced.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,42 +29,57 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smallvit.config.options import MAX_MEGAPIXELS
+from smallvit.datasets.gray import PHOTOMETRIC, WHITE_IS_ZERO, GrayRanges, kind_of, to_levels
 from smallvit.datasets.listing import Listing
-from smallvit.datasets.memory import require_memory
-from smallvit.errors import InputError, first_line
+from smallvit.utils.cores import usable_cores
+from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.files import atomic_write
+from smallvit.utils.hardware import require_memory
 
-DECODER = 3
-"""Raised when decoding changes, so that older caches are not used."""
+CACHE_VERSION = 5
+"""Increased when decoding changes, so that older caches are not used."""
+Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
+NO_RANGES = GrayRanges()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
 
 
-def default_size(files: Listing, largest: int = 64, sample: int = 512) -> int:
-    """An image size for these files: the median shorter side, at most `largest`, fit for a ViT's patches.
+@contextmanager
+def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Image]:
+    """Open an image file and check its size; Pillow's errors on damaged files pass through.
 
-    That is a multiple of 8 from 56 px upwards, else of 4, and at least 8.
-
-    Looks at the headers of at most `sample` files, evenly spread.
+    Raises:
+        ValueError: the image has more megapixels than `max_megapixels`.
     """
-    sides = []
-    for index in np.linspace(0, len(files) - 1, min(sample, len(files))).astype(int):
-        try:
-            with Image.open(files.open(index)) as image:
-                sides.append(min(image.size))
-        except Exception:
-            continue  # damaged: decoding will name it
-    size = min(int(np.median(sides)), largest) if sides else largest
-    return max(8, size - size % (8 if size >= 56 else 4))
-
-
-def decode_image(file: str | BinaryIO, size: int) -> UInt8[np.ndarray, "3 size size"]:
-    """Decode one file; raises whatever Pillow raises for files that are damaged or no images."""
     with Image.open(file) as image:
-        image.draft("RGB", (size, size))  # large JPEGs: decode at a fraction of the size
-        return fit(to_rgb(ImageOps.exif_transpose(image)), size)
+        width, height = image.size
+        if width * height > 1e6 * max_megapixels:
+            raise ValueError(
+                f"{width:,} x {height:,} pixels are {width * height / 1e6:,.4g} megapixels, --max-megapixels allows "
+                f"{max_megapixels:,g}: raise it, or shrink the image"
+            )
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and kind_of(image) is not None:
+            image.info[WHITE_IS_ZERO] = True  # Pillow inverts images of 8 bits only
+        yield image
 
 
-def fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
-    """Resize the shorter side to `size` and cut out the centre."""
+def decode_image(
+    file: str | BinaryIO, size: int, ranges: GrayRanges = NO_RANGES, max_megapixels: float = MAX_MEGAPIXELS
+) -> UInt8[np.ndarray, "3 size size"]:
+    """Decode one file; Pillow's errors on damaged files pass through.
+
+    Args:
+        ranges: Ranges of gray values of more than 8 bits.
+        max_megapixels: Larger images raise a ValueError.
+    """
+    with open_image(file, max_megapixels) as image:
+        return convert_image(image, size, ranges)
+
+
+def convert_image(image: Image.Image, size: int, ranges: GrayRanges = NO_RANGES) -> UInt8[np.ndarray, "3 size size"]:
+    """Convert an image of any mode and orientation to RGB, resize its shorter side to `size`, and crop the center."""
+    image.draft("RGB", (size, size))  # large JPEGs: decode at a fraction of the size
+    image = to_rgb(ImageOps.exif_transpose(image), ranges)
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)
     if image.size != (size, size):
@@ -69,113 +87,142 @@ def fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB.
+def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:
+    """Convert any Pillow mode to RGB.
 
     Raises:
-        ValueError: pixels are infinite or no numbers.
+        ValueError: gray values of more than 8 bits cannot be scaled.
     """
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("pixels that are infinite or no numbers")
-        if image.mode != "F" and (values.max() > 255 or image.mode.startswith("I;16")):
-            values = values / 257  # 16 bits to 8
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if kind_of(image) is not None:
+        image = Image.fromarray(to_levels(image, ranges))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def decode_all(files: Listing, size: int) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str]]:
-    """Decode all files in parallel with a progress bar; returns the images and the reason for each bad file."""
-    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
-    bad: dict[int, str] = {}
-
-    def decode(chunk: range) -> None:
-        for index in chunk:
-            try:
-                pixels[index] = decode_image(files.open(index), size)
-            except Exception as error:  # whatever a damaged file provokes: the caller names it
-                pixels[index] = 0
-                bad[index] = reason(error, files.paths[index])
-
-    chunks = [range(start, min(start + 64, len(files))) for start in range(0, len(files), 64)]
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for _ in track(pool.map(decode, chunks), f"decoding {len(files):,} images", total=len(chunks)):
-            pass
-    return torch.from_numpy(pixels), bad
-
-
-def reason(error: Exception, path: str) -> str:
-    """Why an image cannot be decoded, without what Pillow calls the file."""
+def describe_decode_error(error: Exception, path: str) -> str:
+    """Return why an image cannot be decoded, without Pillow's name of the file."""
     return re.sub(r"<_io\.BytesIO.*?>", "", first_line(error).replace(repr(path), "")).strip()
 
 
-def describe_bad(files: Listing, bad: dict[int, str]) -> str:
-    """One line that names the first few files that cannot be decoded."""
-    named = [f"{repr(files.paths[index])[1:-1]} ({bad[index]})" for index in sorted(bad)[:3]]
-    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return f"{len(bad)} of {len(files)} images cannot be decoded: {', '.join(named)}{more}"
+def median_side(files: Listing, sample: int = 512) -> int | None:
+    """Return the median shorter side of the images in pixels, from the headers of at most `sample` files."""
+    sides = []
+    for index in np.linspace(0, len(files) - 1, min(sample, len(files))).astype(int):
+        with suppress(Exception), open_image(files.open(index), math.inf) as image:  # damaged: decoding reports it
+            sides.append(min(image.size))
+    return int(np.median(sides)) if sides else None
 
 
-def cache_folder() -> Path:
-    """Where decoded images are kept: $SMALLVIT_CACHE, else smallvit/ in the user's cache folder."""
-    if given := os.environ.get("SMALLVIT_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "smallvit"
+def default_size(side: int | None, largest: int = 64) -> int:
+    """Return an image size for images of this shorter side: at most `largest`, and such that ViT patches divide it.
+
+    It is a multiple of 8 from 56 px upwards, else of 4, and at least 8.
+    """
+    size = largest if side is None else min(side, largest)
+    return max(8, size - size % (8 if size >= 56 else 4))
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class Decoded:
+    """The decoded images of a listing."""
+
+    pixels: UInt8[Tensor, "n 3 size size"]
+    errors: dict[int, str]
+    """Error message for each file that cannot be decoded."""
+    cached: bool = False
+    """Whether the pixels were read from the cache."""
 
 
 def decode_cached(
-    files: Listing, size: int, skip_corrupt: bool
-) -> tuple[UInt8[Tensor, "n 3 size size"], dict[int, str], bool]:
-    """`decode_all`, or what it returned before for the same files; the last value says which (True: cached).
+    files: Listing,
+    size: int,
+    skip_corrupt: bool,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    ranges: GrayRanges = NO_RANGES,
+) -> Decoded:
+    """Decode all files, or read them from the cache.
 
-    One cache file a folder and size, valid while the fingerprint is the same.
+    There is one cache file per folder and size, valid while the listing's fingerprint and the ranges are the same.
 
     Raises:
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
     """
-    key = f"{DECODER}-{files.fingerprint}"
-    name = hashlib.sha256(f"{files.root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
-    file = cache_folder() / f"images-{name}.safetensors"
     require_memory(len(files), 3, size)
-    found = _read_cache(file, key, (len(files), 3, size, size))
-    pixels, bad = found or decode_all(files, size)
-    if bad and not skip_corrupt:
-        raise InputError(describe_bad(files, bad) + "; repair or remove, or leave out with --skip-corrupt")
-    if not found:
-        _write_cache(file, pixels, {"key": key, "bad": json.dumps(bad)})
-    return pixels, bad, found is not None
+    key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}"
+    name = hashlib.sha256(f"{files.root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
+    cache = cache_folder() / f"images-{name}.safetensors"
+    cached = _read_cache(cache, key)
+    decoded = cached or _decode_all(files, size, max_megapixels, ranges)
+    if decoded.errors and not skip_corrupt:
+        raise InputError(describe_errors(files, decoded.errors) + "; repair or remove them, or add --skip-corrupt")
+    if not cached:
+        _write_cache(cache, decoded, key)
+    return decoded
 
 
-def _read_cache(file: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, dict[int, str]] | None:
-    """What is cached under this key; nothing if there is no cache, another key's, or a broken one."""
+def _decode_all(files: Listing, size: int, max_megapixels: float, ranges: GrayRanges) -> Decoded:
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+
+    def decode(index: int) -> None:
+        pixels[index] = decode_image(files.open(index), size, ranges, max_megapixels)
+
+    errors = run_in_threads(decode, range(len(files)), files.paths, f"decoding {len(files):,} images")
+    pixels[list(errors)] = 0
+    return Decoded(torch.from_numpy(pixels), errors)
+
+
+def run_in_threads(
+    function: Callable[[int], None], indices: Sequence[int], paths: Sequence[str], description: str
+) -> dict[int, str]:
+    """Call a function for each file in parallel, with a progress bar; return the errors by index."""
+    errors: dict[int, str] = {}
+
+    def run(chunk: Sequence[int]) -> None:
+        for index in chunk:
+            try:
+                function(index)
+            except Exception as error:  # libraries raise anything on damaged files
+                errors[index] = describe_decode_error(error, paths[index])
+
+    chunks = [indices[start : start + 64] for start in range(0, len(indices), 64)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in track(pool.map(run, chunks), description, total=len(chunks), transient=True):
+            pass
+    return errors
+
+
+def describe_errors(files: Listing, errors: dict[int, str]) -> str:
+    """Return a line that names the first files that cannot be decoded."""
+    named = [f"{repr(files.paths[index])[1:-1]} ({errors[index]})" for index in sorted(errors)[:3]]
+    more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
+    return f"{len(errors)} of {len(files)} images cannot be decoded: {', '.join(named)}{more}"
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached files: $SMALLVIT_CACHE, else smallvit/ in the user's cache folder."""
+    if folder := os.environ.get("SMALLVIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "smallvit"
+
+
+def _read_cache(file: Path, key: str) -> Decoded | None:
+    """Return the entry cached under this key; None if it is missing, stale or damaged."""
     try:
         with safe_open(file, "pt") as cached:
             metadata = cached.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            bad = {int(index): str(reason) for index, reason in json.loads(metadata["bad"]).items()}
-            pixels = cached.get_tensor("pixels")
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
-        return None
-    return (pixels, bad) if pixels.shape == shape and pixels.dtype == torch.uint8 else None
-
-
-def _write_cache(file: Path, pixels: Tensor, metadata: dict[str, str]) -> None:
-    """Write whole or not at all; a cache that cannot be written is done without."""
-    partial = file.with_suffix(".partial")  # one name, so that what a crash leaves is written over
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"pixels": pixels}, partial, metadata)
-        partial.replace(file)
+            errors = {int(index): reason for index, reason in json.loads(metadata["bad"]).items()}
+            return Decoded(cached.get_tensor("pixels"), errors, cached=True)
     except (OSError, SafetensorError):
-        with suppress(OSError):
-            partial.unlink()
+        return None
+
+
+def _write_cache(file: Path, decoded: Decoded, key: str) -> None:
+    """Write the cache; continue without a cache if that fails."""
+    with suppress(OSError, SafetensorError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as partial:
+            save_file({"pixels": decoded.pixels}, partial, {"key": key, "bad": json.dumps(decoded.errors)})

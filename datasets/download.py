@@ -1,190 +1,174 @@
-"""Archives from the web to a folder: resumed, checked, and fetched once however many processes ask.
-
-Beside an archive lie <file>.partial, what has come of it so far, and <file>.verified, the size and time of change
-that it had when its checksum was found right. Where it comes from, first of these:
-
-    --data-url URL      URL/<file>; or URL itself, where the data set is one file and URL ends in that file's suffix
-                        or holds a query
-    SMALLVIT_MIRROR     its value/<data set>/<file>
-    the table           the authors' own address
-
-With SMALLVIT_OFFLINE set (to anything but 0) nothing is asked of the network; file: addresses still serve.
-"""
+"""Download archives, verify their checksums, and unpack them whole or not at all."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
-import json
+import gzip
 import os
-import sys
+import shutil
+import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from smallvit.datasets.table import DATASETS, Archive
-from smallvit.datasets.transfer import BLOCK, Order, progress, transfer
-from smallvit.errors import InputError
+import pooch
+import requests
+from rich.console import Console
+from rich.progress import open as open_with_progress
+from tqdm import tqdm
 
-LARGE = 2**28
-"""Bytes from which checking a file takes long enough for a bar."""
+from smallvit.datasets.catalog import DATASETS, Archive
+from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.files import LOCK, atomic_folder, atomic_write, locked
+
+RETRIES = 2
+"""Further attempts after a download failed."""
+TIMEOUT = 30.0
+"""Seconds without a response from the server after which an attempt fails."""
+HEADERS = {"User-Agent": "smallvit", "Accept-Encoding": "identity"}
+"""No transparent decompression: checksums are those of the files as stored."""
 
 
 def fetch(
-    entry_name: str, archives: Iterable[Archive], folder: Path, mirror: str | None = None, offline: bool | None = None
+    name: str, archives: Iterable[Archive], folder: Path, mirror: str | None = None, offline: bool | None = None
 ) -> list[Path]:
-    """Make sure that the archives lie in the folder, whole and with the right checksum; returns their paths.
+    """Download the archives that are missing in a folder, verify the others, and return their paths.
 
-    `mirror` is what --data-url says; `offline` goes before SMALLVIT_OFFLINE.
+    Only one process at a time downloads to a folder.
+
+    Args:
+        name: Data set, for messages and for the address on `SMALLVIT_MIRROR`.
+        mirror: Value of `--data-url`: address of a folder with the archives, or of the only archive.
+        offline: Whether to stop instead of using the network; by default `SMALLVIT_OFFLINE` decides.
 
     Raises:
-        InputError: a file that is there has another checksum, or one that is missing cannot be had; what has come
-            of it is kept, and the next call goes on from there.
+        InputError: a file has another checksum, or a missing one cannot be downloaded.
     """
     archives = tuple(archives)
     if offline is None:
         offline = os.environ.get("SMALLVIT_OFFLINE", "") not in ("", "0")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"fetches {entry_name}"):
-            for archive in archives:
-                if (folder / archive.file).exists():
-                    _verify(entry_name, folder / archive.file, archive)
-            missing = [archive for archive in archives if not (folder / archive.file).exists()]
+        with locked(folder / LOCK, f"downloads {name}"):
+            missing = [archive for archive in archives if not _is_verified(name, folder / archive.file, archive.md5)]
             for index, archive in enumerate(missing):
-                remedy = _remedy(missing[index:], folder)
-                url = _address(entry_name, archive, len(archives) == 1, mirror)
-                _require_source(entry_name, url, offline, remedy)
-                _download(Order(entry_name, archive, url, folder / archive.file, remedy))
+                files = ", ".join(f"{each.file} (md5 {each.md5})" for each in missing[index:])
+                remedy = f"put {files} into {folder}, or name a mirror with --data-url"
+                url = _url(name, archive, mirror, alone=len(archives) == 1)
+                if url is None:
+                    terms = f" ({DATASETS[name].license})" if name in DATASETS else ""
+                    raise InputError(f"--data {name}: the download requires a login{terms}: {remedy}")
+                if offline and not url.startswith("file:"):
+                    raise InputError(f"--data {name}: files are missing and SMALLVIT_OFFLINE is set: {remedy}")
+                _download(name, archive, url, folder, remedy)
     except OSError as error:
-        raise InputError(f"--data {entry_name}: {error.filename or folder}: {error.strerror or error}") from None
+        raise InputError(f"--data {name}: {error.filename or folder}: {error.strerror or error}") from None
     return [folder / archive.file for archive in archives]
 
 
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Let in one process at a time; the others wait and say what for. A folder nobody may write to needs no lock."""
-    path = folder / ".lock"
-    handle = _lock(path, what)
-    try:
-        yield
-    finally:
-        if handle:
-            path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and takes a new one
-            handle.close()
+def _is_verified(name: str, path: Path, md5: str) -> bool:
+    """Return whether a file exists, after a check of its md5."""
+    if not path.exists():
+        return False
+    if (actual := pooch.file_hash(str(path), alg="md5")) != md5:
+        raise InputError(f"--data {name}: {path} has md5 {actual}, expected {md5}; remove it to download it again")
+    return True
 
 
-def _lock(path: Path, what: str) -> IO[bytes] | None:
-    while True:
-        try:
-            handle = open(path, "ab")  # noqa: SIM115
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                return None
-            raise
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that {what}", file=sys.stderr, flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                return handle
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some file systems of clusters
-                return handle
-            handle.close()
-            raise
-        except BaseException:
-            handle.close()
-            raise
-        handle.close()
-
-
-def _verify(name: str, path: Path, archive: Archive) -> None:
-    """Compare the file's checksum, unless that was done before and the file has not changed since."""
-    if _read_note(path) == _stamp(path, archive):
-        return
-    found = _md5(path)
-    if found != archive.md5:
-        raise InputError(
-            f"--data {name}: {path} has md5 {found}, expected {archive.md5}: damaged, incomplete or another file; "
-            "remove it to have it downloaded again"
-        )
-    _write_note(path, archive)
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(path.name + ".verified")
-
-
-def _stamp(path: Path, archive: Archive) -> dict[str, object]:
-    status = path.stat()
-    return {"md5": archive.md5, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _read_note(path: Path) -> object:
-    with suppress(OSError, ValueError):
-        return json.loads(_note(path).read_text())
-    return None
-
-
-def _write_note(path: Path, archive: Archive) -> None:
-    with suppress(OSError):  # read-only: checked again next time
-        _note(path).write_text(json.dumps(_stamp(path, archive)))
-
-
-def _md5(path: Path) -> str:
-    digest, size = hashlib.md5(usedforsecurity=False), path.stat().st_size
-    with open(path, "rb") as file, progress(f"checking {path.name}", size, shown=size >= LARGE) as show:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            show(file.tell())
-    return digest.hexdigest()
-
-
-def _remedy(missing: list[Archive], folder: Path) -> str:
-    files = ", ".join(f"{archive.file} (md5 {archive.md5})" for archive in missing)
-    return f"put {files} into {folder}, or name a mirror with --data-url"
-
-
-def _address(name: str, archive: Archive, alone: bool, mirror: str | None) -> str | None:
+def _url(name: str, archive: Archive, mirror: str | None, *, alone: bool) -> str | None:
+    """Return the address of an archive: on the mirror of --data-url, on that of SMALLVIT_MIRROR, or its own."""
     if mirror is not None:
-        parts = _parse(mirror, "--data-url")
-        own = alone and (parts.query or parts.path.endswith(PurePosixPath(archive.file).suffix))
-        return mirror if own else f"{mirror.rstrip('/')}/{archive.file}"
+        path, query = _parse(mirror, "--data-url")
+        is_file = alone and (query or path.endswith(PurePosixPath(archive.file).suffix))
+        return mirror if is_file else f"{mirror.rstrip('/')}/{archive.file}"
     if base := os.environ.get("SMALLVIT_MIRROR"):
         _parse(base, "SMALLVIT_MIRROR")
         return f"{base.rstrip('/')}/{name}/{archive.file}"
     return archive.url
 
 
-def _parse(url: str, option: str) -> SplitResult:
+def _parse(url: str, option: str) -> tuple[str, str]:
+    """Return the path and query of a URL.
+
+    Raises:
+        InputError: it is no http, https or file URL.
+    """
     with suppress(ValueError):
         parts = urlsplit(url)
         if url.isprintable() and " " not in url and parts.scheme in ("http", "https", "file"):
-            return parts
-    raise InputError(f"{option} {url!r}: expected an http, https or file URL, such as file:///mnt/mirror")
+            return parts.path, parts.query
+    raise InputError(f"{option} {url!r}: expected an http, https or file URL such as file:///mnt/mirror")
 
 
-def _require_source(name: str, url: str | None, offline: bool, remedy: str) -> None:
-    if url is None:
-        terms = f" ({DATASETS[name].terms})" if name in DATASETS else ""
-        raise InputError(f"--data {name}: its authors ask for a login{terms}: {remedy}")
-    if offline and not url.startswith("file:"):
-        raise InputError(f"--data {name}: offline, as SMALLVIT_OFFLINE says, and files are missing: {remedy}")
+def _download(name: str, archive: Archive, url: str, folder: Path, remedy: str) -> None:
+    """Download a file; it gets its name after its checksum was verified."""
+    registry = {archive.file: f"md5:{archive.md5}"}
+    downloads = pooch.create(folder, "", registry=registry, urls={archive.file: url}, retry_if_failed=RETRIES)
+    pooch.get_logger().setLevel("ERROR")
+    size = archive.size or 1  # pooch ignores a bar of size 0, and sets the real size
+    with tqdm(desc=archive.file, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        http = pooch.HTTPDownloader(progressbar=bar, timeout=TIMEOUT, headers=HEADERS)
+        try:
+            downloads.fetch(archive.file, downloader=_copy if url.startswith("file:") else http)
+        except (ValueError, requests.RequestException) as error:
+            raise InputError(f"--data {name}: {url}: {first_line(error)}; {remedy}") from None
 
 
-def _download(order: Order) -> None:
-    """Bring the file, and give it its name once its checksum is right."""
-    transfer(order)
-    found = _md5(order.partial)
-    if found != order.archive.md5:
-        size = order.have
-        order.partial.unlink()
-        raise order.error(f"sent {size:,} bytes of md5 {found}, expected {order.archive.md5}; what came is removed")
-    order.partial.replace(order.path)
-    _write_note(order.path, order.archive)
+def _copy(url: str, path: str, _: object) -> None:
+    """Copy the file of a file URL, as a downloader of pooch."""
+    shutil.copyfile(url2pathname(urlsplit(url).path), path)
+
+
+def unpack_tar(archive: Path, folder: Path) -> None:
+    """Unpack a tar file, compressed or not, as `folder`; replace the folder if it exists.
+
+    If all members lie in a folder of the same name, that folder becomes `folder`.
+
+    Raises:
+        InputError: the archive is damaged, a member is no file or lies outside, or the disk is full.
+    """
+
+    def without_top(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        parts = PurePosixPath(member.name).parts
+        name = PurePosixPath(*(parts[1:] if parts[:1] == (folder.name,) else parts))
+        return tarfile.data_filter(member.replace(name=str(name)), path)
+
+    with explain_damage(archive), atomic_folder(folder) as partial, open_tar(archive) as tar:
+        tar.extractall(partial, filter=without_top)
+
+
+def unpack_gzip(archive: Path, file: Path) -> None:
+    """Unpack a single gzip-compressed file.
+
+    Raises:
+        InputError: the archive is damaged, or the disk is full.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with explain_damage(archive), atomic_write(file) as partial, gzip.open(archive) as source, partial.open("wb") as to:
+        shutil.copyfileobj(source, to)
+
+
+@contextmanager
+def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
+    """Open a tar file, with a progress bar that follows reading."""
+    description, console = f"unpacking {archive.name}", Console(stderr=True)
+    with (
+        open_with_progress(archive, "rb", description=description, console=console, transient=True) as raw,
+        tarfile.open(fileobj=raw) as tar,
+    ):
+        yield tar
+
+
+@contextmanager
+def explain_damage(archive: Path) -> Iterator[None]:
+    """Turn errors of unpacking into an `InputError` that names the archive."""
+    try:
+        yield
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(
+            f"{archive}: damaged or unsafe ({first_line(error)}); remove it to download it again"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be unpacked ({error.strerror or first_line(error)})") from None

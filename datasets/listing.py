@@ -1,90 +1,322 @@
-"""What a data set on disk consists of: image files, their classes and splits, in a folder or in a zip file."""
+"""Detect classes, splits and image files in a tree of folders, on disk or in a zip file."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from zipfile import ZipFile
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image
 
-from smallvit.errors import InputError
+from smallvit.utils.errors import InputError, is_utf8
 
 SPLITS = ("train", "val", "test")
-LIKE_SPLITS = {*SPLITS, "training", "valid", "validation", "testing"}
+ALIASES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Words for splits in the names of folders: Train, validation, train_set, seg_test, test-images, ..."""
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow opens but does not decode itself."""
+RUN_CONFIG, RUN_OPTIONS = "config.json", {"arch", "data", "epochs"}
+"""File in the folder of a smallvit run, and some of the options in it."""
+COMPARED = "compare.md"
+"""File in a folder of runs that `smallvit compare` wrote."""
+MAX_NAMED = 3
+"""Number of ignored folders that a note lists."""
+
+Sample = tuple[str, int, str]
+"""Name, class number and split of an image."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files: path, class number and split of each, in a fixed order."""
+    """Image files with their classes and splits, in a fixed order."""
 
     root: Path
-    """The folder, or the zip file."""
+    """The folder or zip file."""
     class_names: tuple[str, ...]
     paths: tuple[str, ...]
-    """Of files; of members, where `root` is a zip file."""
+    """Paths of the files, or names of the zip file's members."""
     labels: tuple[int, ...]
     splits: tuple[str, ...]
-    """Of each file: train, val or test; 'all' where the data has no such level."""
+    """Split of each file: train, val or test; 'all' if there are no split folders."""
     fingerprint: str
-    """A hash of every file's relative path, class, size and time of change (or checksum)."""
+    """Hash of every file's relative path, class, size and modification time (or checksum)."""
     content: str
-    """The same without the times, so that a copy elsewhere has the same."""
+    """The same without modification times, so that a copy elsewhere has the same hash."""
     zipped: bool = False
+    notes: tuple[str, ...] = ()
+    """Notes on ignored files, and on folders recognized as splits."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def named(self, index: int) -> str:
-        """An image's path in the folder or the zip file."""
+    def relative_path(self, index: int) -> str:
+        """Return the path of an image relative to the folder or within the zip file."""
         return self.paths[index] if self.zipped else os.path.relpath(self.paths[index], self.root)
 
     def open(self, index: int) -> str | BinaryIO:
-        """What Pillow opens to read an image."""
+        """Return the path or file object from which Pillow reads an image."""
         path = self.paths[index]
-        return io.BytesIO(_members(self.root, self.fingerprint, os.getpid()).read(path)) if self.zipped else path
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name ends like an image's."""
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or what macOS packs into archives."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def require_classes(class_names: tuple[str, ...], source: object, least: int = 2) -> None:
-    """Check that there are several classes (`least` of them), and that they are no splits.
-
-    Raises:
-        InputError: there are not, or they are.
-    """
-    if len(class_names) < least:
-        found = f"only {class_names[0]}/" if class_names else "none"
-        needed = "at least two class folders with images are" if least > 1 else "a class folder with images is"
-        raise InputError(f"--data {source}: {needed} needed, found {found}")
-    if all(name.lower() in LIKE_SPLITS for name in class_names):
-        raise InputError(f"--data {source}: {', '.join(class_names)} look like splits; call them train, val and test")
-
-
-def require_known_splits(folders: set[str], source: object) -> None:
-    """Check that no split beside train/ has another name than val or test: its images would be passed over.
-
-    Raises:
-        InputError: one has.
-    """
-    others = sorted(name for name in folders - set(SPLITS) if name.lower() in LIKE_SPLITS)
-    if others:
-        raise InputError(f"--data {source}: {', '.join(others)} beside train/ would not be read; call it val or test")
+        return io.BytesIO(_open_zip(self.root, self.fingerprint, os.getpid()).read(path)) if self.zipped else path
 
 
 @lru_cache(maxsize=4)
-def _members(file: Path, fingerprint: str, process: int) -> ZipFile:
-    """A zip file, opened once in each process, as threads may share it, processes not; anew when it has changed."""
+def _open_zip(file: Path, fingerprint: str, process: int) -> ZipFile:
+    """Open a zip file once per process and version; threads may share it, processes may not."""
     return ZipFile(file)
+
+
+@dataclass
+class Folder:
+    """A tree of folders and file names, on disk or in a zip file, without hidden ones."""
+
+    name: str = ""
+    """Path relative to the data's root."""
+    folders: dict[str, Folder] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    """Paths relative to the data's root."""
+
+    @property
+    def top(self) -> str:
+        """The prefix of names below: the path with a slash, empty for the root."""
+        return f"{self.name}/" if self.name else ""
+
+    def walk(self) -> Iterator[str]:
+        """Yield all files below, those of a folder before those of its subfolders."""
+        yield from self.files
+        for folder in self.folders.values():
+            yield from folder.walk()
+
+    def has_images(self) -> bool:
+        """Return whether there are images below."""
+        return any(map(is_image, self.walk()))
+
+    def images(self) -> list[str]:
+        """Return all images below."""
+        return [name for name in self.walk() if is_image(name)]
+
+    def loose(self) -> list[str]:
+        """Return the images directly in the folder."""
+        return [name for name in self.files if is_image(name)]
+
+
+def build_tree(names: Iterable[str]) -> Folder:
+    """Return the sorted tree of folders that names with slashes describe."""
+    root = Folder()
+    for name in sorted(names, key=lambda name: name.split("/")):
+        folder = root
+        for parent in name.split("/")[:-1]:
+            folder = folder.folders.setdefault(parent, Folder(folder.top + parent))
+        folder.files.append(name)
+    return root
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The images of a tree of folders, with their classes and splits."""
+
+    class_names: tuple[str, ...]
+    samples: list[Sample]
+    notes: tuple[str, ...]
+    top: str
+    """Folder that has the class or split folders, with a slash; empty for the root."""
+
+
+def find_layout(root: Folder, read_text: Callable[[str], str], source: object, min_classes: int = 2) -> Layout:
+    """Find classes, splits and images in a tree of class folders.
+
+    Split folders are recognized in several spellings. Folders that hold only one folder are entered. Run folders of
+    smallvit are no classes, nor are copies of the class folders among them and folders without images.
+
+    Raises:
+        InputError: fewer than `min_classes` classes, a split with other classes or without images, ambiguous names, or
+            names that are not UTF-8.
+    """
+    ignored = [f"{name}/ (a run)" for name in _remove_runs(root, read_text)]
+    root = unwrap(root)
+    splits = _find_splits(root, source)
+    notes = [f"{folder.name}/ is {split}" for split, folder in splits.items() if root.folders.get(split) is not folder]
+    splits = {split: _enter_same_name(folder) for split, folder in splits.items()} or {"all": root}
+    if "all" in splits:
+        ignored += [f"{name}/ (a copy of the class folders)" for name in _remove_copies(root)]
+    first = next(iter(splits.values()))
+    class_names = tuple(name for name, folder in first.folders.items() if folder.has_images())
+    if len(class_names) < min_classes:
+        listed = f"only {class_names[0]}/" if class_names else "none"
+        raise InputError(
+            f"--data {source}{'/' * bool(first.name)}{first.name}: expected at least {min_classes} class "
+            f"folder{'s' * (min_classes > 1)} with images, found {listed}"
+        )
+    samples = _list_samples(splits, class_names, source)
+    require_utf8([name for name, _, _ in samples], source)
+    ignored += [f"{folder.name}/ (no images)" for folder in first.folders.values() if not folder.has_images()]
+    ignored = _shorten(ignored) + _describe_ignored(root, {name for name, _, _ in samples})
+    notes += ["ignored: " + "; ".join(ignored)] if ignored else []
+    return Layout(class_names, samples, tuple(notes), root.top)
+
+
+def unwrap(root: Folder) -> Folder:
+    """Enter folders that hold only one folder, down to the class or split folders."""
+    while not root.loose():
+        filled = [(name, folder) for name, folder in root.folders.items() if folder.has_images()]
+        if len(filled) != 1:
+            break
+        ((name, inner),) = filled
+        classes = sum(each.has_images() for each in inner.folders.values())
+        if classes < (2 if inner.loose() else 1) or name.lower() in ALIASES:
+            break
+        root = inner
+    return root
+
+
+def _list_samples(splits: dict[str, Folder], class_names: tuple[str, ...], source: object) -> list[Sample]:
+    number = {name: label for label, name in enumerate(class_names)}
+    samples: list[Sample] = []
+    first = next(iter(splits))
+    for split, folder in splits.items():
+        before = len(samples)
+        for name, each in folder.folders.items():
+            images = each.images()
+            if images and name not in number:
+                raise InputError(f"--data {source}: class folder {each.name} does not exist in {splits[first].name}/")
+            samples += [(image, number[name], split) for image in images]
+        if len(samples) == before and folder.folders:
+            raise InputError(f"--data {source}: {folder.name}/ has no images; add some or remove it")
+    return samples
+
+
+def _find_splits(root: Folder, source: object) -> dict[str, Folder]:
+    """Return the folder of each split, in the order of `SPLITS`; none if there are only class folders.
+
+    Raises:
+        InputError: two folders may be the same split, or folders with the names of splits have no class folders.
+    """
+    exact: dict[str, list[Folder]] = {}
+    named: dict[str, list[Folder]] = {}
+    for name, folder in root.folders.items():
+        words = {ALIASES[word] for word in re.split("[ _.-]+", name.lower()) if word in ALIASES}
+        if len(words) == 1:
+            (split,) = words
+            named.setdefault(split, []).append(folder)
+            if name.lower() in ALIASES:
+                exact.setdefault(split, []).append(folder)
+    chosen = exact if any(folder.folders for folder in exact.get("train", ())) else named
+    is_lone_word = chosen is named and len(named) == 1  # a class such as train_station
+    if is_lone_word or not any(folder.folders for folder in chosen.get("train", ())):
+        if len(exact) > 1 and ("train" in exact or sum(map(len, exact.values())) == len(root.folders)):
+            names = ", ".join(folder.name for folders in exact.values() for folder in folders)
+            raise InputError(f"--data {source}: {names} look like splits without train/<class>/...")
+        return {}
+    for split, folders in chosen.items():
+        if len(folders) > 1:
+            names = " and ".join(f"{each.name}/" for each in folders)
+            raise InputError(f"--data {source}: {names} may both be the {split} split; merge them or remove one")
+    return {split: chosen[split][0] for split in SPLITS if split in chosen}
+
+
+def _enter_same_name(folder: Folder) -> Folder:
+    """Return the folder of the same name in a split folder that holds nothing else."""
+    name = PurePosixPath(folder.name).name
+    return folder.folders[name] if list(folder.folders) == [name] and not folder.loose() else folder
+
+
+def _remove_copies(root: Folder) -> list[str]:
+    """Remove folders that hold a copy of the class folders next to them; return their names."""
+    removed = []
+    for name, folder in list(root.folders.items()):
+        others, inner = root.folders.keys() - {name}, folder.folders.keys()
+        if len(others & inner) > 1 and (inner <= others or others <= inner) and not folder.loose():
+            del root.folders[name]
+            removed.append(name)
+    return removed
+
+
+def _remove_runs(root: Folder, read_text: Callable[[str], str]) -> list[str]:
+    """Remove run folders of smallvit, and folders that hold nothing else; return their names."""
+    removed = []
+    for name, folder in list(root.folders.items()):
+        if _is_run(folder, read_text):
+            del root.folders[name]
+            removed.append(folder.name)
+            continue
+        within = _remove_runs(folder, read_text)
+        is_empty = within and not folder.folders and (not folder.loose() or folder.top + COMPARED in folder.files)
+        if is_empty:
+            del root.folders[name]
+            within = [folder.name]
+        removed += within
+    return removed
+
+
+def _is_run(folder: Folder, read_text: Callable[[str], str]) -> bool:
+    if folder.top + RUN_CONFIG not in folder.files:
+        return False
+    try:
+        options = json.loads(read_text(folder.top + RUN_CONFIG))
+    except (OSError, ValueError):
+        return False
+    return isinstance(options, dict) and options.keys() >= RUN_OPTIONS
+
+
+def _describe_ignored(root: Folder, used: set[str]) -> list[str]:
+    """Return notes on images that are not used, by folder, and on other files in folders, by suffix."""
+    images: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for name in root.walk():
+        folder, slash, _ = name.removeprefix(root.top).partition("/")
+        if is_image(name) and name not in used:
+            images[f"in {root.top}{folder}/" if slash else "next to the class folders"] += 1
+        elif not is_image(name) and slash:
+            kinds[PurePosixPath(name).suffix.lower() or "without a suffix"] += 1
+    notes = _shorten([f"{count:,} image{'s' * (count > 1)} {where}" for where, count in images.items()])
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return notes + [f"files that Pillow does not read as images: {counted}"] * bool(kinds)
+
+
+def _shorten(names: list[str]) -> list[str]:
+    return names[:MAX_NAMED] + [f"{len(names) - MAX_NAMED:,} more"] * (len(names) > MAX_NAMED)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file name suffixes that Pillow decodes, in lower case."""
+    return frozenset(
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in NOT_IMAGES
+    )
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or created by macOS in archives or by Linux on disks."""
+    return name.startswith(".") or name in ("__MACOSX", "lost+found")
+
+
+def require_utf8(names: list[str], source: object) -> None:
+    """Check that the names of classes and images can be written to weights, tables and pages.
+
+    Raises:
+        InputError: a name is not UTF-8.
+    """
+    bad = [name for name in (str(source), *names) if not is_utf8(name)]
+    if bad:
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        raise InputError(
+            f"--data {ascii(str(source))[1:-1]}: {bad[0]!a}{more}: the name is not UTF-8; rename it, e.g. with convmv"
+        )

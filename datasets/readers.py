@@ -1,140 +1,192 @@
-"""Data sets by name, from their archives to tensors: CIFAR, SVHN, MNIST, Fashion-MNIST.
+"""Read the data sets known by name from their archives.
 
-Files are read by torchvision, after their checksums were found right: CIFAR's are pickles, which run what they hold.
-Each data set has a folder of its own, which may hold the archives, or the unpacked files alone as torchvision lays
-them out (cifar-10-batches-py/, cifar-100-python/, MNIST/raw/, FashionMNIST/raw/).
-
-Axes: n images, c channels, h w pixels.
+torchvision reads the files after their checksums were verified, since CIFAR's are pickles, which can run code. The
+folder of a data set holds the archives, or only the unpacked files as torchvision names them (cifar-10-batches-py/,
+cifar-100-python/, MNIST/raw/, FashionMNIST/raw/).
 """
 
 from __future__ import annotations
 
-import math
 import pickle
-import struct
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
 from torchvision.datasets.utils import check_integrity
 
-from smallvit.datasets.archives import unpack_gzip, unpack_tar
-from smallvit.datasets.download import fetch, locked
-from smallvit.datasets.table import DATASETS
-from smallvit.errors import InputError, first_line
+from smallvit.datasets.catalog import DATASETS
+from smallvit.datasets.dataset import Images
+from smallvit.datasets.download import explain_damage, fetch, open_tar, unpack_gzip, unpack_tar
+from smallvit.datasets.image_folder import list_folder, list_zip
+from smallvit.datasets.listing import Listing
+from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.files import LOCK, atomic_folder, locked
 
 DIGITS = tuple("0123456789")
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """The published training and test images of a data set."""
+class Arrays(NamedTuple):
+    """Decoded images of a data set and the names of its classes."""
 
-    train_pixels: UInt8[Tensor, "n c h w"]
-    train_labels: Int64[Tensor, " n"]
-    test_pixels: UInt8[Tensor, "m c h w"]
-    test_labels: Int64[Tensor, " m"]
+    splits: dict[str, Images]
+    """By split: train and test, or 'all' if there is no published test set."""
     class_names: tuple[str, ...]
 
 
-def read(name: str, folder: Path, mirror: str | None = None) -> Arrays:
-    """Read a data set from its folder in `folder`, fetching and unpacking what is missing.
+def read(name: str, data_dir: Path, mirror: str | None = None) -> Arrays | Listing:
+    """Read a data set from its folder in `data_dir`; download and unpack what is missing.
 
-    `mirror` is what --data-url says.
+    Args:
+        name: Key of `catalog.DATASETS`.
+        mirror: Value of `--data-url`.
+
+    Returns:
+        Decoded images, or the listing of image files.
 
     Raises:
-        InputError: a file is missing and cannot be had, has another checksum or cannot be read.
+        InputError: a file is missing and cannot be downloaded, has another checksum, or cannot be read.
     """
-    reader, home = READERS[name]
+    info = DATASETS[name]
+    folder = data_dir / (info.folder or name)
     try:
-        return reader(name, folder / home, mirror)
+        return READERS[info.reader](name, folder, mirror)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--data {name}: {folder / home} cannot be read ({first_line(error)})") from None
+        raise InputError(f"--data {name}: {folder} cannot be read ({first_line(error)})") from None
 
 
-def _read_cifar(name: str, home: Path, mirror: str | None) -> Arrays:
+def _read_image_folder(name: str, folder: Path, mirror: str | None) -> Listing:
+    """List class folders in a zip file, or those unpacked from a tar file."""
+    archives = DATASETS[name].archives
+    unpacked = folder / archives[0].file.split(".")[0]
+    if not unpacked.is_dir():
+        (archive,) = fetch(folder.name, archives, folder, mirror)
+        if archive.suffix == ".zip":
+            return list_zip(archive)
+        with locked(folder / LOCK, f"unpacks {name}"):
+            if not unpacked.is_dir():
+                unpack_tar(archive, unpacked)
+    return list_folder(unpacked)
+
+
+def _read_imagenet(name: str, folder: Path, mirror: str | None) -> Listing:
+    unpack_imagenet(folder, mirror)
+    return list_folder(folder)
+
+
+def unpack_imagenet(folder: Path, mirror: str | None = None) -> None:
+    """Create the folders train/ and val/ that are missing in `folder` from the official archives.
+
+    ILSVRC2012_img_train.tar        a tar file of one tar file per class, <wnid>.tar  -> train/<wnid>/*.JPEG
+    ILSVRC2012_img_val.tar          the validation images in one folder               -> val/<wnid>/*.JPEG
+    ILSVRC2012_devkit_t12.tar.gz    the classes of the validation images, in order of their names
+    """
+    train, val, devkit = DATASETS["imagenet"].archives
+    no_train, no_val = not (folder / "train").is_dir(), not (folder / "val").is_dir()
+    if no_train or no_val:
+        fetch("imagenet", [train] * no_train + [val, devkit] * no_val, folder, mirror)
+        with locked(folder / LOCK, "unpacks imagenet"):
+            if not (folder / "train").is_dir():
+                _unpack_imagenet_train(folder / train.file, folder / "train")
+            if not (folder / "val").is_dir():
+                parse_devkit_archive(folder)  # each time: an interruption may have left half of the file it writes
+                _unpack_imagenet_val(folder / val.file, folder / "val", load_meta_file(folder)[1])
+
+
+def _unpack_imagenet_train(archive: Path, folder: Path) -> None:
+    with explain_damage(archive), atomic_folder(folder) as partial, open_tar(archive) as tar:
+        for member in tar:
+            with tarfile.open(fileobj=tar.extractfile(member)) as images:
+                images.extractall(partial / Path(member.name).stem, filter="data")
+
+
+def _unpack_imagenet_val(archive: Path, folder: Path, wnids: list[str]) -> None:
+    with explain_damage(archive), atomic_folder(folder) as partial, open_tar(archive) as tar:
+        for member in tar:
+            number = int(Path(member.name).stem.rpartition("_")[2])  # ILSVRC2012_val_00000001.JPEG
+            tar.extract(member, partial / wnids[number - 1], filter="data")
+
+
+def _read_digits(name: str, folder: Path, mirror: str | None) -> Arrays:
+    digits = load_digits()
+    pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]  # 0..16 to 0..255
+    return Arrays({"all": Images(pixels, torch.from_numpy(digits.target.astype(np.int64)))}, DIGITS)
+
+
+def _read_cifar(name: str, folder: Path, mirror: str | None) -> Arrays:
     reader = CIFAR10 if name == "cifar10" else CIFAR100
-    base = home / reader.base_folder
-    if not _whole_cifar(reader, base):
-        (archive,) = fetch(home.name, DATASETS[name].archives, home, mirror)
-        with locked(home, f"unpacks {home.name}"):
-            if not _whole_cifar(reader, base):
-                unpack_tar(archive, base, home.name)
-    train, test = reader(home, train=True), reader(home, train=False)
+    base = folder / reader.base_folder
+    if not _is_cifar_intact(reader, base):
+        (archive,) = fetch(folder.name, DATASETS[name].archives, folder, mirror)
+        with locked(folder / LOCK, f"unpacks {name}"):
+            if not _is_cifar_intact(reader, base):
+                unpack_tar(archive, base)
+    train, test = reader(folder, train=True), reader(folder, train=False)
     labels, class_names = (train.targets, test.targets), train.classes
     if name == "cifar100-coarse":
         labels = [_unpickle(base / part)["coarse_labels"] for part in ("train", "test")]
         class_names = _unpickle(base / "meta")["coarse_label_names"]
-    pixels = (part.data.transpose(0, 3, 1, 2) for part in (train, test))
-    return _arrays(pixels, labels, class_names)
+    return _arrays([part.data.transpose(0, 3, 1, 2) for part in (train, test)], labels, class_names)
 
 
-def _whole_cifar(reader: type[CIFAR10], base: Path) -> bool:
+def _is_cifar_intact(reader: type[CIFAR10], base: Path) -> bool:
     files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
     return all(check_integrity(base / file, md5) for file, md5 in files)
 
 
 def _unpickle(path: Path) -> dict[str, list]:
-    """One of CIFAR's files, whose checksum was found right."""
+    """Load a file of CIFAR whose checksum was verified."""
     with open(path, "rb") as file:
         return pickle.load(file, encoding="latin1")
 
 
-def _read_svhn(name: str, home: Path, mirror: str | None) -> Arrays:
-    fetch(home.name, DATASETS[name].archives, home, mirror)
-    train, test = ([SVHN(home, split) for split in splits] for splits in (SVHN_TRAIN[name], ("test",)))
-    pixels = (np.concatenate([part.data for part in parts]) for parts in (train, test))
-    labels = (np.concatenate([part.labels for part in parts]) for parts in (train, test))
-    return _arrays(pixels, labels, DIGITS)
+def _read_svhn(name: str, folder: Path, mirror: str | None) -> Arrays:
+    archives = DATASETS[name].archives
+    fetch(folder.name, archives, folder, mirror)
+    parts = {"train": [], "test": []}
+    for archive in archives:
+        split = archive.file.split("_")[0]  # train, test or extra
+        parts["test" if split == "test" else "train"].append(SVHN(folder, split))
+    pixels = [np.concatenate([each.data for each in part]) for part in parts.values()]
+    return _arrays(pixels, [np.concatenate([each.labels for each in part]) for part in parts.values()], DIGITS)
 
 
-def _read_mnist(name: str, home: Path, mirror: str | None) -> Arrays:
+def _read_mnist(name: str, folder: Path, mirror: str | None) -> Arrays:
     reader = MNIST if name == "mnist" else FashionMNIST
     archives = DATASETS[name].archives
-    targets = [home / reader.__name__ / "raw" / Path(archive.file).stem for archive in archives]
-    if not all(map(_whole_idx, targets)):
-        packed = fetch(name, archives, home, mirror)
-        with locked(home, f"unpacks {name}"):
-            for archive, target in zip(packed, targets, strict=True):
-                if not _whole_idx(target):
-                    unpack_gzip(archive, target, f"{name}, {target.name}")
-    train, test = reader(home, train=True), reader(home, train=False)
-    pixels = (part.data[:, None].numpy() for part in (train, test))
-    class_names = DIGITS if name == "mnist" else reader.classes
-    return _arrays(pixels, (train.targets, test.targets), class_names)
-
-
-def _whole_idx(path: Path) -> bool:
-    """Whether a file of MNIST's format is as long as its header says; unpacked, it has no published checksum."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        header = file.read(16)
-    axes = header[3] if header[:3] == b"\0\0\x08" and len(header) > 3 else 0  # bytes, and how many axes
-    shape = struct.unpack_from(f">{axes}I", header, 4) if len(header) >= 4 + 4 * axes else (-1,)
-    return bool(axes) and path.stat().st_size == 4 + 4 * axes + math.prod(shape)
+    files = [folder / reader.__name__ / "raw" / Path(archive.file).stem for archive in archives]
+    if not all(file.is_file() for file in files):
+        paths = fetch(name, archives, folder, mirror)
+        with locked(folder / LOCK, f"unpacks {name}"):
+            for path, file in zip(paths, files, strict=True):
+                unpack_gzip(path, file)
+    train, test = reader(folder, train=True), reader(folder, train=False)
+    pixels = [part.data[:, None].numpy() for part in (train, test)]
+    return _arrays(pixels, (train.targets, test.targets), DIGITS if name == "mnist" else reader.classes)
 
 
 def _arrays(pixels: Iterable[np.ndarray], labels: Iterable[object], class_names: Sequence[str]) -> Arrays:
-    train_pixels, test_pixels = (torch.from_numpy(np.ascontiguousarray(part)) for part in pixels)
-    train_labels, test_labels = (torch.as_tensor(part, dtype=torch.int64) for part in labels)
-    return Arrays(train_pixels, train_labels, test_pixels, test_labels, tuple(class_names))
+    """Collect pixels (n, c, h, w) and labels of the training and test images."""
+    splits = {
+        split: Images(torch.from_numpy(np.ascontiguousarray(x)), torch.as_tensor(y, dtype=torch.int64))
+        for split, x, y in zip(("train", "test"), pixels, labels, strict=True)
+    }
+    return Arrays(splits, tuple(class_names))
 
 
-SVHN_TRAIN = {"svhn": ("train",), "svhn-extra": ("train", "extra")}
-
-READERS: dict[str, tuple[Callable[[str, Path, str | None], Arrays], str]] = {
-    "cifar10": (_read_cifar, "cifar10"),
-    "cifar100": (_read_cifar, "cifar100"),
-    "cifar100-coarse": (_read_cifar, "cifar100"),
-    "svhn": (_read_svhn, "svhn"),
-    "svhn-extra": (_read_svhn, "svhn"),
-    "mnist": (_read_mnist, "mnist"),
-    "fashion-mnist": (_read_mnist, "fashion-mnist"),
+FILE_FORMATS = {"image-folder", "imagenet"}
+"""Formats of `READERS` with image files, which can be streamed."""
+READERS: dict[str, Callable[[str, Path, str | None], Arrays | Listing]] = {
+    "image-folder": _read_image_folder,
+    "sklearn-digits": _read_digits,
+    "cifar": _read_cifar,
+    "svhn": _read_svhn,
+    "mnist": _read_mnist,
+    "imagenet": _read_imagenet,
 }
-"""Of each data set its reader, and the name of its folder and of its place on mirrors."""
+"""A reader for each format: called with the data set's name, its folder and the value of `--data-url`."""

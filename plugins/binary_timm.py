@@ -1,6 +1,6 @@
-"""Which layers of timm's models become binary ones: those of the blocks, and mergings of tokens.
+"""Apply one-bit layers to timm's models: to linear and attention layers in blocks, and to layers that merge tokens.
 
-Embeddings, heads, norms and positions stay in full precision.
+Embeddings, heads, norms and position embeddings stay in full precision. Apply the other plugins first.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ from timm.models.swin_transformer import PatchMerging
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
 from torch import Tensor, nn
 
-from smallvit.plugins.binary import Binary, BinaryAttending, BinaryConfig, ShortcutConv2d, ShortcutLinear, over_channels
-from smallvit.plugins.locality import Locality, LocalitySelfAttention
-from smallvit.plugins.lsa import merge_masks
+from smallvit.plugins import lsa_timm  # noqa: F401, registers the adapters
+from smallvit.plugins.base import Init, Site
+from smallvit.plugins.binary import BinaryConfig
+from smallvit.plugins.binary_layers import (
+    Binary,
+    BinaryAttending,
+    NormConv2d,
+    ShortcutConv2d,
+    ShortcutLinear,
+    over_channels,
+)
+from smallvit.plugins.lsa_layer import Locality, LocalitySelfAttention, merge_masks
 
+ADAPTER = Binary
 LINEARS = ("qkv", "q", "k", "v", "reduce", "proj", "fc1", "fc2")
 """Names of linear layers in timm's blocks that multiply tokens."""
 MERGINGS = (PatchMerging, PatchMergingV2)
+WITH_SHORTCUT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ShortcutLinear, NormConv2d: ShortcutConv2d}
+"""Layers that get a shortcut and an RPReLU together with their bits, and their new classes."""
 
 
 class BinaryAttention(BinaryAttending, Attention):
-    """timm's."""
+    """timm's attention with one-bit queries, keys, values and maps."""
 
     @property
     def inner_width(self) -> int:
@@ -43,9 +55,9 @@ class BinaryAttention(BinaryAttending, Attention):
         if attn_mask is not None:
             bias = merge_masks(bias, attn_mask)
         y = self.products(q, k, v, self.scale, bias, self.attn_drop.p if self.training else 0.0)
-        y, beside = (rearrange(each, "b h n d -> b n (h d)") for each in (y, q + k + v))
+        y, residual = (rearrange(each, "b h n d -> b n (h d)") for each in (y, q + k + v))
         if self.dressed:
-            y = over_channels(self.mix_act, over_channels(self.mix_norm, y) + beside)
+            y = over_channels(self.mix_act, over_channels(self.mix_norm, y) + residual)
         y = self.norm(y)
         if (gate := getattr(self, "gate", None)) is not None:  # older versions of timm have none
             y = y * gate(x).sigmoid()
@@ -53,59 +65,62 @@ class BinaryAttention(BinaryAttending, Attention):
 
 
 class BinaryLocalitySelfAttention(BinaryAttending, LocalitySelfAttention):
-    """The same with LSA's temperature and without the diagonal."""
+    """One-bit attention with LSA's temperature and mask."""
 
     inner_width = BinaryAttention.inner_width
     forward = BinaryAttention.forward
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """Name, layer and why it cannot be taken, if it cannot, of every layer that could have one bit and has not."""
+def sites(model: nn.Module, config: BinaryConfig, init: Init) -> Iterator[Site]:
+    """Yield every layer that multiplies tokens, of the kinds that the configuration selects."""
+    if not (config.weights or config.activations or config.attention):
+        yield Site("", model, "one-bit weights, activations and attention are all switched off")
+        return
     modules = dict(model.named_modules())
-    attention = {name: layer for name, layer in modules.items() if is_attention(layer)}
-    blocks = tuple(name.rpartition(".")[0] for name in attention)
+    blocks = tuple(name.rpartition(".")[0] for name, layer in modules.items() if is_attention(layer))
     for name, layer in modules.items():
-        parent, _, own = name.rpartition(".")
         if isinstance(layer, Binary):
             continue
-        if name in attention:
-            yield name, layer, None if type(layer) in Binary.adapters else "its maps have no binary form"
-        elif own in LINEARS and type(layer) in (nn.Linear, ShortcutLinear) and not _read_by(modules[parent], own):
-            if any(name.startswith(f"{block}.") or not block for block in blocks):
-                yield name, layer, None
-        elif is_merging(layer) or (own == "reduction" and isinstance(modules[parent], MERGINGS)):
-            yield name, layer, None if type(layer) in Binary.adapters else "not a plain layer"
+        parent, _, leaf = name.rpartition(".")
+        if is_attention(layer):
+            if config.attention:
+                yield Site(name, layer, None if type(layer) in Binary.adapters else "its maps have no one-bit form")
+        elif not (config.weights or config.activations):
+            continue
+        elif leaf in LINEARS and type(layer) in (nn.Linear, ShortcutLinear):
+            if not _reads_weights(modules[parent], leaf) and any(name.startswith(f"{b}.") or not b for b in blocks):
+                yield Site(name, layer)
+        elif config.downsampling and (
+            isinstance(layer, NormConv2d) or (leaf == "reduction" and isinstance(modules[parent], MERGINGS))
+        ):
+            yield Site(name, layer, None if type(layer) in Binary.adapters else "not a plain layer")
 
 
-def _read_by(attention: nn.Module, own: str) -> bool:
-    """Whether attention takes the weights of a layer instead of calling it, as BEiT's, EVA's and Swin V2's do."""
-    separate = getattr(attention, "qkv_bias_separate", True)
-    return own == "qkv" and getattr(attention, "q_bias", None) is not None and not separate
+def apply(model: nn.Module, site: Site, config: BinaryConfig, init: Init) -> None:
+    """Make a layer a one-bit layer."""
+    layer = site.layer
+    dressed = config.shortcut and type(layer) in (*WITH_SHORTCUT, Attention, LocalitySelfAttention)
+    if dressed and type(layer) in WITH_SHORTCUT:
+        layer.__class__ = WITH_SHORTCUT[type(layer)]
+        layer.dress()
+    Binary.adapters[type(layer)].adopt(layer, config, dressed=dressed)
+
+
+def describe(layer: Binary) -> str:
+    """Describe the parts of the layer that have one bit."""
+    if isinstance(layer, BinaryAttending):
+        return "one-bit queries, keys, values and attention maps"
+    parts = [name for name in ("weights", "activations") if getattr(layer.config, name)]
+    return f"one-bit {' and '.join(parts)} in linear layers and mergings"
 
 
 def is_attention(layer: nn.Module) -> bool:
-    """Whether a layer attends by a softmax over tokens."""
+    """Return whether a layer attends by a softmax over tokens."""
     kinds = tuple(kind for kind, adapter in Binary.adapters.items() if issubclass(adapter, BinaryAttending))
     return isinstance(layer, (Locality, *Locality.adapters, *kinds))
 
 
-def is_merging(layer: nn.Module) -> bool:
-    """Whether a layer merges tokens by a convolution."""
-    return isinstance(layer, ShortcutConv2d)
-
-
-def wanted(name: str, layer: nn.Module, config: BinaryConfig) -> bool:
-    """Whether a layer is one of those that a configuration means."""
-    if is_attention(layer):
-        return config.attention
-    merges = is_merging(layer) or name.endswith("reduction")
-    return (config.weights or config.activations) and (config.downsampling or not merges)
-
-
-def binarise(layer: nn.Module, config: BinaryConfig) -> None:
-    """Make a layer a binary one, in place."""
-    dressed = config.shortcut and type(layer) in (nn.Linear, Attention, LocalitySelfAttention)
-    if dressed and type(layer) is nn.Linear:
-        layer.__class__ = ShortcutLinear
-        layer.dress()
-    Binary.adapters[type(layer)].adopt(layer, config, dressed=dressed)
+def _reads_weights(attention: nn.Module, leaf: str) -> bool:
+    """Return whether attention reads a layer's weights instead of calling it, as BEiT's, EVA's and Swin V2's do."""
+    separate = getattr(attention, "qkv_bias_separate", True)
+    return leaf == "qkv" and getattr(attention, "q_bias", None) is not None and not separate

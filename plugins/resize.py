@@ -1,4 +1,4 @@
-"""Other image sizes for a model that is there, its position embeddings interpolated."""
+"""Change the image size of a model, interpolating its position embeddings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import nn
 
 @torch.no_grad()
 def set_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> nn.Module:
-    """Make a model, patched or not, take images of another size, in place, and return it.
+    """Change the image size of a model, patched or not, in place, and return it.
 
-    timm's own `set_input_size` where there is one; for CaiT and PiT, which have none, position embeddings are
-    interpolated bicubically.
+    Models with a `set_input_size` of timm use it. For CaiT and PiT, position embeddings are interpolated bicubically.
 
     Raises:
         TypeError: the model is of a class that cannot change its image size.
@@ -23,7 +22,9 @@ def set_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> nn.Modu
     """
     size = to_2tuple(img_size)
     if isinstance(model, Cait):
-        _require_multiple(size, model.patch_embed.patch_size)
+        patch = model.patch_embed.patch_size
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}")
         before = model.patch_embed.grid_size
         model.patch_embed.set_input_size(img_size=size)
         positions = resample_abs_pos_embed(model.pos_embed, model.patch_embed.grid_size, before, num_prefix_tokens=0)
@@ -35,21 +36,16 @@ def set_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> nn.Modu
     elif hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
     else:
-        raise TypeError(f"{type(model).__name__} has no way to change its image size; create it with img_size={size}")
+        raise TypeError(f"{type(model).__name__} cannot change its image size; create it with img_size={size}")
     return model
 
 
 def _resize_embedding(embedding: ConvEmbedding, size: tuple[int, int]) -> tuple[int, int]:
-    """Tell PiT's embedding the size of its images; returns the grid of its tokens."""
-    (p, q), (s, t), (y, z) = embedding.patch_size, embedding.conv.stride, embedding.conv.padding
+    """Set the image size of PiT's embedding and return the grid of its tokens."""
+    (p, q), (s, t), (y, z) = embedding.patch_size, embedding.conv.stride, to_2tuple(embedding.conv.padding)
     grid = (size[0] + 2 * y - p) // s + 1, (size[1] + 2 * z - q) // t + 1
     if min(grid) < 1:
         raise ValueError(f"img_size {size} is smaller than the patch {(p, q)}")
     embedding.img_size, embedding.grid_size = size, grid
     embedding.height, embedding.width = grid
     return grid
-
-
-def _require_multiple(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}")

@@ -1,12 +1,12 @@
-"""Where timm's models cut images or feature maps into tokens, and what takes each place.
+"""Apply shifted patch tokenization where timm's models cut images or feature maps into tokens.
 
-Patch embeddings keep their module; its convolution becomes shifted patch tokenization. As published, the norm that
-some have behind it is dropped (SPT normalises before it projects), and Swin's patch merging and PiT's pooling are
-replaced by SPT with patches of 2; PiT's class token keeps its linear layer. With trained weights to keep, shifted
-views are added to the same layers instead (`spt_exact`).
+`init="paper"`: the convolution of a patch embedding becomes a `ShiftedPatchTokenization`. The norm behind it is
+dropped, since SPT normalizes before it projects. Swin's patch merging and PiT's pooling are replaced by SPT with
+patches of 2; PiT's class token keeps its linear layer. `init="preserve"`: shifted views are added to the same layers
+(`ShiftedViews`).
 
-A module of one's own takes part as published if its attribute `cuts_images` is true, by a method
-`shifted_leaves(config)` that gives the names of its leaves and what shall take their places.
+A module of another library takes part with `init="paper"` if its attribute `cuts_images` is true and its method
+`shifted_leaves(config)` returns new modules by the names of the leaves that they replace.
 """
 
 from __future__ import annotations
@@ -15,75 +15,65 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm import layers
+from timm import layers, models
 from timm.layers import to_2tuple
-from timm.models import (
-    crossvit,
-    hiera,
-    hieradet_sam2,
-    mvitv2,
-    naflexvit,
-    pit,
-    pvt_v2,
-    swin_transformer,
-    swin_transformer_v2,
-    swin_transformer_v2_cr,
-    tnt,
-    twins,
-    volo,
-)
 from torch import nn
 
-from smallvit.plugins.spt import ShiftedPatchMerging, ShiftedPatchTokenization, SPTConfig
-from smallvit.plugins.spt_exact import (
+from smallvit.plugins.base import Init, Site
+from smallvit.plugins.leaf import original, replace_module, replacing_plugin, restore_original
+from smallvit.plugins.spt import SPTConfig
+from smallvit.plugins.spt_layer import (
     ShiftedConv2d,
+    ShiftedPatchMerging,
+    ShiftedPatchTokenization,
     ShiftedPooling2d,
     ShiftedSwinMerging,
     ShiftedSwinV2CrMerging,
     ShiftedSwinV2Merging,
     ShiftedViews,
+    Views,
 )
 
 CONVOLUTIONS: dict[type[nn.Module], tuple[str, str | None]] = {
     layers.PatchEmbed: ("proj", "norm"),
     layers.HybridEmbed: ("proj", None),
-    crossvit.PatchEmbed: ("proj", None),
-    hiera.PatchEmbed: ("proj", None),
-    hieradet_sam2.HieraPatchEmbed: ("proj", None),
-    mvitv2.PatchEmbed: ("proj", None),
-    pit.ConvEmbedding: ("conv", None),
-    pit.Pooling: ("conv", "pointwise"),
-    pvt_v2.OverlapPatchEmbed: ("proj", "norm"),
-    swin_transformer_v2_cr.PatchEmbed: ("proj", "norm"),
-    twins.PatchEmbed: ("proj", "norm"),
-    volo.PatchEmbed: ("proj", None),
+    models.crossvit.PatchEmbed: ("proj", None),
+    models.hiera.PatchEmbed: ("proj", None),
+    models.hieradet_sam2.HieraPatchEmbed: ("proj", None),
+    models.mvitv2.PatchEmbed: ("proj", None),
+    models.pit.ConvEmbedding: ("conv", None),
+    models.pit.Pooling: ("conv", "pointwise"),
+    models.pvt_v2.OverlapPatchEmbed: ("proj", "norm"),
+    models.swin_transformer_v2_cr.PatchEmbed: ("proj", "norm"),
+    models.twins.PatchEmbed: ("proj", "norm"),
+    models.volo.PatchEmbed: ("proj", None),
 }
-"""Modules that cut tokens by a convolution: where it is, and the layer behind it that SPT does without."""
+"""Modules with a convolution that cuts tokens: its attribute, and that of a layer behind it that SPT drops."""
 
 MERGINGS: dict[type[nn.Module], type[ShiftedViews]] = {
-    swin_transformer.PatchMerging: ShiftedSwinMerging,
-    swin_transformer_v2.PatchMerging: ShiftedSwinV2Merging,
-    swin_transformer_v2_cr.PatchMerging: ShiftedSwinV2CrMerging,
+    models.swin_transformer.PatchMerging: ShiftedSwinMerging,
+    models.swin_transformer_v2.PatchMerging: ShiftedSwinV2Merging,
+    models.swin_transformer_v2_cr.PatchMerging: ShiftedSwinV2CrMerging,
 }
-"""Modules that merge tokens, and their form with shifted views added."""
+"""Modules that merge tokens, and their classes with shifted views added."""
 
 REASONS: dict[type[nn.Module], str] = {
-    naflexvit.NaFlexEmbeds: "it takes images that are cut into patches already",
-    tnt.PixelEmbed: "it cuts patches of a convolution's output, pixel by pixel",
+    models.naflexvit.NaFlexEmbeds: "its input is already cut into patches",
+    models.tnt.PixelEmbed: "it cuts the output of a convolution into single pixels",
 }
-"""Why other embeddings of timm's cannot be replaced."""
+"""Why other embeddings of timm cannot be changed."""
 
 
-class ShiftedSwinV2PatchMerging(ShiftedPatchMerging, swin_transformer_v2.PatchMerging):
-    """As published, and one of timm's mergings, which Swin V2 asks for when its image size changes."""
+class ShiftedSwinV2PatchMerging(ShiftedPatchMerging, models.swin_transformer_v2.PatchMerging):
+    """Shifted patch merging that is an instance of Swin V2's, which its `set_input_size` checks."""
 
 
 class Dropped(nn.Identity):
-    """In place of a layer behind a patch embedding's convolution, which SPT does without."""
+    """Replaces a layer behind the convolution of a patch embedding."""
 
 
 class KeepPatchSize:
-    """`set_input_size` of an embedding that SPT is in: other images, but no other patches."""
+    """`set_input_size` of a patched embedding: the image size may change, the patch size may not."""
 
     def __init__(self, embedding: nn.Module) -> None:
         self.embedding = embedding
@@ -91,84 +81,131 @@ class KeepPatchSize:
     def __call__(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
         if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.embedding.patch_size):
             raise ValueError(
-                f"patch_size {patch_size}: shifted patch tokenization is in, whose patches of "
-                f"{self.embedding.patch_size} cannot be resampled; unpatch the model, change them, patch it again"
+                f"patch_size {patch_size}: shifted patch tokenization with patches of {self.embedding.patch_size} "
+                f"cannot be resampled; unpatch the model, change its patch size, patch it again"
             )
         type(self.embedding).set_input_size(self.embedding, img_size=img_size)
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, layer, the module it is in) of every layer that cuts tokens."""
+def sites(model: nn.Module, config: SPTConfig, init: Init) -> Iterator[Site]:
+    """Yield every layer that cuts images or feature maps into tokens."""
     for name, module in model.named_modules():
         if type(module) in MERGINGS or getattr(module, "cuts_images", False):
-            yield name, module, module
-        elif (convolution := _convolution(module)) is not None:
-            attribute, _ = convolution
-            yield f"{name}.{attribute}".lstrip("."), getattr(module, attribute), module
+            layer = module
+        elif (attributes := _convolution(module)) is not None:
+            layer = getattr(module, attributes[0])
+            name = f"{name}.{attributes[0]}".lstrip(".")
+        else:
+            if (reason := REASONS.get(type(module))) is not None:
+                yield Site(name, module, reason)
+            continue
+        if not isinstance(layer, ShiftedViews) and all(original(leaf) is None for leaf in module.modules()):
+            yield Site(name, layer, _refusal(layer, layer is model, init), module)
 
 
-def refusal(layer: nn.Module) -> str | None:
-    """Why a layer found by `places` cannot be replaced, if it cannot."""
+def apply(model: nn.Module, site: Site, config: SPTConfig, init: Init) -> None:
+    """Apply shifted patch tokenization to the layer of a site."""
+    if init == "preserve":
+        with_shifted_views(site.layer).adopt(site.layer, config)
+    else:
+        for name, new in _replacements(site.layer, site.parent, config).items():
+            replace_module(model, site.parent.get_submodule(name), new, "spt")
+            if hasattr(model, "initialize_linears"):  # a model with its own initialization
+                model.initialize_linears(new)
+    if hasattr(site.parent, "set_input_size"):
+        object.__setattr__(site.parent, "set_input_size", KeepPatchSize(site.parent))
+
+
+def remove(model: nn.Module, layer: nn.Module) -> None:
+    """Turn a changed layer back into timm's."""
+    if isinstance(layer, ShiftedViews):
+        layer.release()
+    else:
+        layer = restore_original(model, layer)
+    for parent in model.modules():
+        if isinstance(vars(parent).get("set_input_size"), KeepPatchSize) and layer in parent.children():
+            del parent.set_input_size
+
+
+def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every layer with shifted views, and what replaced others."""
+    for name, module in model.named_modules():
+        if (isinstance(module, ShiftedViews) and module.config is not None) or replacing_plugin(module) == "spt":
+            yield name, module
+
+
+def describe(layer: nn.Module) -> str:
+    """Describe the window of pixels that a token covers."""
+    if isinstance(views := getattr(layer, "views", None), Views):
+        (y, z), (p, q) = views.window, views.patch_size
+        added = ", shifted views added" if isinstance(layer, ShiftedViews) else ""
+        return f"a token sees {y}x{z} instead of {p}x{q}{added}"
+    if isinstance(layer, Dropped):
+        return f"{type(original(layer)).__name__} behind the patches is dropped"
+    return f"{type(layer).__name__} for more channels"
+
+
+def new_keys(layer: nn.Module) -> set[str]:
+    """Return the key of the shifted views, or all of a layer that replaced another."""
+    return {"shifted"} if isinstance(layer, ShiftedViews) else set(layer.state_dict())
+
+
+def with_shifted_views(layer: nn.Module) -> type[ShiftedViews] | None:
+    """Return the class that adds shifted views to a layer; None if its norm takes all views together."""
+    if type(layer) is nn.Conv2d:
+        return ShiftedPooling2d if _is_pooling(layer) else ShiftedConv2d
+    return MERGINGS.get(type(layer))
+
+
+def _refusal(layer: nn.Module, is_model: bool, init: Init) -> str | None:
+    """Return why a layer that cuts tokens cannot be changed, if it cannot."""
     if type(layer) in MERGINGS or getattr(layer, "cuts_images", False):
-        return None
+        if init == "preserve" and type(layer) not in MERGINGS:
+            return "it normalizes all views together; use init='paper'"
+        return "it would be replaced; patch the model that contains it" if is_model and init == "paper" else None
     if isinstance(layer, nn.Identity):
-        return "it takes the features of its backbone as they are"
+        return "it takes the features of its backbone unchanged"
     if type(layer) is not nn.Conv2d:
         return "it is more than one convolution" if isinstance(layer, nn.Sequential) else "it is no convolution"
     plain = layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if not plain or any(k < s for k, s in zip(layer.kernel_size, layer.stride, strict=True)):
-        return f"its convolution leaves out pixels: {layer}"
+        return f"its convolution skips pixels: {layer}"
     return None if layer.groups == 1 or _is_pooling(layer) else f"its convolution has groups: {layer}"
 
 
-def published(layer: nn.Module, within: nn.Module, config: SPTConfig) -> dict[str, nn.Module]:
-    """What takes the places of which leaves of `within`, freshly initialised, of the layer's device and dtype."""
+def _replacements(layer: nn.Module, parent: nn.Module, config: SPTConfig) -> dict[str, nn.Module]:
+    """Return new modules by the names of the leaves of `parent` they replace, of the layer's device and dtype."""
     weight = next(layer.parameters())
     with torch.device(weight.device):
         if type(layer) in MERGINGS:
-            v2 = type(layer) is swin_transformer_v2.PatchMerging
+            v2 = type(layer) is models.swin_transformer_v2.PatchMerging
             merging = ShiftedSwinV2PatchMerging if v2 else ShiftedPatchMerging
             leaves = {"": merging(layer.reduction.in_features // 4, layer.reduction.out_features, config)}
-        elif within is layer:
-            leaves = within.shifted_leaves(config)
+        elif parent is layer:
+            leaves = layer.shifted_leaves(config)
         else:
-            attribute, behind = _convolution(within)
+            attribute, behind = _convolution(parent)
             leaves = {attribute: _tokenization(layer, config)}
-            if behind and type(getattr(within, behind, None)) not in (type(None), nn.Identity, Dropped):
+            if behind and type(getattr(parent, behind, None)) not in (type(None), nn.Identity, Dropped):
                 leaves[behind] = Dropped()
     return {name: leaf.to(weight.dtype).train(layer.training) for name, leaf in leaves.items()}
 
 
-def _convolution(module: nn.Module) -> tuple[str, str | None] | None:
-    """The attributes of an embedding's convolution and of what SPT does without."""
-    return next((where for kind, where in CONVOLUTIONS.items() if isinstance(module, kind)), None)
-
-
 def _tokenization(conv: nn.Conv2d, config: SPTConfig) -> ShiftedPatchTokenization:
-    """SPT of a convolution's channels and patches; of patches of 2 where it pools."""
+    """Return SPT with the channels and patches of a convolution, or with patches of 2 if it pools."""
+    channels = conv.in_channels, conv.out_channels
     if _is_pooling(conv):
-        return ShiftedPatchTokenization(
-            conv.in_channels, conv.out_channels, 2, ceil_mode=True, features=True, config=config
-        )
+        return ShiftedPatchTokenization(*channels, 2, ceil_mode=True, features=True, config=config)
     return ShiftedPatchTokenization(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        config=config,
+        *channels, conv.kernel_size, stride=conv.stride, padding=conv.padding, config=config
     )
 
 
+def _convolution(module: nn.Module) -> tuple[str, str | None] | None:
+    """Return the attributes of an embedding's convolution and of the layer that SPT drops."""
+    return next((attributes for kind, attributes in CONVOLUTIONS.items() if isinstance(module, kind)), None)
+
+
 def _is_pooling(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is PiT's pooling."""
+    """Return whether a convolution is PiT's pooling."""
     return conv.groups == conv.in_channels and conv.kernel_size == (3, 3) and conv.stride == (2, 2)
-
-
-def with_shifted_views(layer: nn.Module) -> type[ShiftedViews] | None:
-    """The class that adds shifted views to a layer; None where its norm takes all views together."""
-    if type(layer) in MERGINGS:
-        return MERGINGS[type(layer)]
-    if type(layer) is not nn.Conv2d:
-        return None
-    return ShiftedPooling2d if _is_pooling(layer) else ShiftedConv2d

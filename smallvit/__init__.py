@@ -10,61 +10,72 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BinaryConfig": "smallvit.plugins",
-    "Config": "smallvit.config",
-    "InputError": "smallvit.errors",
+    "Config": "smallvit.config.config",
+    "FFNConfig": "smallvit.plugins",
+    "InputError": "smallvit.utils.errors",
     "LSAConfig": "smallvit.plugins",
     "SPTConfig": "smallvit.plugins",
-    "TrainingError": "smallvit.errors",
-    "add_distillation_token": "smallvit.plugins",
-    "create_model": "smallvit.models",
-    "describe": "smallvit.plugins",
-    "load": "smallvit.checkpoint",
-    "load_base": "smallvit.plugins",
-    "patch": "smallvit.plugins",
-    "set_input_size": "smallvit.plugins",
-    "set_openness": "smallvit.plugins",
-    "train": "smallvit.engine",
-    "unpatch": "smallvit.plugins",
+    "StemConfig": "smallvit.plugins",
+    "TrainingError": "smallvit.utils.errors",
+    "XSAConfig": "smallvit.plugins",
+    "add_distillation_token": "smallvit.plugins.distillation",
+    "create_model": "smallvit.models.factory",
+    "describe": "smallvit.plugins.patch",
+    "initialize": "smallvit.models.initialization",
+    "load_model": "smallvit.models.checkpoint",
+    "load_base_state_dict": "smallvit.plugins.patch",
+    "patch": "smallvit.plugins.patch",
+    "predict": "smallvit.evaluation.predict",
+    "set_input_size": "smallvit.plugins.resize",
+    "set_lsa_strength": "smallvit.plugins.lsa_layer",
+    "train": "smallvit.training.train",
+    "unpatch": "smallvit.plugins.patch",
 }
 
-_ROOMS = (
+_PACKAGES = (
     "attention",
-    "checkpoint",
     "config",
     "datasets",
-    "engine",
-    "keeper",
+    "evaluation",
+    "experiments",
+    "export",
     "models",
     "plugins",
-    "profile",
-    "recipes",
-    "registry",
+    "profiling",
     "report",
+    "runs",
+    "training",
+    "utils",
 )
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from smallvit.checkpoint import load as load
-    from smallvit.config import Config as Config
-    from smallvit.engine import train as train
-    from smallvit.errors import InputError as InputError
-    from smallvit.errors import TrainingError as TrainingError
-    from smallvit.models import create_model as create_model
+    from smallvit.config.config import Config as Config
+    from smallvit.evaluation.predict import predict as predict
+    from smallvit.models.checkpoint import load_model as load_model
+    from smallvit.models.factory import create_model as create_model
+    from smallvit.models.initialization import initialize as initialize
     from smallvit.plugins import BinaryConfig as BinaryConfig
+    from smallvit.plugins import FFNConfig as FFNConfig
     from smallvit.plugins import LSAConfig as LSAConfig
     from smallvit.plugins import SPTConfig as SPTConfig
-    from smallvit.plugins import add_distillation_token as add_distillation_token
-    from smallvit.plugins import describe as describe
-    from smallvit.plugins import load_base as load_base
-    from smallvit.plugins import patch as patch
-    from smallvit.plugins import set_input_size as set_input_size
-    from smallvit.plugins import set_openness as set_openness
-    from smallvit.plugins import unpatch as unpatch
+    from smallvit.plugins import StemConfig as StemConfig
+    from smallvit.plugins import XSAConfig as XSAConfig
+    from smallvit.plugins.distillation import add_distillation_token as add_distillation_token
+    from smallvit.plugins.lsa_layer import set_lsa_strength as set_lsa_strength
+    from smallvit.plugins.patch import describe as describe
+    from smallvit.plugins.patch import load_base_state_dict as load_base_state_dict
+    from smallvit.plugins.patch import patch as patch
+    from smallvit.plugins.patch import unpatch as unpatch
+    from smallvit.plugins.resize import set_input_size as set_input_size
+    from smallvit.training.train import train as train
+    from smallvit.utils.errors import InputError as InputError
+    from smallvit.utils.errors import TrainingError as TrainingError
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return import_module(f"smallvit.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'smallvit' has no attribute {name!r}")
@@ -72,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+    return sorted({*globals(), *_HOMES, *_PACKAGES})

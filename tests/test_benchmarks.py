@@ -1,4 +1,4 @@
-"""The benchmark of a training step: its plain model computes what ours does, and its table is complete."""
+"""Check the benchmark of a training step: the plain model equals ours, and the table is complete."""
 
 from __future__ import annotations
 
@@ -32,13 +32,11 @@ def _module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("plugins", PLUGINS)
 @pytest.mark.parametrize(("size", "patch"), [(32, 4), (64, 8)])
-def test_the_plain_model_computes_what_ours_does(
-    plain: ModuleType, plugins: dict[str, bool], size: int, patch: int
-) -> None:
+def test_plain_model_equals_ours(plain: ModuleType, plugins: dict[str, bool], size: int, patch: int) -> None:
     torch.manual_seed(0)
-    ours = smallvit.create_model("vit", img_size=size, num_classes=100, drop_path=0.0, **plugins).eval()
+    ours = smallvit.create_model("vit", img_size=size, num_classes=100, drop_path_rate=0.0, plugins=plugins).eval()
     theirs = plain.PlainViT(img_size=size, patch_size=patch, num_classes=100, **plugins).eval()
-    theirs.load_state_dict(plain.plain_weights(ours.state_dict()))  # strict: every weight has its place
+    theirs.load_state_dict(plain.plain_weights(ours.state_dict()))  # strict: all keys match
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     images = torch.randn(4, 3, size, size)
     with torch.no_grad():
@@ -46,9 +44,9 @@ def test_the_plain_model_computes_what_ours_does(
 
 
 @pytest.mark.parametrize("plugins", [PLUGINS[0], PLUGINS[-1]])
-def test_the_gradients_of_the_plain_model_are_ours(plain: ModuleType, plugins: dict[str, bool]) -> None:
+def test_gradients_of_the_plain_model_equal_ours(plain: ModuleType, plugins: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    ours = smallvit.create_model("vit", img_size=32, num_classes=100, drop_path=0.0, **plugins)
+    ours = smallvit.create_model("vit", img_size=32, num_classes=100, drop_path_rate=0.0, plugins=plugins)
     theirs = plain.PlainViT(num_classes=100, drop_path=0.0, **plugins)
     theirs.load_state_dict(plain.plain_weights(ours.state_dict()))
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
@@ -59,7 +57,7 @@ def test_the_gradients_of_the_plain_model_are_ours(plain: ModuleType, plugins: d
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_the_plain_model_learns_a_batch(plain: ModuleType) -> None:
+def test_plain_model_fits_a_batch(plain: ModuleType) -> None:
     torch.manual_seed(0)
     model = plain.PlainViT(num_classes=10, depth=2, spt=True, lsa=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -74,11 +72,12 @@ def test_the_plain_model_learns_a_batch(plain: ModuleType) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_table_has_every_form(
+@pytest.mark.slow
+def test_table_is_complete(
     train_step: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train_step, "SQUARES", {"cpu": (256,), "gpu": (256,)})
-    train_step.main(["--repeats", "1", "--batch-size", "4", "--no-compile"])
+    train_step.main(["--rounds", "1", "--batch-size", "4", "--no-compile"])
     printed = capsys.readouterr().out
     half = train_step.pick_dtype(train_step.pick_device("auto"), "auto") is torch.bfloat16
     forms = ["plain fp32 eager", "ours fp32 eager", *(["ours bf16 eager"] if half else [])]
@@ -91,18 +90,29 @@ def test_the_table_has_every_form(
     assert "compiled" not in printed
     assert "GFLOP/s" in printed
     assert f"torch {torch.__version__}" in printed
-    assert "python benchmarks/train_step.py --repeats 1 --batch-size 4 --no-compile" in printed
+    assert "python benchmarks/train_step.py --rounds 1 --batch-size 4 --no-compile" in printed
 
 
-def test_no_independent_plain_form_is_claimed_where_there_is_none(train_step: ModuleType) -> None:
+def test_architectures_without_a_plain_form_are_labeled(train_step: ModuleType) -> None:
     form = train_step.Form(plain=True)
     assert form.name("vit") == "plain fp32 eager"
     assert form.name("cait") == "stand-in: ours fp32, plain AdamW"
 
 
-def test_a_fall_back_to_eager_is_an_error(train_step: ModuleType) -> None:
+def test_fallback_to_eager_is_an_error(train_step: ModuleType) -> None:
     with train_step.cold_cache(), torch._dynamo.config.patch(recompile_limit=1):
         call = torch.compile(torch.sin, backend="eager", dynamic=False)
         call(torch.zeros(3))
         with pytest.raises(Exception, match="limit"):
             call(torch.zeros(4))
+
+
+def test_shared_cores_settings_differ_in_the_wait_policy_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_cores = _module("shared_cores", monkeypatch)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    waits = {name: shared_cores.environment(name) for name in shared_cores.SETTINGS}
+    assert "OMP_WAIT_POLICY" not in waits["spinning"]
+    assert waits["passive"] == waits["spinning"] | {"OMP_WAIT_POLICY": "passive"}
+    assert waits["spincount"] == waits["spinning"] | {"GOMP_SPINCOUNT": "1000"}
+    assert {each["OMP_NUM_THREADS"] for each in waits.values()} == {"3"}

@@ -1,10 +1,10 @@
-"""Where models look: attention maps, rollout, relevance, and their pictures.
+"""Extract and visualize attention maps, rollout and relevance of trained models.
 
-logits, maps = smallvit.attention.record(model, images)
-shares = smallvit.attention.rollout(maps)
+logits, maps = smallvit.attention.extract_attention(model, images)
+rollout = smallvit.attention.rollout(maps)
 """
 
-from smallvit.attention.flow import relevance, rollout
-from smallvit.attention.maps import AttentionMap, record
+from smallvit.attention.maps import AttentionMap, extract_attention
+from smallvit.attention.rollout import relevance, rollout
 
-__all__ = ["AttentionMap", "record", "relevance", "rollout"]
+__all__ = ["AttentionMap", "extract_attention", "relevance", "rollout"]

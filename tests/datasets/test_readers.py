@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,15 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, imagenet
 
-from smallvit.datasets import archives, readers
-from smallvit.datasets import imagenet as our_imagenet
-from smallvit.datasets.imagenet import unpack_imagenet
-from smallvit.datasets.readers import READERS, Arrays, read
-from smallvit.datasets.table import DATASETS
-from smallvit.errors import InputError
+from smallvit.config.options import DataConfig
+from smallvit.datasets import create_dataset, readers
+from smallvit.datasets.catalog import DATASETS, Archive, DatasetInfo
+from smallvit.datasets.readers import READERS, Arrays, read, unpack_imagenet
+from smallvit.utils.errors import InputError
+from tests.sweep import sweep
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -153,13 +155,13 @@ def make_mnist(monkeypatch: pytest.MonkeyPatch, name: str) -> Miniature:
 
 
 def same(arrays: Arrays, expected: Miniature) -> bool:
-    assert (arrays.train_pixels.dtype, arrays.train_labels.dtype) == (torch.uint8, torch.int64)
-    assert arrays.train_pixels.is_contiguous()
+    assert (arrays.splits["train"].pixels.dtype, arrays.splits["train"].labels.dtype) == (torch.uint8, torch.int64)
+    assert arrays.splits["train"].pixels.is_contiguous()
     return (
-        np.array_equal(arrays.train_pixels.numpy(), expected.train[0])
-        and arrays.train_labels.tolist() == expected.train[1]
-        and np.array_equal(arrays.test_pixels.numpy(), expected.test[0])
-        and arrays.test_labels.tolist() == expected.test[1]
+        np.array_equal(arrays.splits["train"].pixels.numpy(), expected.train[0])
+        and arrays.splits["train"].labels.tolist() == expected.train[1]
+        and np.array_equal(arrays.splits["test"].pixels.numpy(), expected.test[0])
+        and arrays.splits["test"].labels.tolist() == expected.test[1]
     )
 
 
@@ -170,7 +172,7 @@ def test_cifar10_is_read_from_its_archive_and_then_without(tmp_path: Path, cifar
     assert arrays.class_names == tuple(f"kind {i}" for i in range(10))
     (home / CIFAR10.filename).unlink()
     assert same(read("cifar10", tmp_path), cifar10)
-    assert {path.name for path in home.iterdir()} == {"cifar-10-batches-py", f"{CIFAR10.filename}.verified"}
+    assert {path.name for path in home.iterdir()} == {"cifar-10-batches-py"}
 
 
 def test_cifar100_has_fine_and_coarse_classes_in_one_folder(tmp_path: Path, cifar100: Miniature) -> None:
@@ -178,8 +180,8 @@ def test_cifar100_has_fine_and_coarse_classes_in_one_folder(tmp_path: Path, cifa
     fine, coarse = read("cifar100", tmp_path), read("cifar100-coarse", tmp_path)
     assert same(fine, cifar100)
     assert fine.class_names[99] == "kind 99"
-    assert torch.equal(coarse.train_pixels, fine.train_pixels)
-    assert (coarse.train_labels.tolist(), coarse.test_labels.tolist()) == ([19, 0, 0, 7], [2, 18])
+    assert torch.equal(coarse.splits["train"].pixels, fine.splits["train"].pixels)
+    assert (coarse.splits["train"].labels.tolist(), coarse.splits["test"].labels.tolist()) == ([19, 0, 0, 7], [2, 18])
     assert coarse.class_names == tuple(f"family {i}" for i in range(20))
 
 
@@ -187,7 +189,7 @@ def test_svhn_calls_the_class_ten_zero(tmp_path: Path, svhn: Miniature) -> None:
     svhn.put(tmp_path / "svhn")
     arrays = read("svhn", tmp_path)
     assert same(arrays, svhn)
-    assert set(arrays.train_labels.tolist()) == set(range(10))
+    assert set(arrays.splits["train"].labels.tolist()) == set(range(10))
     assert arrays.class_names == tuple("0123456789")
 
 
@@ -229,16 +231,16 @@ def test_the_environments_mirror_has_one_folder_for_either_kind_of_class(
     assert len(read("cifar100-coarse", tmp_path / "data").class_names) == 20
 
 
-@pytest.mark.parametrize("name", list(READERS))
-def test_missing_files_are_told_with_their_folder(tmp_path: Path, name: str) -> None:
+@sweep("name", [name for name, info in DATASETS.items() if info.archives])
+def test_missing_files_are_reported_with_their_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as caught:
         read(name, tmp_path)
-    assert str(tmp_path / READERS[name][1]) in str(caught.value)
+    assert str(tmp_path / (DATASETS[name].folder or name)) in str(caught.value)
     assert all(archive.file in str(caught.value) for archive in DATASETS[name].archives)
 
 
-@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut"), Path.touch])
+@sweep("file", ["data_batch_3", "test_batch", "batches.meta"])
+@sweep("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut"), Path.touch])
 def test_damaged_cifar_files_are_unpacked_again(
     tmp_path: Path, cifar10: Miniature, file: str, spoil: Callable[[Path], object]
 ) -> None:
@@ -248,25 +250,21 @@ def test_damaged_cifar_files_are_unpacked_again(
     assert same(read("cifar10", tmp_path), cifar10)
 
 
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-@pytest.mark.parametrize("left", [0, 3, 6, 9])
-def test_damaged_mnist_files_are_unpacked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left: int
-) -> None:
+@sweep("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_missing_mnist_files_are_unpacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     miniature = make_mnist(monkeypatch, "mnist")
     home = miniature.put(tmp_path / "mnist")
     read("mnist", tmp_path)
-    path = home / "MNIST" / "raw" / name
-    path.write_bytes(path.read_bytes()[:left])
+    (home / "MNIST" / "raw" / name).unlink()
     assert same(read("mnist", tmp_path), miniature)
 
 
-def test_an_extraction_that_was_interrupted_is_done_anew(
+def test_an_extraction_that_was_interrupted_is_done_again(
     tmp_path: Path, cifar10: Miniature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cifar10.put(tmp_path / "cifar10")
     with monkeypatch.context() as patch:
-        patch.setattr(archives, "_settle", lambda partial, into: interrupt())
+        patch.setattr(tarfile.TarFile, "extractall", lambda *_, **__: interrupt())
         with pytest.raises(KeyboardInterrupt):
             read("cifar10", tmp_path)
     assert not (tmp_path / "cifar10" / "cifar-10-batches-py").exists()
@@ -287,8 +285,8 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["cifar100", "cifar100-coarse"])
-@pytest.mark.parametrize("file", ["train", "test", "meta"])
+@sweep("name", ["cifar100", "cifar100-coarse"])
+@sweep("file", ["train", "test", "meta"])
 def test_a_pickle_of_another_checksum_is_never_opened(
     tmp_path: Path, cifar100: Miniature, name: str, file: str
 ) -> None:
@@ -337,7 +335,7 @@ VAL_NUMBERS = (3, 1, 2, 3)
 
 
 def devkit() -> bytes:
-    """The devkit's labels: three classes below one more, and of each validation image its class number."""
+    """Return the devkit's labels: three classes below one more, and of each validation image its class number."""
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train")
     synsets = np.zeros((len(WNIDS) + 1, 1), dtype=[(field, object) for field in fields])
     for index, wnid in enumerate((*WNIDS, "n00001740")):
@@ -382,7 +380,7 @@ def test_imagenets_archives_become_class_folders(tmp_path: Path, monkeypatch: py
     folder = put_imagenet(tmp_path / "imagenet", monkeypatch)
     unpack_imagenet(folder)
     assert tree(folder) == TRAIN | VAL
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".*"))
     for archive in folder.glob("*.tar*"):
         archive.unlink()
     unpack_imagenet(folder)  # nothing is missing
@@ -392,18 +390,17 @@ def test_imagenets_training_images_are_unpacked_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put_imagenet(tmp_path / "imagenet", monkeypatch)
-    (folder / "train.partial" / "n00000000").mkdir(parents=True)
-    (folder / "train.partial" / "n00000000" / "stale.JPEG").write_text("from an earlier start")
     done = []
+    extract = tarfile.TarFile.extractall
 
-    def write_three(content: io.IOBase, path: Path) -> None:
-        done.append(path)
-        if len(done) > 3:
+    def extract_one(tar: tarfile.TarFile, *arguments: object, **options: object) -> None:
+        done.append(tar)
+        if len(done) > 1:
             raise KeyboardInterrupt
-        archives.write(content, path)
+        extract(tar, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(our_imagenet, "write", write_three)
+        patch.setattr(tarfile.TarFile, "extractall", extract_one)
         with pytest.raises(KeyboardInterrupt):
             unpack_imagenet(folder)
     assert not (folder / "train").exists()
@@ -421,28 +418,53 @@ def test_imagenets_part_that_is_there_needs_no_archive(tmp_path: Path, monkeypat
     assert tree(folder) == VAL
 
 
-@pytest.mark.parametrize(
-    ("part", "files", "reason"),
-    [
-        ("train", {"notes.txt": b""}, "'notes.txt' does not belong there"),
-        ("train", {"n01440764.tar": tar_of({"../x.JPEG": b""}, "w")}, "outside its folder"),
-        ("train", {"n01440764.tar": b"no archive"}, "damaged"),
-        ("val", {"ILSVRC2012_val_00000005.JPEG": b""}, "no class among the 4"),
-        ("val", {"ILSVRC2012_val_00000000.JPEG": b""}, "no class among the 4"),
-        ("val", {"ILSVRC2012_val_00000001.JPEG": b""}, "holds 1 images, the devkit has the classes of 4"),
-        ("val", {"x/ILSVRC2012_val_00000001.JPEG": b""}, "does not belong there"),
-    ],
-)
-def test_imagenets_archives_hold_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, files: dict[str, bytes], reason: str
+@sweep("content", [{"n01440764.tar": tar_of({"../x.JPEG": b""}, "w")}, {"n01440764.tar": b"no archive"}])
+def test_imagenets_damaged_archives_leave_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes]
 ) -> None:
-    folder = put_imagenet(tmp_path / "imagenet", monkeypatch, **{part: tar_of(files, "w")})
-    with pytest.raises(InputError, match=reason) as caught:
+    folder = put_imagenet(tmp_path / "imagenet", monkeypatch, train=tar_of(content, "w"))
+    with pytest.raises(InputError, match="damaged") as caught:
         unpack_imagenet(folder)
     assert "\n" not in str(caught.value)
-    assert not (folder / part).exists()
-    assert not (folder / f"{part}.partial").exists()
+    assert not (folder / "train").exists()
+    assert not list(folder.glob(".*"))
 
 
-def test_every_reader_is_of_a_data_set_in_the_table() -> None:
-    assert set(READERS) == set(DATASETS) - {"digits", "tiny-imagenet", "imagenet"}
+def test_every_data_set_has_a_reader_and_every_reader_a_data_set() -> None:
+    assert {info.reader for info in DATASETS.values()} == set(READERS)
+    for name, info in DATASETS.items():
+        assert info.folder is None or info.folder in DATASETS, name
+
+
+@sweep("suffix", ["zip", "tar.gz"])
+def test_a_new_data_set_of_class_folders_is_one_entry(tmp_path: Path, monkeypatch, suffix: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
+    files = {f"flowers/{split}/{name}/0.png": buffer.getvalue() for split in ("train", "test") for name in "ab"}
+    archive = tmp_path / "mirror" / f"flowers.{suffix}"
+    archive.parent.mkdir()
+    if suffix == "zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+    else:
+        archive.write_bytes(tar_of(files))
+    entry = DatasetInfo(
+        title="Flowers",
+        num_classes=2,
+        img_size=16,
+        num_train=2,
+        num_test=2,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.2),
+        flip=True,
+        policy="imagenet",
+        archives=(Archive(file=archive.name, url=archive.as_uri(), md5=md5(archive.read_bytes())),),
+        citation="Nobody 2026",
+        license="MIT",
+    )
+    monkeypatch.setitem(DATASETS, "flowers", entry)
+    for _ in range(2):
+        data = create_dataset(DataConfig(data="flowers", data_dir=str(tmp_path / "data"), val_fraction=0))
+        assert (data.class_names, data.img_size, len(data.train), len(data.test)) == (("a", "b"), 16, 2, 2)
+        assert (data.mean, data.policy, data.source, data.content) == (entry.mean, "imagenet", "flowers", None)

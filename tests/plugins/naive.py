@@ -44,7 +44,7 @@ def case(name: str, layer: Callable[[], nn.Module], *shape: int, **more: Any) ->
 
 
 def temperature(layer: nn.Module) -> Tensor:
-    """One value per head, or one for all."""
+    """Return one value per head, or one for all."""
     t = layer.temperature if layer.temperature is not None else torch.tensor(vars(layer).get("scale", 1.0))
     return t.reshape(-1, 1, 1)
 
@@ -98,8 +98,8 @@ def join(x: Tensor) -> Tensor:
 def offsets(height: int, width: int) -> Tensor:
     """(rows, columns) from each token to each, (n, n, 2): the query's place minus the key's."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
-    return places[:, None] - places[None]
+    sites = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
+    return sites[:, None] - sites[None]
 
 
 def swin_table(table: Tensor, height: int, width: int) -> Tensor:
@@ -121,7 +121,7 @@ def decomposed(q: Tensor, rows: Tensor, columns: Tensor, height: int, width: int
 
 
 def rotated(x: Tensor, rope: Tensor, half: bool = False) -> Tensor:
-    """Rotary positions: pairs (neighbours, or the two halves) turned by an angle."""
+    """Rotary positions: pairs (neighbors, or the two halves) turned by an angle."""
     sine, cosine = rope.chunk(2, dim=-1)
     if half:
         first, second = x.chunk(2, dim=-1)
@@ -136,8 +136,8 @@ def rope(n: int, d: int) -> Tensor:
 
 
 def shift_mask(size: int, window: int, shift: int) -> Tensor:
-    """−100 between tokens of a window that were not neighbours before the shift, (w, n, n)."""
-    place = torch.arange(size)
-    band = (place >= size - window).long() + (place >= size - shift).long()
+    """−100 between tokens of a window that were not neighbors before the shift, (w, n, n)."""
+    site = torch.arange(size)
+    band = (site >= size - window).long() + (site >= size - shift).long()
     regions = rearrange(3 * band[:, None] + band, "(i y) (j z) -> (i j) (y z)", y=window, z=window)
     return torch.where(regions[:, :, None] == regions[:, None], 0.0, -100.0)

@@ -126,8 +126,8 @@ def bottleneck(layer: nn.Module, x: Tensor) -> Tensor:
     q, k, v = (
         rearrange(part, "b (h d) i j -> b h (i j) d", h=3) for part in pointwise(x, layer.qkv).split(widths, dim=1)
     )
-    towards = layer.pos_embed.height_rel.flip(0), layer.pos_embed.width_rel.flip(0)  # key's place minus the query's
-    return rearrange(naive(layer, q, k, v, decomposed(q, *towards, 2, 3)), "b h (i j) d -> b (h d) i j", i=2)
+    toward = layer.pos_embed.height_rel.flip(0), layer.pos_embed.width_rel.flip(0)  # key's site minus the query's
+    return rearrange(naive(layer, q, k, v, decomposed(q, *toward, 2, 3)), "b h (i j) d -> b (h d) i j", i=2)
 
 
 @case("shvit", lambda: shvit.SHSA(12, 4, 6), 2, 12, 2, 3)

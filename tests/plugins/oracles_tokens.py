@@ -145,8 +145,8 @@ def gated_positional(layer: nn.Module, x: Tensor) -> Tensor:
     q, k = split(linear(x, layer.qk), 3, 2)
     v = split(linear(x, layer.v), 3, 1)[0]
     down, right = -offsets(3, 3).float().permute(2, 0, 1)
-    places = torch.stack([right, down, right**2 + down**2], dim=-1)
-    positions = probabilities(linear(places, layer.pos_proj).permute(2, 0, 1), layer.masked)
+    sites = torch.stack([right, down, right**2 + down**2], dim=-1)
+    positions = probabilities(linear(sites, layer.pos_proj).permute(2, 0, 1), layer.masked)
     gate = layer.gating_param.sigmoid().view(-1, 1, 1)
     return linear(join(naive(layer, q, k, v, after=lambda w: (1 - gate) * w + gate * positions)), layer.proj)
 

@@ -131,9 +131,9 @@ def swin(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
 def swin_v2(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = split(x @ layer.qkv.weight.T + torch.cat([layer.q_bias, 0 * layer.q_bias, layer.v_bias]), 3)
     height, width = layer.window_size
-    places = 8 * offsets(height, width) / torch.tensor([height - 1, width - 1])
-    places = places.sign() * (places.abs() + 1).log2() / 3
-    bias = 16 * layer.cpb_mlp(places).permute(2, 0, 1).sigmoid()
+    sites = 8 * offsets(height, width) / torch.tensor([height - 1, width - 1])
+    sites = sites.sign() * (sites.abs() + 1).log2() / 3
+    bias = 16 * layer.cpb_mlp(sites).permute(2, 0, 1).sigmoid()
     t = layer.logit_scale.clamp(max=torch.tensor(100.0).log()).exp()
     return windowed(layer, F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, t, bias, mask)
 
@@ -149,7 +149,7 @@ def swin_v2(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
 )
 def swin_v2_cr(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = split(linear(x, layer.qkv), 3)
-    places = offsets(*layer.window_size).float()
-    bias = layer.meta_mlp(places.sign() * (1 + places.abs()).log()).permute(2, 0, 1)
+    sites = offsets(*layer.window_size).float()
+    bias = layer.meta_mlp(sites.sign() * (1 + sites.abs()).log()).permute(2, 0, 1)
     t = layer.logit_scale.clamp(max=torch.tensor(100.0).log()).exp().view(-1, 1, 1)
     return windowed(layer, F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, t, bias, mask)

@@ -13,7 +13,7 @@ DIRECTIONS = {"diagonal": DIAGONAL, "cardinal": CARDINAL, "all": DIAGONAL + CARD
 
 
 def shifts(patch: tuple[int, int], directions: str = "diagonal", share: float = 0.5) -> list[tuple[int, int]]:
-    """How far down and right each shifted view looks, in pixels."""
+    """Return the shifts of the views down and to the right, in pixels."""
     s, t = (max(1, math.floor(share * side)) for side in patch)
     return [(down * s, right * t) for down, right in DIRECTIONS[directions]]
 

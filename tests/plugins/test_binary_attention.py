@@ -7,12 +7,14 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from smallvit.binaryvit_blocks import ShortcutAttention
-from smallvit.plugins import LocalitySelfAttention, LSAConfig
+from smallvit.models.binaryvit import ShortcutAttention
+from smallvit.plugins import LSAConfig
+from smallvit.plugins.lsa_layer import LocalitySelfAttention
 
+from .sweep import each
 from .test_binary_layers import BITS, STEP, agree, attending, attention, modes, random, shortcut_attention
 
-every = pytest.mark.parametrize("bits", ["none", *BITS])
+every = each(["none", *BITS], "bits")
 
 
 @modes
@@ -27,15 +29,15 @@ def test_binaryvits_attention(reduction: int, prefix: int, bits: str, training: 
 
 @modes
 @every
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("shortcut", [True, False])
+@each([False, True], "qk_norm")
+@each([True, False], "shortcut")
 def test_timms_attention(shortcut: bool, qk_norm: bool, bits: str, training: bool) -> None:
     layer = Attention(8, 2, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
     agree(attending(layer, bits, training, shortcut), attention, random(3, 5, 8))
 
 
 @modes
-@pytest.mark.parametrize("config", [LSAConfig(), LSAConfig(temperature="fixed"), LSAConfig(mask=False)], ids=str)
+@each([LSAConfig(), LSAConfig(temperature="fixed"), LSAConfig(mask=False)], "config")
 def test_timms_attention_with_a_temperature_and_without_its_diagonal(config: LSAConfig, training: bool) -> None:
     layer = attending(LocalitySelfAttention(8, 2, config=config), "all", training)
     agree(layer, attention, random(3, 5, 8))
@@ -43,11 +45,11 @@ def test_timms_attention_with_a_temperature_and_without_its_diagonal(config: LSA
 
 def test_a_token_alone_attends_to_itself() -> None:
     layer = attending(LocalitySelfAttention(8, 2), "all", True)
-    found = layer(random(4, 1, 8))
-    assert found.isfinite().all()
+    actual = layer(random(4, 1, 8))
+    assert actual.isfinite().all()
 
 
-@pytest.mark.parametrize("lsa", [False, True])
+@each([False, True], "lsa")
 def test_masks_of_callers_hide_tokens(lsa: bool) -> None:
     layer = attending(LocalitySelfAttention(8, 2) if lsa else Attention(8, 2), "all", True)
     seen = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]], dtype=torch.bool)

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.binaryvit_blocks import ShortcutAttention
+from smallvit.models.binaryvit import ShortcutAttention
 from smallvit.plugins import BinaryConfig
-from smallvit.plugins.binary import Binary, BinaryAttending, RPReLU, ShortcutConv2d, ShortcutLinear
-from smallvit.plugins.binary_timm import binarise
+from smallvit.plugins.base import Site
+from smallvit.plugins.binary_layers import Binary, BinaryAttending, NormConv2d, RPReLU, ShortcutConv2d, ShortcutLinear
+from smallvit.plugins.binary_timm import apply
 
 from .naive import probabilities
+from .sweep import each
 
 STEP = 0.15625
 BITS = {
@@ -39,25 +40,26 @@ def through(value: Tensor, stand_in: Tensor) -> Tensor:
 
 
 def sign(x: Tensor) -> Tensor:
-    """Its derivative is that of 2x + x² below 0 and of 2x − x² above, ±1 beyond."""
+    """Binarize with the derivative of 2x + x² below 0 and of 2x − x² above, ±1 beyond."""
     near = x.clamp(-1, 1)
     return through(torch.where(x >= 0, 1.0, -1.0), torch.where(x >= 0, 2 * near - near**2, 2 * near + near**2))
 
 
-def one_bit(weight: Tensor, centred: bool) -> Tensor:
+def one_bit(weight: Tensor, centered: bool) -> Tensor:
+    """Use the clamp, of W - mean W where that is signed, as straight-through estimator; autograd has the rest."""
     rows = []
     for row in weight:
-        middle = row - row.mean() if centred else row
+        middle = row - row.mean() if centered else row
         value = row.abs().mean() * torch.where(middle >= 0, 1.0, -1.0).to(row)
-        rows.append(through(value, row * (middle.abs() <= 1).detach()))
+        rows.append(through(value, middle.clamp(-1, 1)))
     return torch.stack(rows)
 
 
 def one_bit_maps(p: Tensor, step: Tensor) -> Tensor:
-    """Of maps (b, h, n, m), half a step being rounded to 0."""
+    """Binarize maps (b, h, n, m), half a step being rounded to 0."""
     steps = (p / step).detach()
     value = step * (steps > 0.5)
-    slope = torch.where(steps > 1, 1.0, (steps > 0.5).to(steps) - steps) / p[0].numel() ** 0.5
+    slope = torch.where(steps > 1, 1.0, (steps > 0.5).to(steps) - steps)
     return through(value, p * (steps <= 1) + step * slope)
 
 
@@ -78,13 +80,13 @@ def normed(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer multiplies: activations (..., c), and weights."""
+    """Return the operands of a layer's product: activations (..., c), and weights."""
     if not isinstance(layer, Binary):
         return x, layer.weight
-    centred = isinstance(layer, nn.Linear)
+    centered = isinstance(layer, nn.Linear)
     return (
         sign(x + layer.move) if layer.config.activations else x,
-        one_bit(layer.weight, centred) if layer.config.weights else layer.weight,
+        one_bit(layer.weight, centered) if layer.config.weights else layer.weight,
     )
 
 
@@ -95,10 +97,10 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     y = y if layer.bias is None else y + layer.bias
     if not hasattr(layer, "act"):
         return y
-    return bent(normed(y, layer.norm) + beside(x, layer.out_features), layer.act)
+    return bent(normed(y, layer.norm) + residual(x, layer.out_features), layer.act)
 
 
-def beside(x: Tensor, width: int) -> Tensor:
+def residual(x: Tensor, width: int) -> Tensor:
     own = x.shape[-1]
     if width >= own:
         return torch.stack([x[..., e % own] for e in range(width)], dim=-1) if width % own == 0 else torch.zeros(())
@@ -108,7 +110,7 @@ def beside(x: Tensor, width: int) -> Tensor:
     return torch.stack([x[..., e * ratio : (e + 1) * ratio].sum(-1) / ratio for e in range(width)], dim=-1)
 
 
-def convolution(x: Tensor, layer: ShortcutConv2d) -> Tensor:
+def convolution(x: Tensor, layer: NormConv2d) -> Tensor:
     """Maps (b, c, i, j) to (b, e, k, l), patch by patch."""
     size, stride = layer.kernel_size[0], layer.stride[0]
     signed, weight = operands(layer, x.movedim(1, -1))
@@ -118,10 +120,12 @@ def convolution(x: Tensor, layer: ShortcutConv2d) -> Tensor:
     y = torch.stack(
         [torch.stack([torch.einsum("bijc,ecij->be", patch, weight) for patch in row], 1) for row in patches], 1
     )
+    if not hasattr(layer, "act"):
+        return normed(y, layer.norm).movedim(-1, 1)
     means = torch.stack(
         [torch.stack([x[:, :, i : i + size, j : j + size].mean((2, 3)) for j in columns], 1) for i in rows], 1
     )
-    return bent(normed(y, layer.norm) + beside(means, layer.out_channels), layer.act).movedim(-1, 1)
+    return bent(normed(y, layer.norm) + residual(means, layer.out_channels), layer.act).movedim(-1, 1)
 
 
 def mixed(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tensor | float = 0.0):
@@ -164,7 +168,7 @@ def per_head(x: Tensor, norm: nn.LayerNorm, heads: int) -> Tensor:
 
 def shortcut_attention(x: Tensor, layer: ShortcutAttention, grid: tuple[int, int]) -> Tensor:
     """BinaryViT's, keys and values being those of the means of squares."""
-    r, (height, width) = layer.reduction, grid
+    r, (height, width) = layer.sr_ratio, grid
     prefix = x.shape[1] - height * width
     squares = [(i, j) for i in range(height // r) for j in range(width // r)]
     members = [[prefix + (i * r + y) * width + j * r + z for y in range(r) for z in range(r)] for i, j in squares]
@@ -174,8 +178,8 @@ def shortcut_attention(x: Tensor, layer: ShortcutAttention, grid: tuple[int, int
         fewer = linear(fewer, layer.reduce)
     q, k, v = linear(x, layer.q), linear(fewer, layer.k), linear(fewer, layer.v)
     y = mixed(layer, q, k, v, (q.shape[-1] // layer.num_heads) ** -0.5)
-    place = {token: prefix + square for square, own in enumerate(members) for token in own}
-    source = [place.get(token, token) for token in range(x.shape[1])]
+    site = {token: prefix + square for square, own in enumerate(members) for token in own}
+    source = [site.get(token, token) for token in range(x.shape[1])]
     return linear(bent(normed(y, layer.mix_norm) + q + (k + v)[:, source], layer.mix_act), layer.proj)
 
 
@@ -184,7 +188,7 @@ def shortcut_attention(x: Tensor, layer: ShortcutAttention, grid: tuple[int, int
 
 @torch.no_grad()
 def stirred(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """In double precision, nothing at what it begins with; steps apart."""
+    """Return the layer in double precision, with no value at its initial one and different steps."""
     generator = torch.Generator().manual_seed(seed)
     layer.double()
     for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
@@ -205,35 +209,35 @@ def agree(
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     names, leaves = zip(*layer.named_parameters(), strict=True)
     expected = oracle(inputs[1], layer, *args)
-    found = layer(inputs[0], *(call or args))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    incoming = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=found.dtype)
+    actual = layer(inputs[0], *(call or args))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    incoming = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2), dtype=actual.dtype)
     sides = (
         torch.autograd.grad(side, [own, *leaves], incoming, allow_unused=True)
-        for side, own in ((found, inputs[0]), (expected, inputs[1]))
+        for side, own in ((actual, inputs[0]), (expected, inputs[1]))
     )
-    for name, got, wanted in zip(("input", *names), *sides, strict=True):
-        assert (got is None) == (wanted is None), name
+    for name, got, expected_values in zip(("input", *names), *sides, strict=True):
+        assert (got is None) == (expected_values is None), name
         if got is not None:
             close = 1e-6 if name.endswith("step") else near
             torch.testing.assert_close(
-                got, wanted, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
+                got, expected_values, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
-modes = pytest.mark.parametrize("training", [True, False], ids=("training", "evaluation"))
-products = pytest.mark.parametrize("bits", ["none", "all", "weights", "activations"])
+modes = each([True, False], "training")
+products = each(["none", "all", "weights", "activations"], "bits")
 
 
 def product(layer: nn.Module, bits: str, training: bool, shortcut: bool = True) -> nn.Module:
-    """A layer of products, with its bits."""
+    """Return a linear or convolutional layer with these bits."""
     if bits != "none":
-        binarise(layer, replace(BITS[bits], shortcut=shortcut))
+        apply(layer, Site("", layer), replace(BITS[bits], shortcut=shortcut), "paper")
     return stirred(layer).train(training)
 
 
 def attending(layer: nn.Module, bits: str, training: bool, shortcut: bool = True) -> nn.Module:
-    """A layer of attention and those within it, with their bits."""
+    """Return an attention layer that has, with the layers inside it, these bits."""
     if bits != "none":
         smallvit.patch(nn.ModuleDict({"attn": layer}), binary=replace(BITS[bits], shortcut=shortcut))
     return stirred(layer).train(training)
@@ -241,14 +245,14 @@ def attending(layer: nn.Module, bits: str, training: bool, shortcut: bool = True
 
 @modes
 @products
-@pytest.mark.parametrize("widths", [(6, 6), (4, 12), (12, 4), (4, 6)], ids=("as it is", "tiled", "means", "none"))
+@each([(6, 6), (4, 12), (12, 4), (4, 6)], "widths")
 def test_a_linear_layer_with_a_shortcut(widths: tuple[int, int], bits: str, training: bool) -> None:
     agree(product(ShortcutLinear(*widths), bits, training), linear, random(3, 5, widths[0]))
 
 
 @modes
 @products
-@pytest.mark.parametrize("widths", [(6, 6), (4, 12), (12, 4), (4, 6)], ids=("as it is", "tiled", "means", "none"))
+@each([(6, 6), (4, 12), (12, 4), (4, 6)], "widths")
 def test_a_linear_layer_of_timms_gets_norm_shortcut_and_rprelu(
     widths: tuple[int, int], bits: str, training: bool
 ) -> None:
@@ -257,7 +261,7 @@ def test_a_linear_layer_of_timms_gets_norm_shortcut_and_rprelu(
     agree(layer, linear, random(3, 5, widths[0]))
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@each([True, False], "bias")
 @products
 def test_a_linear_layer_that_gets_nothing_but_bits(bits: str, bias: bool) -> None:
     layer = product(nn.Linear(6, 4, bias=bias), bits, True, shortcut=False)
@@ -267,12 +271,28 @@ def test_a_linear_layer_that_gets_nothing_but_bits(bits: str, bias: bool) -> Non
 
 @modes
 @products
-@pytest.mark.parametrize("grid", [(4, 6), (5, 5)], ids=("even", "odd"))
+@each([(4, 6), (5, 5)], "grid")
 def test_a_convolution_with_a_shortcut(grid: tuple[int, int], bits: str, training: bool) -> None:
     agree(product(ShortcutConv2d(3, 6, 2, 2), bits, training), convolution, random(3, 3, *grid))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@modes
+@products
+@each([True, False], "shortcut")
+def test_a_convolution_gets_a_shortcut_with_its_bits_and_has_none_without(
+    shortcut: bool, bits: str, training: bool
+) -> None:
+    layer = product(NormConv2d(3, 6, 2, 2), bits, training, shortcut)
+    assert hasattr(layer, "act") == (shortcut and bits != "none")
+    agree(layer, convolution, random(3, 3, 4, 6))
+    if bits != "none":
+        layer.release()
+        assert type(layer) is NormConv2d
+        assert set(layer.state_dict()) == set(NormConv2d(3, 6, 2, 2).state_dict())
+        agree(layer, convolution, random(3, 3, 4, 6))
+
+
+@each([True, False], "training")
 def test_batch_norms_follow_what_they_see_in_training_alone(training: bool) -> None:
     layer = product(ShortcutLinear(4, 4), "all", training)
     x = random(3, 5, 4)

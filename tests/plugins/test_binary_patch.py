@@ -1,4 +1,4 @@
-"""One-bit layers in timm's models: which layers change, what stays, and that they can be taken out again."""
+"""Test one-bit layers in timm's models: which layers change, what stays, and that they can be taken out again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import smallvit
 from smallvit.plugins import BinaryConfig
-from smallvit.plugins.binary import Binary
+from smallvit.plugins.binary_layers import Binary
 from smallvit.plugins.binary_timm import BinaryAttention
 
+from .sweep import sweep
 from .zoo import build, images
 
 NO_ATTENTION = BinaryConfig(attention=False)
@@ -35,7 +36,7 @@ EXPECTED: dict[str, tuple[bool | BinaryConfig, set[str]]] = {
         | {f"blocks_token_only.0.{each}" for each in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")},
     ),
 }
-families = pytest.mark.parametrize("name", EXPECTED)
+families = sweep(EXPECTED, quick=EXPECTED)
 
 
 def binary(name: str, **more: object) -> nn.Module:
@@ -47,7 +48,7 @@ def changed(model: nn.Module) -> set[str]:
 
 
 def like_new(model: nn.Module, plain: nn.Module, x: Tensor) -> None:
-    """The same classes, keys, values and outputs as another model."""
+    """Check that a model has the same classes, keys, values and outputs as another one."""
     classes = [{name: type(layer) for name, layer in each.named_modules()} for each in (model, plain)]
     assert classes[0] == classes[1]
     states = model.state_dict(), plain.state_dict()
@@ -94,7 +95,7 @@ def test_patching_twice_changes_nothing(name: str) -> None:
 @families
 def test_copies_pickles_and_state_dicts_hold_all_of_it(name: str) -> None:
     model = binary(name).train()
-    model(images(name, 4))  # statistics of its own
+    model(images(name, 4))  # statistics from its inputs
     expected = model.eval()(images(name))
     assert torch.equal(copy.deepcopy(model)(images(name)), expected)
     twin = pickle.loads(pickle.dumps(model))
@@ -109,7 +110,7 @@ def test_copies_pickles_and_state_dicts_hold_all_of_it(name: str) -> None:
 
 
 @families
-def test_a_patched_model_keeps_its_mode_and_its_place(name: str) -> None:
+def test_patch_keeps_mode_and_dtype(name: str) -> None:
     for training in (True, False):
         model = smallvit.patch(build(name).double().train(training), binary=EXPECTED[name][0])
         assert {layer.training for layer in model.modules()} == {training}
@@ -127,15 +128,15 @@ def test_describe_counts_what_bits_add(name: str) -> None:
     assert description.added_parameters == sizes[1] - sizes[0]
     assert {change.name for change in description.changes if change.plugin == "binary"} == EXPECTED[name][1]
     assert f"binary  one-bit layers: {len(EXPECTED[name][1])} layers (" in str(description)
-    assert "binary weights and activations in linear layers" in str(description)
-    assert ("binary queries, keys, values and attention maps" in str(description)) == (EXPECTED[name][0] is True)
+    assert "one-bit weights and activations in linear layers" in str(description)
+    assert ("one-bit queries, keys, values and attention maps" in str(description)) == (EXPECTED[name][0] is True)
 
 
 def test_describe_tells_which_half_is_binary() -> None:
     for half in ("weights", "activations"):
         config = BinaryConfig(**{"weights": False, "activations": False, "attention": False} | {half: True})
         text = str(smallvit.describe(smallvit.patch(build("vit"), binary=config)))
-        assert f"binary {half} in linear layers" in text
+        assert f"one-bit {half} in linear layers" in text
         assert "attention maps" not in text
 
 

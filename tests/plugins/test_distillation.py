@@ -11,24 +11,27 @@ import torch
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.plugins import UnsupportedModelError, add_distillation_token, patch, set_distilled_training, unpatch
-from smallvit.published import PUBLISHED
+from smallvit.models.architectures import LEE2021
+from smallvit.plugins.distillation import add_distillation_token, set_distilled_training
+from smallvit.plugins.patch import UnsupportedModelError, patch, unpatch
 
-HOLD = ("vit", "pit", "t2t", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "pit_ti_224", "deit3_small_patch16_224")
+from .sweep import each
+
+HOLD = ("vit", "pit", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "pit_ti_224", "deit3_small_patch16_224")
 NATIVE = ("deit_tiny_distilled_patch16_224", "pit_ti_distilled_224")
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(arch: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    size = {} if arch in PUBLISHED else {"depth": (1, 1, 1)} if "pit" in arch else {"depth": 2}
+    size = {} if arch in LEE2021 else {"depth": (1, 1, 1)} if "pit" in arch else {"depth": 2}
     if not size:
-        return smallvit.create_model(arch, img_size=32, num_classes=7, drop_path=0.0, **options)
+        return smallvit.create_model(arch, img_size=32, num_classes=7, drop_path_rate=0.0, **options)
     patches = {"patch_size": 4, "stride": 4} if "pit" in arch else {"patch_size": 4}
     return timm.create_model(arch, img_size=32, num_classes=7, **size, **patches)
 
 
-@pytest.mark.parametrize("arch", HOLD)
+@each(HOLD, "arch")
 def test_inference_averages_the_logits_of_the_two_heads(arch: str) -> None:
     model = add_distillation_token(model_of(arch)).eval()
     heads: list[Tensor] = []
@@ -38,7 +41,7 @@ def test_inference_averages_the_logits_of_the_two_heads(arch: str) -> None:
     assert not torch.allclose(heads[0], heads[1])
 
 
-@pytest.mark.parametrize("arch", ["vit", "pit", "t2t"])
+@each(["vit", "pit"], "arch")
 def test_inference_can_average_probabilities_as_the_paper_has_it(arch: str) -> None:
     model = add_distillation_token(model_of(arch), average="probabilities").eval()
     heads: list[Tensor] = []
@@ -47,8 +50,8 @@ def test_inference_can_average_probabilities_as_the_paper_has_it(arch: str) -> N
     torch.testing.assert_close(model(X).exp(), (heads[0].softmax(1) + heads[1].softmax(1)) / 2)
 
 
-@pytest.mark.parametrize("arch", [*HOLD, *NATIVE])
-@pytest.mark.parametrize("patched", [False, True])
+@each([*HOLD, *NATIVE], "arch")
+@each([False, True], "patched")
 def test_training_gives_both_heads_where_that_is_asked_for(arch: str, patched: bool) -> None:
     model = model_of(arch)
     if patched:
@@ -61,7 +64,7 @@ def test_training_gives_both_heads_where_that_is_asked_for(arch: str, patched: b
     assert model.eval()(X).shape == (3, 7)
 
 
-@pytest.mark.parametrize(("plain", "native"), [("deit_tiny_patch16_224", NATIVE[0]), ("pit_ti_224", NATIVE[1])])
+@each([("deit_tiny_patch16_224", NATIVE[0]), ("pit_ti_224", NATIVE[1])], "plain", "native")
 def test_the_result_is_timms_distilled_model(plain: str, native: str) -> None:
     ours, theirs = add_distillation_token(model_of(plain)).eval(), model_of(native).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -71,7 +74,7 @@ def test_the_result_is_timms_distilled_model(plain: str, native: str) -> None:
     torch.testing.assert_close(ours.train()(X), theirs.train()(X))
 
 
-@pytest.mark.parametrize("arch", NATIVE)
+@each(NATIVE, "arch")
 def test_a_model_that_has_a_token_keeps_it(arch: str) -> None:
     model = model_of(arch).eval()
     before, logits = copy.deepcopy(model.state_dict()), model(X)
@@ -80,12 +83,12 @@ def test_a_model_that_has_a_token_keeps_it(arch: str) -> None:
     torch.testing.assert_close(twice(X), logits)
 
 
-@pytest.mark.parametrize("arch", HOLD)
+@each(HOLD, "arch")
 def test_trained_weights_stay_and_patches_keep_their_positions(arch: str) -> None:
     model = model_of(arch)
     before = copy.deepcopy(model.state_dict())
     after = add_distillation_token(model).state_dict()
-    grown = {"cls_token" if "pit" in arch else "pos_embed"} if arch != "t2t" else set()
+    grown = {"cls_token" if "pit" in arch else "pos_embed"}
     for name, value in before.items():
         if name in grown and after[name].shape != value.shape:
             torch.testing.assert_close(torch.cat([after[name][:, :1], after[name][:, 2:]], 1), value)
@@ -93,14 +96,14 @@ def test_trained_weights_stay_and_patches_keep_their_positions(arch: str) -> Non
             torch.testing.assert_close(after[name], value)
 
 
-@pytest.mark.parametrize("arch", ["vit", "pit", "t2t"])
+@each(["vit", "pit"], "arch")
 def test_a_token_that_none_attends_to_would_change_nothing_else(arch: str) -> None:
     """Without attention to it, the class token's logits are those of the model before."""
     model = model_of(arch).eval()
     logits = model(X)
     heads: list[Tensor] = []
     add_distillation_token(model)
-    model.head.register_forward_hook(lambda layer, inputs, found: heads.append(found))
+    model.head.register_forward_hook(lambda layer, inputs, actual: heads.append(actual))
     for block in [module for module in model.modules() if type(module).__name__ == "Block"]:
         block.attn.forward = without_second_token(block.attn)
     model(X)
@@ -117,9 +120,9 @@ def without_second_token(layer: nn.Module):
     return forward
 
 
-@pytest.mark.parametrize("arch", ["vit", "pit", "t2t"])
+@each(["vit", "pit"], "arch")
 def test_models_with_a_token_are_copied_pickled_resized_and_unpatched(arch: str) -> None:
-    model = add_distillation_token(model_of(arch, spt=True, lsa=True), average="probabilities").eval()
+    model = add_distillation_token(model_of(arch, plugins={"spt": True, "lsa": True}), average="probabilities").eval()
     logits = model(X)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(X), logits)
     torch.testing.assert_close(copy.deepcopy(model)(X), logits)
@@ -131,7 +134,7 @@ def test_models_with_a_token_are_copied_pickled_resized_and_unpatched(arch: str)
     assert model.forward_head(model.forward_features(X), pre_logits=True).shape == (3, model.num_features)
 
 
-@pytest.mark.parametrize("arch", ["vit", "pit", "t2t"])
+@each(["vit", "pit"], "arch")
 def test_both_heads_and_the_token_learn(arch: str) -> None:
     model = add_distillation_token(model_of(arch)).train()
     model.set_distilled_training(True)
@@ -144,10 +147,10 @@ def test_both_heads_and_the_token_learn(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["cait", "swin", "resnet18", "vit_base_patch16_siglip_224", "vit_base_patch16_reg4_gap_256"]
+    "arch", ["cait", "swin", "t2t", "resnet18", "vit_base_patch16_siglip_224", "vit_base_patch16_reg4_gap_256"]
 )
-def test_models_without_a_place_for_it_are_refused_and_unchanged(arch: str) -> None:
-    if arch in PUBLISHED:
+def test_unsupported_models_are_refused_and_unchanged(arch: str) -> None:
+    if arch in LEE2021:
         model = smallvit.create_model(arch, img_size=32, num_classes=7)
     else:
         small = {"depth": 1, "embed_dim": 64, "num_heads": 1} if arch.startswith("vit") else {}

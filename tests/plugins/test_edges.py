@@ -9,66 +9,21 @@ import timm
 import torch
 from timm.models import create_feature_extractor
 from timm.models.swin_transformer import PatchMerging
-from torch import Tensor, nn
+from torch import nn
+from torchvision.models import feature_extraction
 
 import smallvit
-from smallvit.plugins import LSAConfig, SPTConfig, UnsupportedModelError
-from smallvit.plugins.attend import softmax
-from smallvit.plugins.locality import Locality, LocalitySelfAttention
-from smallvit.plugins.lsa import locality_attention
-from smallvit.plugins.spt import ShiftedPatchMerging
+from smallvit.plugins import LSAConfig, SPTConfig
+from smallvit.plugins.lsa_layer import Locality, LocalitySelfAttention
+from smallvit.plugins.patch import UnsupportedModelError
+from smallvit.plugins.sdpa import softmax
+from smallvit.plugins.spt_layer import ShiftedPatchMerging
 
+from .sweep import each, sweep
+from .test_lsa import locality_attention
 from .zoo import build, images
 
-INITS = ["paper", "exact"]
-
-
-class LowRank(nn.Module):
-    """A linear layer with an adapter, which shows the weights of the layer within, as libraries of adapters do."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.adapter = base, nn.Linear(base.in_features, base.out_features, bias=False)
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.adapter(x)
-
-
-@pytest.mark.parametrize("name", ["vit", "swin", "cait"])
-@pytest.mark.parametrize("layer", ["qkv", "proj", "proj_l"])
-def test_adapted_layers_are_called(name: str, layer: str) -> None:
-    model = smallvit.patch(build(name), lsa=True)
-    attention = next(module for module in model.modules() if isinstance(module, Locality))
-    if not hasattr(attention, layer):
-        pytest.skip(f"{name} has no {layer}")
-    before = model(images(name))
-    setattr(attention, layer, LowRank(getattr(attention, layer)))
-    after = model(images(name))
-    assert not torch.equal(after, before)
-    after.sum().backward()
-    assert getattr(attention, layer).adapter.weight.grad.any()
-    nn.init.zeros_(getattr(attention, layer).adapter.weight)
-    torch.testing.assert_close(model(images(name)), before, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["vit", "swin", "cait"])
-def test_hooks_on_the_layers_within_are_called(name: str) -> None:
-    model = smallvit.patch(build(name), lsa=True)
-    seen: list[str] = []
-    expected = model(images(name))
-    for attention in (module for module in model.modules() if isinstance(module, Locality) and hasattr(module, "qkv")):
-        attention.qkv.register_forward_hook(lambda *_: seen.append("qkv"))
-    torch.testing.assert_close(model(images(name)), expected, rtol=1e-4, atol=1e-5)
-    assert seen
+INITS = ["paper", "preserve"]
 
 
 def test_the_layer_can_be_derived_from() -> None:
@@ -94,7 +49,7 @@ def test_without_the_fused_kernel_the_layer_computes_the_same_and_calls_its_drop
     assert all(weights.diagonal(dim1=-2, dim2=-1).eq(0).all() for weights in maps)
 
 
-@pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float32).min, float("-inf")])
+@each([-1e4, torch.finfo(torch.float32).min, float("-inf")], "hidden")
 def test_a_token_whose_mask_hides_all_others_attends_to_itself(hidden: float) -> None:
     mask = torch.zeros(4, 4)
     mask[0, 1:] = hidden
@@ -109,8 +64,8 @@ def test_double_precision_is_kept() -> None:
     torch.testing.assert_close(softmax(scores), scores.softmax(-1), rtol=1e-15, atol=1e-15)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("offset", [0, 10, 1000])
+@each([(torch.float32, 1e-3), (torch.bfloat16, 0.02)], "dtype", "tolerance")
+@each([0, 10, 1000], "offset")
 def test_merging_does_not_mind_an_offset_of_the_features(dtype: torch.dtype, tolerance: float, offset: float) -> None:
     torch.manual_seed(0)
     layer = ShiftedPatchMerging(24, 48)
@@ -121,8 +76,8 @@ def test_merging_does_not_mind_an_offset_of_the_features(dtype: torch.dtype, tol
     assert (ours - exact).norm() < tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("name", ["vit", "pit", "swin"])
+@each(INITS, "init")
+@each(["vit", "pit", "swin"], "name")
 def test_channels_last_models_compute_the_same(name: str, init: str) -> None:
     model = smallvit.patch(build(name), spt=True, lsa=True, init=init)
     expected = model(images(name))
@@ -131,8 +86,8 @@ def test_channels_last_models_compute_the_same(name: str, init: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("name", ["vit", "cait", "swin", "swin v2", "pit"])
+@each(INITS, "init")
+@each(["vit", "cait", "swin", "swin v2", "pit"], "name")
 def test_timms_feature_extractor_sees_the_patched_model(name: str, init: str) -> None:
     model = smallvit.patch(build(name), spt=True, lsa=True, init=init)
     node = {"swin": "head.fc", "swin v2": "head.fc"}.get(name, "head")
@@ -140,16 +95,49 @@ def test_timms_feature_extractor_sees_the_patched_model(name: str, init: str) ->
     torch.testing.assert_close(extractor(images(name))["logits"], model(images(name)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bare_trace_is_refused_where_it_would_lose_the_mask() -> None:
-    with pytest.raises(TypeError, match="create_feature_extractor"):
-        torch.fx.symbolic_trace(smallvit.patch(build("swin v2"), lsa=True))
+TRACED = ["vit", "vit differential", "deit distilled", "cait", "pit", "swin", "swin v2", "eva-02"]
 
 
-@pytest.mark.parametrize("init", INITS)
+@sweep(TRACED)
+def test_torch_fx_traces_patched_models_as_it_does_timms(name: str) -> None:
+    """Check that each patched layer is one node."""
+    try:
+        torch.fx.symbolic_trace(build(name))
+    except TypeError:
+        pytest.skip("torch.fx cannot trace the unpatched model of this timm release")
+    x = images(name)
+    for plugins in (("spt",), ("lsa",), ("binary",), ("spt", "lsa")):
+        for init in INITS:
+            try:
+                model = smallvit.patch(build(name), **dict.fromkeys(plugins, True), init=init)
+            except UnsupportedModelError:
+                continue
+            traced = torch.fx.symbolic_trace(model)
+            torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-5)
+            changed = {change.name for change in smallvit.describe(model).changes}
+            assert changed & {node.target for node in traced.graph.nodes}
+
+
+def test_torchvisions_feature_extractor_returns_the_outputs_of_patched_layers() -> None:
+    model, expected = smallvit.patch(build("vit"), spt=True, lsa=True), {}
+    nodes = ["patch_embed.proj", "blocks.0.attn", "head"]
+    extractor = feature_extraction.create_feature_extractor(model, nodes)
+    for node in nodes:
+        model.get_submodule(node).register_forward_hook(lambda *given, node=node: expected.update({node: given[-1]}))
+    model(images("vit"))
+    torch.testing.assert_close(extractor(images("vit")), expected)
+
+
+def test_a_patched_layer_alone_cannot_be_traced() -> None:
+    with pytest.raises(TypeError, match="trace the model that contains it"):
+        torch.fx.symbolic_trace(LocalitySelfAttention(12, 3))
+
+
+@each(INITS, "init")
 def test_other_patches_are_refused_while_spt_is_in(init: str) -> None:
     model = smallvit.patch(build("vit"), spt=True, init=init)
     expected = model(images("vit"))
-    with pytest.raises(ValueError, match="unpatch the model, change them, patch it again"):
+    with pytest.raises(ValueError, match="unpatch the model, change its patch size, patch it again"):
         model.set_input_size(patch_size=8)
     assert torch.equal(model(images("vit")), expected)
     model.set_input_size(img_size=24, patch_size=4)
@@ -158,8 +146,8 @@ def test_other_patches_are_refused_while_spt_is_in(init: str) -> None:
     assert model.patch_embed.proj.kernel_size == (8, 8)
 
 
-@pytest.mark.parametrize("wrong", [{"lsa": {"mask": False}}, {"spt": LSAConfig()}, {"lsa": SPTConfig()}, {"spt": 1}])
-def test_only_bools_and_the_right_configs_are_taken(wrong: dict[str, Any]) -> None:
+@each([{"lsa": {"mask": False}}, {"spt": LSAConfig()}, {"lsa": SPTConfig()}, {"spt": 1}], "wrong")
+def test_wrong_config_types_are_refused(wrong: dict[str, Any]) -> None:
     model = build("vit")
     with pytest.raises(TypeError, match="expected True, False or a"):
         smallvit.patch(model, **wrong)
@@ -167,7 +155,7 @@ def test_only_bools_and_the_right_configs_are_taken(wrong: dict[str, Any]) -> No
 
 
 def test_a_variant_that_changes_nothing_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="leaves nothing of it"):
+    with pytest.raises(UnsupportedModelError, match="changes nothing in it"):
         smallvit.patch(build("swin v2"), lsa=LSAConfig(mask=False))
     model = smallvit.patch(build("cait"), lsa=LSAConfig(temperature="fixed"))
     for _ in range(2):
@@ -175,8 +163,8 @@ def test_a_variant_that_changes_nothing_is_refused() -> None:
         smallvit.patch(model, lsa=LSAConfig(temperature="fixed"))
 
 
-def test_a_merging_on_its_own_is_refused_and_a_plain_module_unpatched() -> None:
-    with pytest.raises(UnsupportedModelError, match="the model that it is part of"):
+def test_patching_a_merging_itself_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="patch the model that contains it"):
         smallvit.patch(PatchMerging(8), spt=True)
     plain = nn.Sequential()
     plain.original = "timm"
@@ -184,7 +172,7 @@ def test_a_merging_on_its_own_is_refused_and_a_plain_module_unpatched() -> None:
     assert not smallvit.describe(plain).changes
 
 
-def test_a_layer_in_two_places_is_replaced_in_both() -> None:
+def test_shared_layer_is_replaced_at_both_sites() -> None:
     model = build("swin")
     model.again = model.layers[1].downsample
     smallvit.patch(model, spt=True)

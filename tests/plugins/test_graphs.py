@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.plugins.patching import why_not
-from smallvit.precision import sound_dtype
+from smallvit.plugins.patch import unsupported_reason
+from smallvit.utils.hardware import choose_dtype
 
+from .sweep import each, sweep
 from .zoo import ZOO, build, images
 
 COMPILED = {
     "vit differential": "paper",
-    "vit relpos": "exact",
+    "vit relpos": "preserve",
     "vit sam": "paper",
-    "deit distilled": "exact",
+    "deit distilled": "preserve",
     "cait": "paper",
     "pit": "paper",
-    "pit distilled": "exact",
+    "pit distilled": "preserve",
     "swin": "paper",
     "swin v2": "paper",
     "eva-02": "paper",
-    "convit": "exact",
+    "convit": "preserve",
     "nest": "paper",
     "levit": "paper",
     "botnet": "paper",
@@ -39,15 +40,10 @@ NO_CHECKPOINTING = {"coat", "convit", "crossvit", "pit", "pit distilled", "twins
 def patched(name: str, init: str = "paper") -> nn.Module:
     model = build(name)
     torch.manual_seed(0)
-    return smallvit.patch(model, **{plugin: why_not(model, plugin) is None for plugin in ("spt", "lsa")}, init=init)
-
-
-def any_plugin_fits(name: str) -> bool:
-    model = build(name)
-    return any(why_not(model, plugin) is None for plugin in ("spt", "lsa"))
-
-
-FITTING = [name for name in ZOO if any_plugin_fits(name)]
+    plugins = {plugin: True for plugin in ("spt", "lsa") if unsupported_reason(model, plugin) is None}
+    if not plugins:
+        pytest.skip("no plugin can change this model")
+    return smallvit.patch(model, **plugins, init=init)
 
 
 def unless_timm_fails_too(name: str, act: Callable[[nn.Module], None], model: nn.Module) -> None:
@@ -78,7 +74,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.slow
+@sweep(COMPILED)
 def test_patched_models_compile_to_one_graph_with_the_same_output_and_gradients(name: str) -> None:
     model, twin = patched(name, COMPILED[name]), patched(name, COMPILED[name])
     torch._dynamo.reset()
@@ -99,8 +96,9 @@ def test_patched_models_compile_to_one_graph_with_the_same_output_and_gradients(
     )
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@pytest.mark.slow
+@sweep(EXPORTED)
+@each(["paper", "preserve"], "init")
 @torch.no_grad()
 def test_patched_models_export(name: str, init: str) -> None:
     model = patched(name, init)
@@ -109,7 +107,7 @@ def test_patched_models_export(name: str, init: str) -> None:
     torch.testing.assert_close(exported(other), model(other), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FITTING)
+@sweep(ZOO)
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model = patched(name).train()
     if name in NO_CHECKPOINTING:
@@ -121,15 +119,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert_same(gradients(model, name), expected)
 
 
-@pytest.mark.parametrize("name", FITTING)
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@sweep(ZOO)
+@each(["paper", "preserve"], "init")
 @torch.no_grad()
 def test_bf16_autocast_stays_as_near_to_fp32_as_in_the_plain_model(name: str, init: str) -> None:
     """Without oneDNN where this CPU's gets a convolution wrong."""
     errors, img_size = [], images(name).shape[-1]
     for model in (build(name), patched(name, init)):
         exact = model(images(name))
-        sound = sound_dtype(torch.device("cpu"), "auto", model, 3, img_size) == torch.bfloat16
+        sound = choose_dtype(torch.device("cpu"), "auto", model, 3, img_size) == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16), torch.backends.mkldnn.flags(enabled=sound):
             low = model(images(name))
         assert low.isfinite().all()
@@ -137,7 +135,8 @@ def test_bf16_autocast_stays_as_near_to_fp32_as_in_the_plain_model(name: str, in
     assert errors[1] < 0.02 + 3 * errors[0]
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.slow
+@sweep(COMPILED)
 def test_gradients_under_bf16_autocast_are_finite_and_reach_as_far(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = gradients(patched(name).train(), name)

@@ -11,9 +11,18 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from smallvit.plugins.attend import attend, prefers_fused
-from smallvit.plugins.locality import LocalitySelfAttention
-from smallvit.plugins.lsa import LSAConfig, locality_attention
+from smallvit.plugins.lsa import LSAConfig
+from smallvit.plugins.lsa_layer import LocalitySelfAttention, diagonal_bias, merge_masks
+from smallvit.plugins.sdpa import attend, prefers_fused
+
+from .sweep import each
+
+
+def locality_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Compose the functions of the layer: attention without the diagonal, scores multiplied by a temperature."""
+    bias = diagonal_bias(q.shape[-2], q)
+    bias = bias if attn_mask is None else merge_masks(bias, attn_mask)
+    return attend(q * temperature.to(q.dtype)[:, None, None], k, v, bias)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -47,15 +56,15 @@ def layer_and_tokens(n: int, **arguments: object) -> tuple[LocalitySelfAttention
 
 
 def adopted(attention: Attention) -> LocalitySelfAttention:
-    """A copy of a layer of timm's, patched."""
+    """Return a patched copy of a timm layer."""
     layer = copy.deepcopy(attention)
     LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=False)
     return layer
 
 
 # a class token and 2 × 2 patches, two prefix tokens and 2 × 3 patches, no prefix and 3 × 3
-@pytest.mark.parametrize("n", [5, 8, 9, 2, 1])
-@pytest.mark.parametrize("bias", [False, True])
+@each([5, 8, 9, 2, 1], "n")
+@each([False, True], "bias")
 def test_lsa_equals_the_equation_forward_and_in_every_gradient(n: int, bias: bool) -> None:
     layer, x = layer_and_tokens(n, qkv_bias=bias)
     inputs = [x.requires_grad_(), *layer.parameters()]
@@ -67,7 +76,7 @@ def test_lsa_equals_the_equation_forward_and_in_every_gradient(n: int, bias: boo
         torch.testing.assert_close(grad, oracle, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [5, 8])
+@each([5, 8], "n")
 def test_lsa_in_bf16_stays_near_the_equation(n: int) -> None:
     layer, x = layer_and_tokens(n)
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,7 +92,7 @@ def test_lsa_drops_attention_in_training_only() -> None:
     assert not torch.allclose(layer.train()(x), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each([torch.float32, torch.bfloat16], "dtype")
 def test_attention_dropout_keeps_the_mean(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 4).to(dtype)
@@ -92,7 +101,7 @@ def test_attention_dropout_keeps_the_mean(dtype: torch.dtype) -> None:
 
 
 def test_lsa_never_attends_to_itself() -> None:
-    """A token's own value must not reach its own output: with v the identity, the output is the attention map."""
+    """Check that a token's value does not reach its own output: with v the identity, the output is the map."""
     n = 7
     q, k = torch.randn(2, 1, 3, n, 4)
     v = torch.eye(n).expand(1, 3, n, n)
@@ -114,8 +123,8 @@ def test_lsa_mask_follows_the_number_of_tokens() -> None:
         torch.testing.assert_close(layer(x), naive_lsa(x, layer), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["bool", "float", "bool 4d"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each(["bool", "float", "bool 4d"], "form")
+@each([torch.float32, torch.bfloat16], "dtype")
 def test_lsa_joins_a_callers_mask_and_never_gives_nan(form: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     q, k, v = torch.randn(3, 2, 3, 6, 4).to(dtype)
@@ -138,7 +147,7 @@ def test_lsa_is_causal_when_asked() -> None:
     torch.testing.assert_close(layer(changed, is_causal=True)[:, :4], layer(x, is_causal=True)[:, :4])
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@each([False, True], "biased")
 def test_both_attention_paths_agree(biased: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 6, 4)
@@ -163,9 +172,9 @@ def test_lsa_without_mask_and_temperature_would_be_timms_attention() -> None:
     torch.testing.assert_close(weights, off / off.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("extras", [{"qk_norm": True}, {"gated": True}, {"scale_norm": True}, {"attn_head_dim": 8}])
+@each([{"qk_norm": True}, {"gated": True}, {"scale_norm": True}, {"attn_head_dim": 8}], "extras")
 def test_lsa_keeps_what_else_timms_attention_has(extras: dict) -> None:
-    """With the temperature at timm's scale, only the mask sets LSA apart: given that mask, timm's layer agrees."""
+    """Compare with timm's layer under the mask: with the temperature at timm's scale, nothing else differs."""
     if not extras.keys() <= inspect.signature(Attention).parameters.keys():
         pytest.skip(f"this timm's attention has no {next(iter(extras))}")
     torch.manual_seed(0)
@@ -182,37 +191,37 @@ def test_lsa_refuses_heads_that_do_not_divide_the_width() -> None:
         LocalitySelfAttention(10, 3)
 
 
-@pytest.mark.parametrize("openness", [1.0, 0.7, 0.1, 1e-6, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_openness_is_what_a_tokens_own_weight_counts(openness: float, dtype: torch.dtype) -> None:
+@each([1.0, 0.7, 0.1, 1e-6, 0.0], "diagonal_weight")
+@each([torch.float32, torch.bfloat16], "dtype")
+def test_diagonal_weight_scales_self_attention(diagonal_weight: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = Attention(12, 3)
     LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)
     nn.init.uniform_(layer.temperature, 0.3, 1.0)
-    layer.openness.fill_(openness)
+    layer.diagonal_weight.fill_(diagonal_weight)
     q, k = torch.randn(2, 2, 3, 5, 4).to(dtype)
     weights = torch.einsum("bhid,bhjd->bhij", q.float() * layer.temperature[:, None, None], k.float()).exp()
-    weights = weights * (1 - (1 - openness) * torch.eye(5))
+    weights = weights * (1 - (1 - diagonal_weight) * torch.eye(5))
     ours = layer.attend(q, k, torch.eye(5, dtype=dtype).expand(2, 3, 5, 5))
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(ours.float(), weights / weights.sum(-1, keepdim=True), rtol=tolerance, atol=tolerance)
 
 
-def test_openness_is_saved_but_never_learnt() -> None:
+def test_diagonal_weight_is_a_buffer() -> None:
     layer = Attention(12, 3)
     LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)
-    assert "openness" in layer.state_dict()
-    assert "openness" not in dict(layer.named_parameters())
-    layer.openness.zero_()
+    assert "diagonal_weight" in layer.state_dict()
+    assert "diagonal_weight" not in dict(layer.named_parameters())
+    layer.diagonal_weight.zero_()
     layer(torch.randn(2, 5, 12)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("temperature", ["head", "layer", "fixed"])
+@each(["head", "layer", "fixed"], "temperature")
 def test_lsa_alone_has_the_temperatures_that_its_config_says(temperature: str) -> None:
     layer = LocalitySelfAttention(12, 3, config=LSAConfig(temperature=temperature))
     sizes = {"head": 3, "layer": 1, "fixed": 0}
-    assert layer.added_parameters == sizes[temperature]
+    assert (0 if layer.temperature is None else layer.temperature.numel()) == sizes[temperature]
     q, k = torch.randn(2, 1, 3, 5, 4)
     weights = layer.attend(q, k, torch.eye(5).expand(1, 3, 5, 5))
     torch.testing.assert_close(
@@ -221,7 +230,7 @@ def test_lsa_alone_has_the_temperatures_that_its_config_says(temperature: str) -
 
 
 def test_lsa_refuses_variants_that_there_are_not() -> None:
-    with pytest.raises(ValueError, match="temperature 'token': expected head, layer or fixed"):
+    with pytest.raises(ValueError, match="temperature 'token': expected one of head, layer, fixed"):
         LSAConfig(temperature="token")
-    with pytest.raises(ValueError, match="would change nothing"):
+    with pytest.raises(ValueError, match="changes nothing"):
         LSAConfig(temperature="fixed", mask=False)

@@ -1,4 +1,4 @@
-"""Every adapted attention layer of timm's against an oracle written from its weights and LSA's equation."""
+"""Test every adapted attention layer of timm's against an oracle written from its weights and LSA's equation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
-from smallvit.plugins.locality import Locality, set_openness
 from smallvit.plugins.lsa import LSAConfig
+from smallvit.plugins.lsa_layer import Locality, set_lsa_strength
 
 from . import oracles_maps, oracles_tokens, oracles_windows  # noqa: F401
 from .naive import CASES, Case, linear, shift_mask
+from .sweep import each, sweep
 from .zoo import shaken
 
 SHARED = ("sam", "botnet", "efficientvit", "shvit")
-"""Layers without an axis of their own for the heads: one temperature serves them all."""
+"""Layers without an axis for the heads alone: one temperature serves them all."""
 CONFIGS = {
     "paper": LSAConfig(),
     "one temperature": LSAConfig(temperature="layer"),
@@ -57,8 +58,8 @@ def test_every_adapter_has_an_oracle() -> None:
     assert of_timm == {type(case.layer()) for case in CASES.values()}
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", CASES)
+@each(CONFIGS, "config")
+@sweep(CASES)
 def test_lsa_equals_the_equation_forward_and_in_every_gradient(name: str, config: str) -> None:
     case = CASES[name]
     layer = adopted(timm_layer(case), CONFIGS[config])
@@ -76,8 +77,9 @@ def test_lsa_equals_the_equation_forward_and_in_every_gradient(name: str, config
         torch.testing.assert_close(grad, oracle, rtol=1e-4, atol=1e-5 * (1 + oracle.abs().max().item()))
 
 
-@pytest.mark.parametrize("gradual", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@each([False, True], "gradual")
+@sweep(CASES)
 def test_every_adapter_compiles_to_one_graph(name: str, gradual: bool) -> None:
     case = CASES[name]
     layer = timm_layer(case)
@@ -88,14 +90,14 @@ def test_every_adapter_compiles_to_one_graph(name: str, gradual: bool) -> None:
     Locality.adapters[type(layer)].adopt(layer, LSAConfig(), gradual=gradual)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    for openness in (1.0, 0.5, 0.0) if gradual else (0.0,):
-        set_openness(layer, openness)
+    for diagonal_weight in (1.0, 0.5, 0.0) if gradual else (0.0,):
+        set_lsa_strength(layer, 1 - diagonal_weight)
         y = compiled(tokens(case), **case.more)
         y = y[0] if isinstance(y, tuple) else y
         torch.testing.assert_close(y, output(layer, tokens(case), case), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@sweep(CASES)
 def test_every_head_has_a_temperature_of_its_own_that_begins_at_timms_scale(name: str) -> None:
     layer = timm_layer(CASES[name])
     paper, one = (adopted(layer, CONFIGS[config]).temperature for config in ("paper", "one temperature"))
@@ -116,7 +118,7 @@ def test_every_head_has_a_temperature_of_its_own_that_begins_at_timms_scale(name
     assert paper.tolist() + one.tolist() == pytest.approx([scale] * (heads + 1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@sweep(CASES)
 @torch.no_grad()
 def test_the_temperature_alone_changes_nothing_at_first(name: str) -> None:
     case = CASES[name]
@@ -125,7 +127,7 @@ def test_the_temperature_alone_changes_nothing_at_first(name: str) -> None:
     torch.testing.assert_close(ours, output(layer, tokens(case), case), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@sweep(CASES)
 @torch.no_grad()
 def test_one_temperature_or_none_begins_where_the_papers_form_does(name: str) -> None:
     case = CASES[name]
@@ -142,7 +144,7 @@ SWINS = {
     "swin v2": lambda window: swin_transformer_v2.WindowAttention(12, (window, window), 3),
     "swin v2 cr": lambda window: swin_transformer_v2_cr.WindowMultiHeadAttention(12, 3, (window, window)),
 }
-every_swin = pytest.mark.parametrize("swin", SWINS)
+every_swin = each(SWINS, "swin")
 
 
 def swin_layer(swin: str, window: int, config: LSAConfig) -> nn.Module:
@@ -151,7 +153,7 @@ def swin_layer(swin: str, window: int, config: LSAConfig) -> nn.Module:
 
 
 def own_value(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a token passes on that attends to itself alone."""
+    """Return the output of a token that attends only to itself."""
     bias = layer.qkv.bias[24:] if layer.qkv.bias is not None else layer.v_bias
     return linear(x @ layer.qkv.weight[24:].T + bias, layer.proj)
 
@@ -163,8 +165,8 @@ def test_the_tests_mask_is_timms() -> None:
 
 
 @every_swin
-@pytest.mark.parametrize(("size", "window", "shift"), [(4, 2, 1), (6, 3, 1), (6, 3, 2)])
-@pytest.mark.parametrize("config", ["paper", "one temperature", "mask only"])
+@each([(4, 2, 1), (6, 3, 1), (6, 3, 2)], "size", "window", "shift")
+@each(["paper", "one temperature", "mask only"], "config")
 def test_shifted_windows_never_look_at_what_is_forbidden_and_at_themselves_only_when_alone(
     swin: str, size: int, window: int, shift: int, config: str
 ) -> None:
@@ -182,8 +184,8 @@ def test_shifted_windows_never_look_at_what_is_forbidden_and_at_themselves_only_
 
 
 @every_swin
-@pytest.mark.parametrize("config", ["paper", "mask only"])
-@pytest.mark.parametrize("gradual", [False, True])
+@each(["paper", "mask only"], "config")
+@each([False, True], "gradual")
 def test_a_window_of_one_token_passes_it_on(swin: str, config: str, gradual: bool) -> None:
     torch.manual_seed(0)
     layer, x = shaken(SWINS[swin](1)).eval(), torch.randn(4, 1, 12)
@@ -191,15 +193,15 @@ def test_a_window_of_one_token_passes_it_on(swin: str, config: str, gradual: boo
         pytest.skip(f"this timm's {swin} has no windows of one token")
     Locality.adapters[type(layer)].adopt(layer, CONFIGS[config], gradual)
     if gradual:
-        layer.openness.zero_()
+        layer.diagonal_weight.zero_()
     torch.testing.assert_close(layer(x), own_value(layer, x), rtol=1e-5, atol=1e-5)
 
 
 @every_swin
-def test_closing_the_diagonal_leaves_tokens_without_neighbours_to_themselves(swin: str) -> None:
+def test_masking_leaves_isolated_tokens_to_themselves(swin: str) -> None:
     torch.manual_seed(0)
     layer, mask = shaken(SWINS[swin](2)).eval(), shift_mask(4, 2, 1)
     Locality.adapters[type(layer)].adopt(layer, LSAConfig(), gradual=True)
-    layer.openness.zero_()
+    layer.diagonal_weight.zero_()
     x = torch.randn(4, 4, 12)
     torch.testing.assert_close(layer(x, mask)[3], own_value(layer, x)[3], rtol=1e-5, atol=1e-5)

@@ -14,16 +14,13 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import smallvit
-from smallvit.plugins import (
-    Locality,
-    LocalitySelfAttention,
-    LSAConfig,
-    ShiftedPatchTokenization,
-    SPTConfig,
-    UnsupportedModelError,
-)
-from smallvit.plugins.patching import why_not
+from smallvit.plugins import LSAConfig, SPTConfig
+from smallvit.plugins.leaf import replace_module
+from smallvit.plugins.lsa_layer import Locality, LocalitySelfAttention
+from smallvit.plugins.patch import UnsupportedModelError, unsupported_reason
+from smallvit.plugins.spt_layer import ShiftedPatchTokenization
 
+from .sweep import each
 from .zoo import build
 from .zoo import images as zoo_images
 
@@ -66,7 +63,7 @@ def test_patch_replaces_the_leaves_and_returns_the_model(model: nn.Module) -> No
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("plugins", [{"spt": True}, {"lsa": True}, {"spt": True, "lsa": True}], ids=str)
+@each([{"spt": True}, {"lsa": True}, {"spt": True, "lsa": True}], "plugins")
 def test_unpatch_restores_the_model_bit_by_bit(model: nn.Module, plugins: dict) -> None:
     before, keys = model(images()), list(model.state_dict())
     smallvit.patch(model, **plugins)
@@ -107,7 +104,7 @@ def test_patched_models_survive_pickle_copy_and_state_dict(model: nn.Module) -> 
     assert all(type(block.attn) is Attention for block in twin.blocks)
 
 
-def test_unpatch_keeps_what_attention_learnt_while_patched() -> None:
+def test_unpatch_keeps_attention_weights_learned_while_patched() -> None:
     model = smallvit.patch(MODELS["vit"](), lsa=True)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.fill_(0.5)
@@ -133,24 +130,25 @@ def test_temperatures_have_no_weight_decay() -> None:
     assert not any("temperature" in name or "norm" in name for name in names)
 
 
-@pytest.mark.parametrize("size", [(16, 24), (8, 16)])
-@pytest.mark.parametrize("chans", [1, 3, 5])
+@each([(16, 24), (8, 16)], "size")
+@each([1, 3, 5], "chans")
 def test_non_square_images_and_any_number_of_channels(size: tuple[int, int], chans: int) -> None:
     model = smallvit.patch(MODELS["distilled"](img_size=size, in_chans=chans), spt=True, lsa=True)
     assert model(images(size, chans)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("patch", [1, 2, 8, 16, (2, 8)])
+@each([1, 2, 8, 16, (2, 8)], "patch")
 def test_any_patch_size(patch: int | tuple[int, int]) -> None:
     model = smallvit.patch(MODELS["vit"](patch_size=patch), spt=True, lsa=True)
     assert model(images()).isfinite().all()
 
 
-def test_dynamic_image_sizes_still_work() -> None:
+def test_dynamic_image_sizes() -> None:
     model = smallvit.patch(MODELS["vit"](dynamic_img_size=True), spt=True, lsa=True)
     assert model(images((24, 32))).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_patched_models_compile_to_one_graph() -> None:
     model = smallvit.patch(MODELS["distilled"]().eval(), spt=True, lsa=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -172,12 +170,12 @@ def test_describe_tells_what_changed_where_and_at_what_cost() -> None:
     assert "lsa  locality self-attention: not patched" in str(smallvit.describe(smallvit.unpatch(model)))
 
 
-@pytest.mark.parametrize("plugin", ["spt", "lsa"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
-def test_convolutional_models_are_refused_and_told_why(name: str, plugin: str) -> None:
+@each(["spt", "lsa"], "plugin")
+@each(["test_resnet", "test_convnext"], "name")
+def test_cnns_are_refused_with_a_reason(name: str, plugin: str) -> None:
     model = timm.create_model(name)
     layers = dict(model.named_modules())
-    reason = why_not(model, plugin)
+    reason = unsupported_reason(model, plugin)
     assert reason is not None
     with pytest.raises(UnsupportedModelError, match=f"cannot patch this {type(model).__name__} with .*: {reason}"):
         smallvit.patch(model, **{plugin: True})
@@ -201,7 +199,7 @@ def test_differential_attention_gets_two_temperatures_a_head() -> None:
 def test_patch_wants_to_know_what_to_patch_and_how() -> None:
     with pytest.raises(ValueError, match="spt=True"):
         smallvit.patch(MODELS["vit"]())
-    with pytest.raises(ValueError, match="init 'random': expected paper or exact"):
+    with pytest.raises(ValueError, match="init 'random': expected paper or preserve"):
         smallvit.patch(MODELS["vit"](), lsa=True, init="random")
 
 
@@ -232,11 +230,11 @@ def test_patterns_choose_the_layers(patterns: dict, expected: set[str]) -> None:
 @pytest.mark.parametrize(
     "patterns", [{"include": "layers.*"}, {"exclude": "*"}, {"include": ()}, {"include": "BLOCKS.*"}]
 )
-def test_patterns_that_leave_nothing_are_told_what_there_is(patterns: dict) -> None:
+def test_patterns_without_match_list_the_layers(patterns: dict) -> None:
     model = MODELS["vit"](depth=4)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn, blocks\.1\.attn, blocks\.2\.attn, \.\.\."):
         smallvit.patch(model, lsa=True, **patterns)
-    with pytest.raises(ValueError, match=r"there are patch_embed\.proj$"):
+    with pytest.raises(ValueError, match=r"expected a pattern of patch_embed\.proj$"):
         smallvit.patch(model, spt=True, **patterns)
     assert not patched_names(model)
 
@@ -268,24 +266,24 @@ def test_configs_reach_every_layer() -> None:
     attentions = [layer for layer in model.modules() if isinstance(layer, Locality)]
     assert len(attentions) == 3
     assert all(layer.temperature.shape == (1,) and not layer.masked for layer in attentions)
-    exact = smallvit.patch(build("swin"), spt=spt, init="exact")
+    exact = smallvit.patch(build("swin"), spt=spt, init="preserve")
     assert [tuple(p.shape) for n, p in exact.named_parameters() if "shifted" in n] == [
         (12, 8 * 3, 2, 2),
         (24, 8 * 12, 2, 2),
     ]
 
 
-def test_an_exact_attention_without_a_mask_has_nothing_to_close() -> None:
-    model = smallvit.patch(MODELS["vit"](), lsa=LSAConfig(mask=False), init="exact")
+def test_lsa_strength_without_mask_has_no_effect() -> None:
+    model = smallvit.patch(MODELS["vit"](), lsa=LSAConfig(mask=False), init="preserve")
     expected = model(images())
-    smallvit.set_openness(model, 0)
+    smallvit.set_lsa_strength(model, 1)
     assert torch.equal(model(images()), expected)
 
 
-@pytest.mark.parametrize("openness", [-0.1, 1.1, float("nan")])
-def test_openness_is_a_share(openness: float) -> None:
-    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
-        smallvit.set_openness(smallvit.patch(MODELS["vit"](), lsa=True, init="exact"), openness)
+def test_lsa_strength_out_of_range_is_refused() -> None:
+    for strength in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="expected a number from 0 to 1"):
+            smallvit.set_lsa_strength(smallvit.patch(MODELS["vit"](), lsa=True, init="preserve"), strength)
 
 
 def test_describe_tells_of_every_form() -> None:
@@ -296,18 +294,18 @@ def test_describe_tells_of_every_form() -> None:
     assert "lsa  locality self-attention: 3 layers" in text
     assert "2 temperatures, no token attends to itself" in text
     assert "3 temperatures, no token attends to itself" in text
-    text = str(smallvit.describe(smallvit.patch(build("swin v2"), spt=True, lsa=True, init="exact")))
+    text = str(smallvit.describe(smallvit.patch(build("swin v2"), spt=True, lsa=True, init="preserve")))
     assert "shifted views added" in text
-    assert "the layer's own temperature, a token's attention to itself can be closed (set_openness)" in text
+    assert "timm's scale, attention of tokens to themselves can be masked gradually (set_lsa_strength)" in text
     one = smallvit.describe(
         smallvit.patch(MODELS["vit"](), lsa=LSAConfig(temperature="layer", mask=False), include="*.0.*")
     )
     assert "1 layer (blocks.0.attn), +1 parameters" in str(one)
-    assert "1 temperature, nothing is hidden" in str(one)
+    assert "1 temperature, no mask" in str(one)
 
 
-@pytest.mark.parametrize("init", ["paper", "exact"])
-@pytest.mark.parametrize("name", ["vit", "cait", "pit distilled", "swin", "swin v2", "swin v2 cr", "pvt v2"])
+@each(["paper", "preserve"], "init")
+@each(["vit", "cait", "pit distilled", "swin", "swin v2", "swin v2 cr", "pvt v2"], "name")
 def test_describe_counts_what_patching_adds(name: str, init: str) -> None:
     plain, model = build(name), build(name)
     description = smallvit.describe(smallvit.patch(model, spt=True, lsa=True, init=init))
@@ -317,7 +315,7 @@ def test_describe_counts_what_patching_adds(name: str, init: str) -> None:
     assert not smallvit.describe(smallvit.unpatch(model)).changes
 
 
-@pytest.mark.parametrize("name", ["cait", "pit distilled", "swin", "nest", "vit sam", "hiera", "levit"])
+@each(["cait", "pit distilled", "swin", "nest", "vit sam", "hiera", "levit"], "name")
 def test_temperatures_have_no_weight_decay_in_any_family(name: str) -> None:
     model = smallvit.patch(build(name), lsa=True)
     decayed = {id(p) for g in param_groups_weight_decay(model, 0.05) if g["weight_decay"] for p in g["params"]}
@@ -326,12 +324,12 @@ def test_temperatures_have_no_weight_decay_in_any_family(name: str) -> None:
     assert not any(id(parameter) in decayed for parameter in temperatures)
 
 
-@pytest.mark.parametrize("init", ["paper", "exact"])
-@pytest.mark.parametrize("name", ["vit", "pit distilled", "swin", "swin v2", "levit"])
+@each(["paper", "preserve"], "init")
+@each(["vit", "pit distilled", "swin", "swin v2", "levit"], "name")
 def test_patched_models_move_to_another_dtype_and_unpatch_there(name: str, init: str) -> None:
     plain = build(name).double()
     model = build(name)
-    smallvit.patch(model, spt=why_not(model, "spt") is None, lsa=True, init=init)
+    smallvit.patch(model, spt=unsupported_reason(model, "spt") is None, lsa=True, init=init)
     model.double()
     x = zoo_images(name).double()
     assert model(x).dtype == torch.float64
@@ -363,3 +361,48 @@ def test_training_mode_stays_as_it_is() -> None:
         assert all(layer.training == training for layer in model.modules())
         smallvit.unpatch(model.train(not training))
         assert all(layer.training != training for layer in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "plugins"),
+    [
+        ("blocks.1.attn", {"lsa": True}),
+        ("blocks.1.attn", {"spt": True, "lsa": True}),
+        ("blocks.0.mlp.fc1", {"binary": True}),
+        ("patch_embed.proj", {"spt": True}),
+        ("patch_embed.proj", {"spt": True, "init": "preserve"}),
+    ],
+    ids=str,
+)
+def test_a_forward_of_the_instance_is_named_before_anything_changes(layer: str, plugins: dict) -> None:
+    model = MODELS["vit"]()
+    expected, bound = model.eval()(images()), model.get_submodule(layer)
+    bound.forward = bound.forward
+    with pytest.raises(UnsupportedModelError, match=rf"{layer}: this \w+ instance has its own forward") as error:
+        smallvit.patch(model, **plugins)
+    assert "\n" not in str(error.value)
+    assert not smallvit.describe(model).changes
+    assert torch.equal(model(images()), expected)
+    del bound.forward
+    smallvit.patch(model, **plugins)
+    assert layer in [change.name for change in smallvit.describe(model).changes]
+
+
+def test_layers_with_a_forward_of_the_instance_can_be_excluded_and_are_not_unpatched() -> None:
+    model = MODELS["vit"]()
+    model.blocks[1].attn.forward = model.blocks[1].attn.forward
+    smallvit.patch(model, lsa=True, exclude="blocks.1.*")
+    assert [change.name for change in smallvit.describe(model).changes] == ["blocks.0.attn"]
+    expected = model.eval()(images())
+    model.blocks[0].attn.forward = model.blocks[0].attn.forward
+    with pytest.raises(ValueError, match=r"blocks.0.attn: .* instance has its own forward"):
+        smallvit.unpatch(model)
+    assert torch.equal(model(images()), expected)
+
+
+def test_a_layer_replaced_by_another_plugin_is_not_counted_as_spt() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    smallvit.patch(model, spt=True)
+    before = [change.name for change in smallvit.describe(model).changes]
+    replace_module(model, model.blocks[0].norm1, torch.nn.LayerNorm(24), "another")
+    assert [change.name for change in smallvit.describe(model).changes] == before

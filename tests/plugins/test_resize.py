@@ -12,13 +12,14 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.plugins import Locality
+from smallvit.plugins.lsa_layer import Locality
 
+from .sweep import each, sweep
 from .zoo import SWIN, VIT, ZOO, build, images
 
 NAMES = ("vit", "vit registers", "deit distilled", "swin", "swin v2", "cait", "pit", "pit distilled")
 SIZES = [(24, 24), (16, 32), (48, 24)]
-both_ways = pytest.mark.parametrize("init", ["paper", "exact", None])
+both_ways = each(["paper", "preserve", None], "init")
 
 
 def model_of(name: str, init: str | None) -> nn.Module:
@@ -32,7 +33,7 @@ def picture(size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def resized(name: str, size: tuple[int, int]) -> nn.Module:
-    """The plain model for another size; skips where an older timm cannot resize it without damage."""
+    """Return the plain model for another size; skip where an older timm damages it."""
     same, model = (smallvit.set_input_size(build(name), one) for one in (ZOO[name][1], size))
     if (
         not torch.allclose(same(images(name)), build(name)(images(name)), atol=1e-4)
@@ -42,8 +43,8 @@ def resized(name: str, size: tuple[int, int]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@sweep(NAMES)
+@each(SIZES, "size")
 @both_ways
 @torch.no_grad()
 def test_any_image_size_can_be_set_before_or_after_patching(name: str, size: tuple[int, int], init: str | None) -> None:
@@ -63,7 +64,7 @@ def test_any_image_size_can_be_set_before_or_after_patching(name: str, size: tup
     assert torch.equal(after(picture(size)), plain(picture(size)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@sweep(NAMES)
 @torch.no_grad()
 def test_the_size_that_a_model_has_changes_nothing(name: str) -> None:
     resized(name, (32, 32))
@@ -73,8 +74,8 @@ def test_the_size_that_a_model_has_changes_nothing(name: str) -> None:
     torch.testing.assert_close(model(images(name)), expected)
 
 
-@pytest.mark.parametrize("init", ["paper", "exact"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@each(["paper", "preserve"], "init")
+@each(SIZES, "size")
 def test_caits_positions_are_interpolated_as_timm_does(init: str, size: tuple[int, int]) -> None:
     model = model_of("cait", init)
     before = model.pos_embed.detach().clone()
@@ -87,8 +88,8 @@ def test_caits_positions_are_interpolated_as_timm_does(init: str, size: tuple[in
     torch.testing.assert_close(model.pos_embed, resample_abs_pos_embed(before, grid, (4, 4), num_prefix_tokens=0))
 
 
-@pytest.mark.parametrize("init", ["paper", "exact"])
-@pytest.mark.parametrize(("size", "grid"), [((24, 24), (11, 11)), ((16, 32), (7, 15)), ((21, 9), (9, 3))], ids=str)
+@each(["paper", "preserve"], "init")
+@each([((24, 24), (11, 11)), ((16, 32), (7, 15)), ((21, 9), (9, 3))], "size", "grid")
 def test_pits_positions_are_interpolated(init: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
     model = model_of("pit", init)  # patches of 4, stride 2
     before = model.pos_embed.detach().clone()
@@ -128,7 +129,7 @@ def test_another_number_of_classes(name: str) -> None:
     assert any(isinstance(layer, Locality) for layer in model.modules())
 
 
-@pytest.mark.parametrize("name", ["vit", "deit distilled", "cait", "pit", "swin", "swin v2", "eva-02", "pvt v2"])
+@each(["vit", "deit distilled", "cait", "pit", "swin", "swin v2", "eva-02", "pvt v2"], "name")
 @torch.no_grad()
 def test_intermediate_features_are_those_of_the_whole_run(name: str) -> None:
     plain = build(name).forward_intermediates(images(name))[1]
@@ -154,8 +155,8 @@ FEATURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("init", ["paper", "exact"])
-@pytest.mark.parametrize("name", FEATURES)
+@each(["paper", "preserve"], "init")
+@sweep(FEATURES)
 @torch.no_grad()
 def test_models_of_features_only_can_be_patched(name: str, init: str) -> None:
     make, size = FEATURES[name]
@@ -166,7 +167,7 @@ def test_models_of_features_only_can_be_patched(name: str, init: str) -> None:
     ours = model(picture((size, size)))
     assert [feature.shape for feature in ours] == [feature.shape for feature in plain]
     assert all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-4) == (init == "exact") for a, b in zip(ours, plain, strict=True)
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4) == (init == "preserve") for a, b in zip(ours, plain, strict=True)
     )
     smallvit.unpatch(model)
     assert all(torch.equal(a, b) for a, b in zip(model(picture((size, size))), plain, strict=True))

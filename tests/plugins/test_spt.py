@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smallvit.plugins.spt import ShiftedPatchMerging, ShiftedPatchTokenization, SPTConfig, Views
+from smallvit.plugins.spt import SPTConfig
+from smallvit.plugins.spt_layer import ShiftedPatchMerging, ShiftedPatchTokenization, Views
 
 from .pixels import cut, shifts
+from .sweep import each, sweep
 
 # channels, height, width, patch: square and not, even, odd and 1, with and without a remainder at the border
 CASES = [
@@ -82,14 +84,14 @@ def assert_equals_the_equation(layer: nn.Module, image: Tensor, oracle: Callable
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each(CASES, "case")
 def test_spt_equals_the_equation_forward_and_in_every_gradient(case: tuple) -> None:
     assert_equals_the_equation(*layer_and_image(case), naive_spt)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("features", [False, True], ids=["image", "features"])
+@sweep(GEOMETRIES, "geometry", quick=GEOMETRIES)
+@each(CONFIGS, "config")
+@each([False, True], "features")
 def test_every_variant_equals_the_equation_in_every_geometry(config: str, geometry: str, features: bool) -> None:
     case, arguments = GEOMETRIES[geometry]
     layer, image = layer_and_image(case, config=CONFIGS[config], features=features, **arguments)
@@ -108,8 +110,8 @@ def test_rounding_up_leaves_no_pixel_without_a_token(case: tuple, arguments: dic
     assert_equals_the_equation(layer, image.detach(), naive_spt)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("size", [(4, 6), (5, 6), (5, 7), (1, 1), (2, 3)], ids=str)
+@each(CONFIGS, "config")
+@each([(4, 6), (5, 6), (5, 7), (1, 1), (2, 3)], "size")
 def test_merging_equals_the_equation_with_patches_of_two(config: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layer = ShiftedPatchMerging(3, 6, CONFIGS[config])
@@ -121,8 +123,8 @@ def test_merging_equals_the_equation_with_patches_of_two(config: str, size: tupl
     assert_equals_the_equation(layer, image, channels_first)
 
 
-@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (3, 5), (4, 4), (7, 7)], ids=str)
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
+@each([(1, 1), (2, 2), (3, 5), (4, 4), (7, 7)], "patch")
+@each([0.1, 0.25, 0.5, 1.0], "share")
 def test_a_view_is_shifted_by_a_share_of_the_patch_rounded_down_and_at_least_a_pixel(
     patch: tuple[int, int], share: float
 ) -> None:
@@ -153,7 +155,7 @@ def test_spt_refuses_variants_that_there_are_not(arguments: dict, said: str) -> 
         SPTConfig(**arguments)
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@each(CASES[:4], "case")
 def test_spt_under_bf16_autocast_stays_near_the_equation(case: tuple) -> None:
     layer, image = layer_and_image(case)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,8 +171,8 @@ def test_spt_of_a_bf16_model_stays_near_the_equation() -> None:
     torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("level", [0.0, -0.8, 2.3, 250.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each([0.0, -0.8, 2.3, 250.0], "level")
+@each([torch.float32, torch.bfloat16], "dtype")
 def test_spt_gives_the_bias_alone_inside_a_blank_image(level: float, dtype: torch.dtype) -> None:
     layer, _ = layer_and_image((3, 16, 16, (4, 4)))
     expected = layer.proj.weight @ layer.norm.bias + layer.proj.bias
@@ -180,9 +182,9 @@ def test_spt_gives_the_bias_alone_inside_a_blank_image(level: float, dtype: torc
     torch.testing.assert_close(tokens, expected[None, :, None, None].expand_as(tokens), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.05)])
+@each([(torch.float32, 1e-2), (torch.bfloat16, 0.05)], "dtype", "tolerance")
 def test_spt_keeps_its_precision_where_contrast_is_low(dtype: torch.dtype, tolerance: float) -> None:
-    """White paper, snow, a scan: grey levels of 250 ± 1, normalised as images are."""
+    """White paper, snow, a scan: gray levels of 250 ± 1, normalized as images are."""
     layer, noise = layer_and_image((3, 16, 16, (4, 4)))
     image = ((250 + noise.clamp(-2, 2)) / 255 - 0.5) / 0.27
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -192,7 +194,7 @@ def test_spt_keeps_its_precision_where_contrast_is_low(dtype: torch.dtype, toler
 
 
 def test_spt_ignores_the_brightness_and_contrast_of_an_inner_patch() -> None:
-    """LayerNorm sees only inner pixels there, so an affine change of the image leaves the token as it is."""
+    """LayerNorm sees only inner pixels there, so an affine change of the image does not change the token."""
     layer, _ = layer_and_image((3, 16, 16, (4, 4)))
     image = torch.randn(1, 3, 16, 16)
     before, after = layer(image), layer(3 * image + 7)
@@ -215,9 +217,10 @@ def test_spt_survives_a_state_dict_round_trip() -> None:
     assert torch.equal(other(image), layer(image))
 
 
-@pytest.mark.parametrize("features", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.slow
+@each([False, True], "features")
+@each([False, True], "norm")
+@sweep(GEOMETRIES, "geometry", quick=GEOMETRIES)
 def test_spt_compiles_to_one_graph_with_the_same_output(geometry: str, norm: bool, features: bool) -> None:
     (c, h, w, patch), more = GEOMETRIES[geometry]
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every supported class and feature of timm's under both plugins: what patching changes, keeps and gives back."""
+"""Test every supported class and feature of timm's under both plugins: what patching changes, keeps and gives back."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.plugins import Locality, UnsupportedModelError, set_openness
-from smallvit.plugins.patching import patched_layers, why_not
+from smallvit.plugins.lsa_layer import Locality, set_lsa_strength
+from smallvit.plugins.patch import UnsupportedModelError, patched_layers, unsupported_reason
 from smallvit.plugins.spt_timm import CONVOLUTIONS, MERGINGS
 
+from .sweep import each, sweep
 from .zoo import ZOO, build, images
 
-STEM = "it has no embedding or merging of patches that SPT knows"
-NO_ATTENTION = "it has no layer that attends by a softmax over tokens"
+STEM = NO_ATTENTION = "it has no layer of a known kind"
 UNSUPPORTED = {
     "spt": {
         **dict.fromkeys(("caformer", "coatnet", "davit", "efficientformer", "efficientformer v2"), STEM),
         **dict.fromkeys(("efficientvit msra", "fastvit", "gcvit", "levit", "levit conv", "maxvit", "nextvit"), STEM),
         **dict.fromkeys(("shvit", "tiny vit", "botnet", "mobilevit", "xcit", "resnet"), STEM),
         **dict.fromkeys(("lowformer", "cpubone", "cpubone, transposed", "gemma4"), STEM),
-        "naflexvit": "NaFlexEmbeds (it takes images that are cut into patches already)",
-        "tnt": "PixelEmbed (it cuts patches of a convolution's output, pixel by pixel)",
-        "vitamin": "Identity (it takes the features of its backbone as they are)",
+        "naflexvit": "NaFlexEmbeds (its input is already cut into patches)",
+        "tnt": "PixelEmbed (it cuts the output of a convolution into single pixels)",
+        "vitamin": "Identity (it takes the features of its backbone unchanged)",
     },
     "lsa": {
         "coat": "FactorAttnConvRelPosEnc (its softmax is over positions for each channel, not between tokens)",
@@ -73,7 +73,7 @@ WHERE = {
 }
 """Which layers change, in models where some of their kind do not, or there are several."""
 
-every_case = pytest.mark.parametrize(("name", "plugin"), CASES, ids=[f"{name}-{plugin}" for name, plugin in CASES])
+every_case = sweep(CASES)
 
 
 def patched(name: str, plugin: str, init: str = "paper", seed: int = 0) -> nn.Module:
@@ -113,7 +113,7 @@ def plain_names(name: str) -> tuple[set[str], set[str]]:
 
 
 def changed_classes(plugin: str) -> Iterator[type[nn.Module]]:
-    """The classes of timm's that patching the zoo really changed."""
+    """Return the timm classes that patching the zoo changed."""
     for name, key in CASES:
         if key != plugin:
             continue
@@ -123,20 +123,22 @@ def changed_classes(plugin: str) -> Iterator[type[nn.Module]]:
             yield from (type(plain.get_submodule(layer)), type(within))
 
 
+@pytest.mark.slow
 def test_the_zoo_has_every_attention_class_that_has_an_adapter() -> None:
     of_timm = {adapted for adapted in Locality.adapters if adapted.__module__.startswith("timm.")}
     assert of_timm <= set(changed_classes("lsa"))
 
 
+@pytest.mark.slow
 def test_the_zoo_has_every_embedding_and_merging_that_can_be_shifted() -> None:
     assert CONVOLUTIONS.keys() | MERGINGS.keys() <= set(changed_classes("spt"))
 
 
-@pytest.mark.parametrize("plugin", UNSUPPORTED)
-@pytest.mark.parametrize("name", ZOO)
-def test_a_model_is_refused_only_where_it_must_be_and_told_why(name: str, plugin: str) -> None:
+@each(UNSUPPORTED, "plugin")
+@sweep(ZOO)
+def test_unsupported_models_and_reasons(name: str, plugin: str) -> None:
     model = build(name)
-    reason = why_not(model, plugin)
+    reason = unsupported_reason(model, plugin)
     if name not in UNSUPPORTED[plugin]:
         assert reason is None
         return
@@ -148,10 +150,10 @@ def test_a_model_is_refused_only_where_it_must_be_and_told_why(name: str, plugin
     assert type(model).__name__ in str(caught.value)
     assert dict(model.named_modules()) == layers
     assert list(model.state_dict()) == state
-    assert why_not(model, plugin) == reason
+    assert unsupported_reason(model, plugin) == reason
 
 
-@pytest.mark.parametrize(("name", "plugin"), [(name, plugin) for plugin, names in WHERE.items() for name in names])
+@sweep([(name, plugin) for plugin, names in WHERE.items() for name in names])
 def test_only_layers_change_that_can(name: str, plugin: str) -> None:
     changed = [layer for _, layer, _ in patched_layers(patched(name, plugin))]
     assert changed == WHERE[plugin][name].split()
@@ -166,12 +168,12 @@ def test_patching_changes_the_logits_and_keeps_them_finite(name: str, plugin: st
 
 
 @every_case
-def test_exact_patching_keeps_the_logits(name: str, plugin: str) -> None:
-    assert_near(patched_logits(name, plugin, "exact"), plain_logits(name))
+def test_preserve_keeps_the_logits(name: str, plugin: str) -> None:
+    assert_near(patched_logits(name, plugin, "preserve"), plain_logits(name))
 
 
 @every_case
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@each(["paper", "preserve"], "init")
 def test_gradients_reach_all_that_they_reach_in_the_plain_model_and_all_that_is_new(
     name: str, plugin: str, init: str
 ) -> None:
@@ -187,7 +189,7 @@ def test_gradients_reach_all_that_they_reach_in_the_plain_model_and_all_that_is_
 
 
 @every_case
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@each(["paper", "preserve"], "init")
 def test_unpatching_gives_back_the_model_bit_by_bit(name: str, plugin: str, init: str) -> None:
     plain, model = build(name), patched(name, plugin, init)
     assert smallvit.unpatch(model) is model
@@ -199,12 +201,12 @@ def test_unpatching_gives_back_the_model_bit_by_bit(name: str, plugin: str, init
 
 
 @every_case
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@each(["paper", "preserve"], "init")
 def test_patching_twice_changes_nothing(name: str, plugin: str, init: str) -> None:
     model = patched(name, plugin, init)
     layers, classes = dict(model.named_modules()), [type(layer) for layer in model.modules()]
     state = list(model.state_dict())
-    for again in ("paper", "exact"):
+    for again in ("paper", "preserve"):
         smallvit.patch(model, **{plugin: True}, init=again)
         assert dict(model.named_modules()) == layers
         assert [type(layer) for layer in model.modules()] == classes
@@ -213,7 +215,7 @@ def test_patching_twice_changes_nothing(name: str, plugin: str, init: str) -> No
 
 
 @every_case
-@pytest.mark.parametrize("init", ["paper", "exact"])
+@each(["paper", "preserve"], "init")
 def test_patched_models_survive_pickle_copy_and_state_dict(name: str, plugin: str, init: str) -> None:
     model, expected = patched(name, plugin, init), patched_logits(name, plugin, init)
     twin = copy.deepcopy(pickle.loads(pickle.dumps(model)))
@@ -224,16 +226,16 @@ def test_patched_models_survive_pickle_copy_and_state_dict(name: str, plugin: st
     assert torch.equal(logits(other, name), expected)
 
 
-@pytest.mark.parametrize("name", LSA)
-def test_closing_the_diagonal_leads_from_the_plain_model_to_lsa(name: str) -> None:
-    model = patched(name, "lsa", "exact")
+@sweep(LSA)
+def test_lsa_strength_interpolates_from_plain_model_to_lsa(name: str) -> None:
+    model = patched(name, "lsa", "preserve")
     outputs = {}
-    for openness in (1.0, 0.999, 0.5, 0.4995, 1e-30, 0.0):
-        set_openness(model, openness)
-        outputs[openness] = logits(model, name)
+    for diagonal_weight in (1.0, 0.999, 0.5, 0.4995, 1e-12, 0.0):
+        set_lsa_strength(model, 1 - diagonal_weight)
+        outputs[diagonal_weight] = logits(model, name)
     assert_near(outputs[1.0], plain_logits(name))
     assert_near(outputs[0.0], patched_logits(name, "lsa"))
-    assert_near(outputs[1e-30], outputs[0.0])
+    assert_near(outputs[1e-12], outputs[0.0])
     step = (outputs[1.0] - outputs[0.0]).abs().max().item()
     assert (outputs[0.999] - outputs[1.0]).abs().max() < 0.1 * step
     assert (outputs[0.4995] - outputs[0.5]).abs().max() < 0.1 * step

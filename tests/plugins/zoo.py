@@ -1,4 +1,4 @@
-"""A small instance of every class and feature of timm's that the plugins meet."""
+"""Build a small instance of every class and feature of timm's that the plugins meet."""
 
 from __future__ import annotations
 
@@ -263,9 +263,9 @@ ZOO |= {key: (_named(name, **more), size) for key, (name, more, size) in LATER.i
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A model of the zoo in eval mode, all its weights shaken, so that tables, scales and gates at zero matter too.
+    """Return a model of the zoo in eval mode with noise on all weights, so that zero tables, scales and gates matter.
 
-    Its batch norms know the statistics of random images.
+    Its batch norms have the statistics of random images.
     """
     return copy.deepcopy(_built_once(name, seed))
 
@@ -287,7 +287,7 @@ def _built_once(name: str, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def shaken(module: nn.Module) -> nn.Module:
-    """The module with noise on every weight, of the size that keeps activations where they are."""
+    """Add noise to every weight of a module, of a size that keeps the scale of activations."""
     for parameter in module.parameters():
         spread = 0.2 if parameter.ndim < 2 else min(0.2, parameter[0].numel() ** -0.5)
         parameter.add_(torch.randn_like(parameter), alpha=spread)

@@ -1,0 +1,224 @@
+"""Create command-line flags from `Config`: one per field, with the field's docstring as help.
+
+argparse is used instead of a generator such as tyro, because bad input must end in one line that names the closest
+valid flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from smallvit.config import recipes
+from smallvit.config.config import Config, apply_regularization, option_names
+from smallvit.config.model import expand_arch
+from smallvit.config.options import REGULARIZATION
+from smallvit.plugins import PLUGINS
+from smallvit.runs.run import Run, read_options
+from smallvit.training.losses import LOSSES
+from smallvit.utils.errors import InputError, is_utf8, require, suggest
+
+DEFAULTS_FROM = {
+    "recipe": ("NAME", "A recipe by name: lee2021, deit, ... (see smallvit list recipes)."),
+    "config": ("FILE", "A run's config.json or its folder, whose options are repeated."),
+}
+"""Flags that replace the defaults of options: metavar and help."""
+
+
+EVALUATION_HELP = {
+    "arch": "Architecture of a weights file without smallvit metadata: a timm model.",
+    "data": "Images instead of the run's: a dataset name, a folder or zip file, or hfds/NAME.",
+    "img_size": "Image height and width in pixels; by default the model's.",
+}
+"""Help of options where verbs evaluate a trained model."""
+EVALUATION_OPTIONS = option_names("evaluation")
+"""Options of verbs that evaluate a trained model."""
+
+
+LOSS_OPTIONS = "loss_options"
+"""The option of `Config` that holds the own options of losses."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that keeps line breaks, accepts flags in any position, and raises one-line InputErrors.
+
+    Raises:
+        InputError: an unknown flag (the nearest is named), a value of the wrong type, an argument that is missing.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        )
+
+    def format_help(self) -> str:
+        self.usage = self.usage or self._synopsis()
+        return super().format_help()
+
+    def _synopsis(self) -> str:
+        """Return the verb and the positional arguments; flags are listed below."""
+        forms = {"*": "[{} ...]", "+": "{} ...", "?": "[{}]"}
+        bare = [action for action in self._actions if not action.option_strings]
+        return " ".join(["%(prog)s", *(forms.get(each.nargs, "{}").format(each.metavar) for each in bare), "[OPTIONS]"])
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
+        self.usage = self._synopsis()  # now, as flags among other arguments make argparse forget these for a while
+        options, unknown = self.parse_known_intermixed_args(args)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = suggest(unknown[0].split("=")[0], flags)
+            raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {self.prog} --help")
+        out = getattr(options, "out", None) or ""
+        require(is_utf8(out), "out", ascii(out), "a name in UTF-8; choose another")  # now, not when all is computed
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def options_parser(
+    prog: str,
+    description: str,
+    only: Collection[str] | None = None,
+    own: Callable[[Parser], None] | None = None,
+    help_texts: Mapping[str, str] = MappingProxyType({}),
+) -> Parser:
+    """Create a parser with a flag for every option of the configuration.
+
+    Args:
+        only: Names of options, or groups of them (`data.*`), to include; by default all.
+        own: Function that adds arguments that are not options.
+        help_texts: Help of options that mean something else here.
+    """
+    parser = Parser(prog, description)
+    if own is not None:
+        own(parser)
+    sources = [name for name in DEFAULTS_FROM if only is None or name in only]
+    if sources:
+        section = parser.add_argument_group("start from", "Values in place of the defaults; flags take precedence.")
+        either = section.add_mutually_exclusive_group()
+    for name in sources:
+        metavar, sentence = DEFAULTS_FROM[name]
+        either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
+    for group, group_class in get_type_hints(Config).items():
+        chosen = [o for o in fields(group_class) if only is None or f"{group}.*" in only or o.name in only]
+        if chosen:
+            _add_group(parser, group, group_class, chosen, help_texts)
+    return parser
+
+
+def _add_group(
+    parser: Parser, group: str, group_class: type, chosen: list[Field[Any]], help_texts: Mapping[str, str]
+) -> None:
+    whole = len(chosen) == len(fields(group_class))
+    section = parser.add_argument_group(group, group_class.__doc__ if whole else None)
+    sentences, kinds = field_docs(group_class), get_type_hints(group_class)
+    for option in chosen:
+        if option.name == LOSS_OPTIONS:
+            _add_loss_options(section)
+            continue
+        sentence = help_texts.get(option.name) or sentences[option.name]
+        if option.name in ("loss", "distill"):
+            losses = {name: loss for name, loss in LOSSES.items() if loss.distillation == (option.name == "distill")}
+            sentence += " " + "; ".join(f"{name}: {loss.help}" for name, loss in losses.items()) + "."
+        shown = "" if option.default in (None, False) or option.name in help_texts else f" [{option.default}]"
+        section.add_argument(
+            _flag(option.name),
+            default=argparse.SUPPRESS,
+            help=(sentence + shown).replace("%", "%%"),
+            **_value(kinds[option.name]),
+        )
+
+
+def _add_loss_options(section: argparse._ArgumentGroup) -> None:
+    """Add the flags of losses with own options: --<loss>-<field>."""
+    for name, loss in LOSSES.items():
+        if loss.options is None:
+            continue
+        sentences, kinds = field_docs(loss.options), get_type_hints(loss.options)
+        for option in fields(loss.options):
+            section.add_argument(
+                _flag(f"{name}_{option.name}"),
+                dest=f"{LOSS_OPTIONS}.{name}_{option.name}",
+                default=argparse.SUPPRESS,
+                help=f"Loss {name}: {sentences[option.name]} [{option.default}]".replace("%", "%%"),
+                **_value(kinds[option.name]),
+            )
+
+
+def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """Parse arguments and return options for `Config.build`: the values of a recipe or file, and the flags.
+
+    The values of arguments that are not options are included.
+
+    Raises:
+        InputError: an unknown flag or recipe (the closest is named), a value of the wrong type, an unusable file.
+    """
+    options = expand_arch(vars(parser.parse_args(argv)))
+    own = {name: options.pop(name) for name in [*options] if name.startswith(f"{LOSS_OPTIONS}.")}
+    if own:
+        options[LOSS_OPTIONS] = {name.partition(".")[2]: value for name, value in own.items()}
+    return _merge(**options)
+
+
+def _merge(recipe: str | None = None, config: str | None = None, **flags: Any) -> dict[str, Any]:
+    """Return the flags on top of the values of a recipe or file."""
+    if recipe is not None:
+        return recipes.apply_recipe(recipe, flags)
+    return flags if config is None else _stored(config, flags) | flags
+
+
+def _stored(file: str, flags: Collection[str]) -> dict[str, Any]:
+    """Return the options in a configuration file, without a preset's values if a flag names another preset."""
+    path = Path(os.path.expanduser(file))
+    path = path / Run.CONFIG if os.path.isdir(path) else path
+    stored = read_options(path)
+    if "regularization" in flags or "loss" in flags:
+        bare = {name: value for name, value in stored.items() if name not in REGULARIZATION["none"]}
+        followed = apply_regularization(Config.from_dict(bare)).to_dict()
+        return bare | {name: stored[name] for name in stored.keys() - bare if stored[name] != followed[name]}
+    return stored
+
+
+@cache
+def field_docs(group_class: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass; those of plugins come from their configurations."""
+    sentences = {}
+    for base in filter(is_dataclass, group_class.__mro__):
+        with contextlib.suppress(OSError):  # a generated class has no source
+            definition = ast.parse(inspect.getsource(base)).body[0]
+            assert isinstance(definition, ast.ClassDef)
+            for pair in pairwise(definition.body):
+                match pair:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        sentences[name] = " ".join(text.split())
+    for option in fields(group_class):
+        if (plugin := PLUGINS.get(option.metadata.get("plugin"))) is not None:
+            name = option.metadata.get("field")
+            described = f"{plugin.label}: {field_docs(plugin.config)[name]}" if name else plugin.config.__doc__
+            sentences[option.name] = described
+    return sentences
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value(kind: Any) -> dict[str, Any]:
+    """Return argparse's arguments for a field's type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"metavar": "{" + ",".join(get_args(kind)) + "}"}
+    plain = next(k for k in get_args(kind) or (kind,) if k is not NoneType)
+    return {"type": plain, "metavar": {int: "N", float: "X", str: "NAME"}[plain]}

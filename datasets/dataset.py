@@ -1,0 +1,267 @@
+"""Hold labeled images in memory or on disk, and split them.
+
+Axes: n images, c channels, h w pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from smallvit.config.config import option_names
+from smallvit.config.options import MAX_MEGAPIXELS, DataConfig
+from smallvit.datasets.decode import decode_image, open_image, run_in_threads
+from smallvit.datasets.gray import GrayRanges, Range, measure
+from smallvit.datasets.listing import Listing
+from smallvit.utils.errors import InputError
+from smallvit.utils.hardware import require_memory
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labeled images in memory."""
+
+    on_disk: ClassVar[bool] = False
+    pixels: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+    paths: tuple[str, ...] | None = None
+    """File of each image, relative to the data's folder or in its zip file; None if there are no files."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return self.pixels.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels: 1 gray, 3 color."""
+        return self.pixels.shape[1]
+
+    def subset(self, indices: np.ndarray) -> Images:
+        """Return a copy of the images at these indices, or the same object if these are all."""
+        if np.array_equal(indices, np.arange(len(self))):
+            return self
+        chosen = torch.from_numpy(indices)
+        paths = None if self.paths is None else tuple(self.paths[index] for index in indices)
+        return Images(self.pixels[chosen], self.labels[chosen], paths)
+
+    def content(self) -> str:
+        """Return a hash of the images and their labels."""
+        digest = hashlib.sha256(self.pixels.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
+    def resize(self, size: int) -> Images:
+        """Resize square images (bicubic, antialiased)."""
+        if size == self.pixels.shape[-1]:
+            return self
+        require_memory(len(self), self.pixels.shape[1], size)
+        pixels = torch.empty(*self.pixels.shape[:2], size, size, dtype=torch.uint8)
+        for source, target in zip(self.pixels.split(1000), pixels.split(1000), strict=True):
+            resized = F.interpolate(source.float(), (size, size), mode="bicubic", antialias=True)
+            target.copy_(resized.round_().clamp_(0, 255))
+        return Images(pixels, self.labels, self.paths)
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of each channel, with pixels in [0, 1]."""
+        counts = torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in self.pixels.unbind(1)]
+        ).double()  # (c, 256): exact sums at any size, no float copy of the images
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        shares = counts / counts.sum(dim=1, keepdim=True)
+        mean = shares @ levels
+        std = (shares @ levels.square() - mean.square()).clamp(min=0).sqrt()
+        std = torch.where(std < 1 / 255, torch.ones_like(std), std)  # a constant channel stays finite
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+
+@dataclass(frozen=True)
+class Files:
+    """Labeled images on disk, a subset of a listing."""
+
+    on_disk: ClassVar[bool] = True
+    listing: Listing
+    positions: np.ndarray
+    """Index in the listing of each image."""
+    labels: Int64[Tensor, " n"]
+    size: int
+    """Height and width in pixels after decoding."""
+    skip_corrupt: bool = False
+    """Whether to skip images that cannot be decoded; in training, the next image replaces them."""
+    workers: int | None = None
+    ranges: GrayRanges = field(default_factory=GrayRanges)
+    """Ranges of gray values of more than 8 bits."""
+    max_megapixels: float = MAX_MEGAPIXELS
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels: always 3."""
+        return 3
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """File of each image, relative to the data's folder or in its zip file."""
+        return tuple(self.listing.relative_path(position) for position in self.positions)
+
+    def content(self) -> str:
+        """Return a hash of the names and sizes of the files."""
+        return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}"
+
+    def decode(self, index: int) -> UInt8[np.ndarray, "3 s s"]:
+        """Decode an image; Pillow's errors on damaged files pass through."""
+        file = self.listing.open(int(self.positions[index]))
+        return decode_image(file, self.size, self.ranges, self.max_megapixels)
+
+    def subset(self, indices: np.ndarray) -> Files:
+        """Return the images at these indices."""
+        return replace(self, positions=self.positions[indices], labels=self.labels[torch.from_numpy(indices)])
+
+    def gray_ranges(self, count: int = 1000) -> GrayRanges:
+        """Return the ranges of gray values of more than 8 bits, measured on at most `count` images."""
+        positions = self.positions[self._spread(count)].tolist()
+        extrema: list[dict[str, Range]] = []
+
+        def measure_one(position: int) -> None:
+            with open_image(self.listing.open(position), self.max_megapixels) as image:
+                extrema.append(measure(image))  # of images of 8 bits only the header is read
+
+        run_in_threads(measure_one, positions, self.listing.paths, "measuring gray values")
+        return GrayRanges.measured(extrema)
+
+    def sample(self, count: int = 1000) -> Images:
+        """Load at most `count` evenly spread images; skip those that cannot be decoded."""
+        chosen = self._spread(count)
+        require_memory(len(chosen), 3, self.size)
+        pixels, labels = [], []
+        for index in chosen:
+            try:
+                pixels.append(self.decode(index))
+            except Exception:  # decoding it for training reports it
+                continue
+            labels.append(index)
+        if not pixels:
+            raise InputError(f"--data {self.listing.root}: none of {len(chosen)} images can be decoded")
+        return Images(torch.from_numpy(np.stack(pixels)), self.labels[torch.tensor(labels)])
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Estimate mean and standard deviation of each channel from 1,000 images, with pixels in [0, 1]."""
+        return self.sample().channel_statistics()
+
+    def _spread(self, count: int) -> np.ndarray:
+        """Return at most `count` evenly spread indices."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
+
+Split = Images | Files
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set ready for training: three splits, the class names, and statistics of the training split."""
+
+    name: str
+    source: str
+    """Value of `DataConfig.data` that loads the data set from any working directory."""
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split
+    """Empty if no validation images are held out."""
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    """Whether a mirrored image keeps its class."""
+    aug: str
+    """Augmentation preset that `--aug auto` selects."""
+    policy: str
+    """AutoAugment policy that `--policy autoaugment` selects: cifar10, svhn or imagenet."""
+    fingerprint: str
+    """Hash of the images, so that a run is resumed on the same ones."""
+    content: str | None = None
+    """Hash of the files, the same in any folder and at any image size; None for data sets known by name."""
+    drew_test: bool = False
+    """Whether the test split was held out here (--split-seed, --test-fraction)."""
+    drew_val: bool = False
+    """Whether the validation split was held out here (--split-seed, --val-fraction)."""
+    gray_ranges: GrayRanges = field(default_factory=GrayRanges)
+    """Ranges by which gray values of more than 8 bits were scaled."""
+    notes: tuple[str, ...] = ()
+    """Notes for the user on how the data was read and split."""
+
+    @property
+    def img_size(self) -> int:
+        """Height and width in pixels."""
+        return self.train.size
+
+    @property
+    def in_chans(self) -> int:
+        """Number of channels: 1 gray, 3 color."""
+        return self.train.channels
+
+    @property
+    def source_hash(self) -> str:
+        """Hash of the names and sizes of the files, or of the name where that identifies the data."""
+        return hashlib.sha256(os.fsencode(self.content or self.source)).hexdigest()[:16]
+
+    def describe_training_data(self, config: DataConfig) -> dict[str, Any]:
+        """Return what weights store about their training data: its hash, and how the test split was drawn, if so."""
+        split = {name: getattr(config, name) for name in option_names("draws_test")} if self.drew_test else None
+        return {"fingerprint": self.source_hash, "test_split": split}
+
+    def statistics(self, device: torch.device) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+        """Return mean and standard deviation per channel, as tensors that broadcast over images."""
+        mean, std = torch.tensor([self.mean, self.std])[:, :, None, None].to(device)
+        return mean, std
+
+
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int, purpose: str, class_names: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices in two, with the same share held out of every class and at least one image of it in each part.
+
+    scikit-learn's stratified splits may leave a part without images of a small class.
+
+    Returns:
+        Indices that remain and indices that are held out; none are held out if `fraction` is 0.
+
+    Raises:
+        InputError: a class has only one image.
+    """
+    if not fraction:
+        return np.arange(len(labels)), np.arange(0)
+    rng = np.random.default_rng(seed)
+    held_out: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            raise InputError(
+                f"class {class_names[label]!r} has too few images to hold out {purpose}: 3 are needed, for train, "
+                "val and test; add images, or provide train/, val/ and test/"
+            )
+        held_out.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
+    out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return indices of a share of every class, at least one image; smaller shares are subsets of larger ones."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(members[: max(1, round(len(members) * fraction))])
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,222 @@
+"""Create the data set that a `DataConfig` names: read it, hold out missing splits, and describe it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from smallvit.config.options import DataConfig
+from smallvit.datasets import huggingface, readers
+from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, require_data
+from smallvit.datasets.dataset import Files, ImageDataset, Images, Split, hold_out, nested_share
+from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_errors, median_side
+from smallvit.datasets.gray import KINDS, GrayRanges
+from smallvit.datasets.image_folder import list_folder, list_zip
+from smallvit.datasets.listing import Listing
+from smallvit.utils.errors import InputError
+from smallvit.utils.hardware import fits_memory
+
+UNKNOWN = {"flip": True, "aug": "mix", "policy": "imagenet"}
+"""Augmentation defaults for images that are not in the catalog."""
+IN_MEMORY = 0.5
+"""Share of the free memory that decoded images may use; larger data sets are streamed."""
+
+
+def data_folder(config: DataConfig) -> Path:
+    """Return the folder of downloaded data sets."""
+    folder = config.data_dir or os.environ.get("SMALLVIT_DATA")
+    return Path(os.path.expanduser(folder)) if folder else cache_folder() / "data"
+
+
+def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges | None = None) -> ImageDataset:
+    """Read, split and describe the data set that `config` names; download it first if necessary.
+
+    Args:
+        draw: Whether to hold out missing splits. If not, they are empty, and a folder may have one class only.
+        ranges: Ranges of gray values of more than 8 bits of a trained model; missing ones are measured on the training
+            images.
+
+    Raises:
+        InputError: the data set is unknown or unusable, images cannot be decoded, or the download failed.
+    """
+    require_data(config.data)
+    info = DATASETS.get(config.data)
+    if config.data_url is not None and not (info and info.archives):
+        raise InputError(f"--data-url has no effect: {config.data} is not downloaded; remove it")
+    if is_hub_source(config.data):
+        return _load_hub(config, draw, ranges or GrayRanges())
+    if info is not None:
+        if config.streaming == "on" and info.reader not in readers.FILE_FORMATS:
+            raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
+        images = readers.read(config.data, data_folder(config), config.data_url)
+        if isinstance(images, Listing):
+            return _load_files(config, images, draw, info)
+        size = config.img_size or info.img_size
+        splits = {split: part.resize(size) for split, part in images.splits.items()}
+        return assemble(config, splits, images.class_names, [], info, draw=draw)
+    root = Path(os.path.expanduser(config.data))
+    files = list_zip(root) if root.is_file() else list_folder(root, min_classes=2 if draw else 1)
+    return _load_files(config, files, draw, ranges=ranges)
+
+
+def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:
+    """Read a data set of the Hugging Face Hub into memory."""
+    parts, class_names, notes = huggingface.read(config, data_folder(config), ranges)
+    config = replace(config, data=huggingface.absolute(config.data))
+    digest = hashlib.sha256(os.fsencode(config.data))  # with the labels, the same at any image size
+    for split, part in sorted(parts.items()):
+        digest.update(f"{split} {len(part)}\n".encode() + part.labels.numpy().tobytes())
+    return assemble(config, parts, class_names, notes, content=digest.hexdigest(), ranges=ranges, draw=draw)
+
+
+def _load_files(
+    config: DataConfig, files: Listing, draw: bool, info: DatasetInfo | None = None, ranges: GrayRanges | None = None
+) -> ImageDataset:
+    """Decode a listing's images into memory, or leave them on disk if they do not fit."""
+    side = None if config.img_size or info else median_side(files)
+    size = config.img_size or (info.img_size if info else default_size(side))
+    max_megapixels = config.max_megapixels
+    labels, splits, notes = torch.tensor(files.labels), np.array(files.splits), list(files.notes)
+    if side is not None and side >= 2 * size:
+        notes.append(f"images of {side} pixels (median shorter side) are reduced to {size}; --img-size changes that")
+    indices = np.arange(len(files))
+    images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, max_megapixels=max_megapixels)
+    parts: dict[str, Split] = {
+        split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)
+    }
+    content, ranges = files.content, ranges or GrayRanges()
+    if info is None:
+        train = _hold_out_missing(config, parts, files.class_names, draw).parts["train"]
+        ranges, lines = _gray_ranges(train.gray_ranges(), ranges)
+        notes += lines
+    if config.streaming == "on" or (config.streaming == "auto" and not fits_memory(len(files), 3, size, IN_MEMORY)):
+        parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
+        notes.append("streaming: worker processes decode the images in every epoch")
+    else:
+        decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges)
+        paths = tuple(files.relative_path(index) for index in range(len(files)))
+        loaded, bad = Images(decoded.pixels, labels, paths), list(decoded.errors)
+        parts = {split: loaded.subset(np.setdiff1d(part.positions, bad)) for split, part in parts.items()}
+        notes += ["decoded images read from the cache"] if decoded.cached else []
+        if bad:
+            notes.append("skipped: " + describe_errors(files, decoded.errors))
+            content += f" without {sorted(bad)}"
+    digest = None if info else hashlib.sha256(content.encode()).hexdigest()
+    return assemble(config, parts, files.class_names, notes, info, content=digest, ranges=ranges, draw=draw)
+
+
+def _gray_ranges(measured: GrayRanges, given: GrayRanges) -> tuple[GrayRanges, list[str]]:
+    """Return the ranges of gray values of more than 8 bits: those of a trained model, else the measured ones; notes."""
+    present = {kind for kind in KINDS if getattr(measured, kind)}
+    by_model = {kind: range_ for kind in present if (range_ := getattr(given, kind))}
+    by_data = {kind: getattr(measured, kind) for kind in present - by_model.keys()}
+    return given.filled(measured), [
+        *GrayRanges(**by_model).describe("as the model was trained"),
+        *GrayRanges(**by_data).describe("the range of the training images"),
+    ]
+
+
+def assemble(
+    config: DataConfig,
+    parts: dict[str, Split],
+    class_names: tuple[str, ...],
+    notes: list[str],
+    info: DatasetInfo | None = None,
+    *,
+    content: str | None = None,
+    ranges: GrayRanges = GrayRanges(),  # noqa: B008, it is frozen
+    draw: bool = True,
+) -> ImageDataset:
+    """Hold out missing splits and describe the data set.
+
+    Args:
+        parts: Images by split: train, val and test, or 'all'.
+        info: Catalog entry, if the data set is known by name.
+        content: Hash of the images, if the data set is not known by name.
+        draw: Whether to hold out missing splits; if not, they are empty.
+
+    Raises:
+        InputError: a class has no training images, or too few to hold some out.
+    """
+    fingerprint = hashlib.sha256()
+    for split, part in sorted(parts.items()):
+        fingerprint.update(f"{split} {part.content()}\n".encode())
+    parts, held_out, more = _hold_out_missing(config, parts, class_names, draw)
+    train = parts["train"]
+    named = config.data in DATASETS or not os.path.exists(os.path.expanduser(config.data))
+    source = config.data if named else os.path.realpath(os.path.expanduser(config.data))
+    mean, std = (info.mean, info.std) if info and info.archives else train.channel_statistics()
+    defaults = {name: getattr(info, name) for name in UNKNOWN} if info else UNKNOWN
+    return ImageDataset(
+        name=config.data if named else Path(source).name,
+        source=source,
+        class_names=class_names,
+        train=train,
+        val=parts["val"],
+        test=parts["test"],
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint.hexdigest(),
+        content=content,
+        drew_test="test" in held_out,
+        drew_val="val" in held_out,
+        gray_ranges=ranges,
+        notes=(*notes, *more),
+        **defaults,
+    )
+
+
+class HeldOut(NamedTuple):
+    """Complete splits."""
+
+    parts: dict[str, Split]
+    """Images by split: train, val and test."""
+    names: list[str]
+    """Splits that were held out here."""
+    notes: list[str]
+
+
+def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: tuple[str, ...], draw: bool) -> HeldOut:
+    """Hold out the splits that the data does not have; without `draw` they are empty.
+
+    Raises:
+        InputError: a class has no training images, or too few to hold some out.
+    """
+    parts, notes = dict(parts), []
+    if "all" in parts:
+        parts["train"] = parts["all"]
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+        notes.append("val/ without test/ is used as the test split; validation images are held out of train/")
+    for split in parts.keys() - {"train", "all"}:
+        if not len(parts[split]):
+            raise InputError(f"--data {config.data}: no image of {split}/ can be used; repair them, or remove {split}/")
+    if "train" not in parts:
+        raise InputError(f"--data {config.data}: no training images")
+    missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
+    if len(missing):
+        raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
+    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    held_out = [split for split in fractions if split not in parts]
+    if not draw:
+        parts |= {split: parts["train"].subset(np.arange(0)) for split in held_out}
+        held_out = []
+    for split in held_out:
+        train, fraction = parts["train"], fractions[split]
+        rest, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split", class_names)
+        parts |= {"train": train.subset(rest), split: train.subset(held)}
+        if fraction:
+            notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")
+        else:
+            notes.append(f"no {split} split: the last epoch's weights are used")
+    train = parts["train"]
+    if config.train_fraction < 1:
+        train = train.subset(nested_share(train.labels.numpy(), config.train_fraction, config.split_seed))
+        notes.append(f"training on {len(train):,} images, {100 * config.train_fraction:g} % of each class")
+    return HeldOut(parts | {"train": train}, held_out, notes)

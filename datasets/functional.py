@@ -1,0 +1,392 @@
+"""Apply image operations to a batch, each image with its own strength; equal to torchvision's image by image.
+
+    tables      the new level of a pixel depends on its gray level: a table of 256 entries per image and channel
+    blends      a mix of the image with a gray or smoothed version of itself
+    geometry    affine maps: of the nearest pixel as in torchvision, or bicubic as in Pillow
+
+Strengths are torchvision's: brightness, contrast, saturation and sharpness are factors, with 1 the image itself;
+posterize is the number of bits kept, solarize the gray level from which on the image is inverted.
+
+Axes: b batch, c channels, h w pixels, n = h·w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+"""Shares of red, green and blue in the gray level, as in torchvision."""
+BLUR_RADIUS = 8
+"""Maximum half width of the Gaussian kernel in pixels: four standard deviations of 2."""
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply gray levels by a factor."""
+    return _levels(images) * factor[:, None, None]
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance of the gray levels from the image's mean by a factor."""
+    factor = factor[:, None, None]
+    mean = to_gray(images).mean(dim=(1, 2, 3), keepdim=True)[:, 0]
+    return _levels(images) * factor + mean * (1 - factor)
+
+
+def pixel_count_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance of the gray levels from (number of pixels / 256), at most 255, by a factor.
+
+    TensorFlow's EfficientNet code divides the sum of a histogram, which is the number of pixels, by its 256 bins
+    instead of computing the mean gray level: 196 for all images of 224 × 224 pixels.
+    """
+    gray = min(255, images.shape[-2] * images.shape[-1] // 256)
+    return gray + factor[:, None, None] * (_levels(images) - gray)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep only the highest bits (0 to 8) of each gray level."""
+    step = 2.0 ** (8 - bits[:, None, None].floor())
+    return (_levels(images) / step).floor() * step
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert gray levels from the threshold on."""
+    levels = _levels(images)
+    return torch.where(levels >= threshold[:, None, None], 255 - levels, levels)
+
+
+def solarize_add(images: Tensor, addition: Tensor) -> Tensor:
+    """Increase gray levels below 128."""
+    levels = _levels(images)
+    return torch.where(levels < 128, levels + addition[:, None, None].floor(), levels)
+
+
+def invert(images: Tensor, _: Tensor) -> Tensor:
+    """Invert gray levels."""
+    return (255 - _levels(images)).expand(len(images), -1, -1)
+
+
+def autocontrast(images: Tensor, _: Tensor) -> Tensor:
+    """Stretch each channel to the full range; a constant channel remains unchanged."""
+    pixels = images.flatten(2)
+    least, most = (extreme.float()[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
+    stretched = (_levels(images) - least) * 255 / (most - least).clamp(min=1)
+    return torch.where(most > least, stretched, _levels(images))
+
+
+def equalize(images: Tensor, _: Tensor) -> Tensor:
+    """Equalize each channel's histogram in integer arithmetic, as Pillow does."""
+    b, c, h, w = images.shape
+    levels = images.flatten(2).long()
+    counts = torch.zeros(b, c, 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, levels, torch.ones_like(levels))  # bincount would wait for the device
+    brightest = torch.where(counts > 0, torch.arange(256, device=images.device), -1).amax(-1, keepdim=True)
+    step = (h * w - counts.gather(-1, brightest)) // 255
+    before = counts.cumsum(-1) - counts
+    table = (before + step // 2) // step.clamp(min=1)
+    return torch.where(step > 0, table.float(), _levels(images))
+
+
+Operation = Callable[[Tensor, Tensor], Tensor]
+"""Maps a batch of images and a strength for each to tables or images."""
+TABLES: dict[str, Operation] = {  # these give tables (b, #c, 256), to be clamped to 0 ... 255 and rounded down
+    "AutoContrast": autocontrast,
+    "Brightness": brightness,
+    "Contrast": contrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "PixelCountContrast": pixel_count_contrast,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "SolarizeAdd": solarize_add,
+}
+
+
+def saturation(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    """Scale the distance of the colors from gray by a factor."""
+    return _blend(images, to_gray(images), factor)
+
+
+def sharpness(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    """Scale the distance from a smoothed version by a factor; border pixels remain unchanged."""
+    if min(images.shape[-2:]) <= 2:
+        return images
+    x = images.float()
+    center = x[..., 1:-1, 1:-1]
+    across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    smooth = x.clone()
+    smooth[..., 1:-1, 1:-1] = (
+        (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :] + 4 * center) / 13
+    ).round()
+    return _blend(images, smooth, factor)
+
+
+def grayscale(images: UInt8[Tensor, "b c h w"], _: Tensor) -> UInt8[Tensor, "b c h w"]:
+    """Set all channels to the gray level."""
+    return to_gray(images).expand_as(images).byte()
+
+
+def blur(images: UInt8[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    """Blur with a Gaussian of standard deviation `sigma` in pixels, over at most 17 × 17 pixels, edges mirrored."""
+    b, c, h, w = images.shape
+    radius = min(BLUR_RADIUS, h - 1, w - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    x = F.pad(images.float(), (radius,) * 4, mode="reflect").transpose(0, 1)  # one kernel per image for all channels
+    x = F.conv2d(x, kernel[:, None, :, None], groups=b)
+    return F.conv2d(x, kernel[:, None, None, :], groups=b).transpose(0, 1).round().byte()
+
+
+BLENDS: dict[str, Operation] = {
+    "Color": saturation,
+    "Sharpness": sharpness,
+    "Grayscale": grayscale,
+    "GaussianBlur": blur,
+}
+
+GEOMETRY: dict[str, Callable[[np.ndarray], tuple]] = {
+    # rows of the map from a pixel's position in the result to its position in the image: x' = a·x + b·y + e, then y'
+    # shears and translations are relative to the image's upper left corner, rotations to its center
+    "ShearX": lambda m: ((1, m, 0), (0, 1, 0)),
+    "ShearY": lambda m: ((1, 0, 0), (m, 1, 0)),
+    "TranslateX": lambda m: ((1, 0, -m), (0, 1, 0)),
+    "TranslateY": lambda m: ((1, 0, 0), (0, 1, -m)),
+    "Rotate": lambda m: (
+        (np.cos(np.deg2rad(m)), -np.sin(np.deg2rad(m)), 0),
+        (np.sin(np.deg2rad(m)), np.cos(np.deg2rad(m)), 0),
+    ),
+}
+FROM_CORNER = ("ShearX", "ShearY")
+
+
+def affine_maps(
+    name: str, strengths: Float[np.ndarray, " b"], h: int, w: int, *, whole_pixels: bool = True
+) -> Float[np.ndarray, "b 2 3"]:
+    """Return affine maps in pixels from the image's center: tangent for shears, pixels, degrees counter-clockwise.
+
+    `whole_pixels` truncates translations, as torchvision does.
+    """
+    if whole_pixels and name.startswith("Translate"):
+        strengths = np.trunc(strengths)
+    rows = [[np.broadcast_to(value, strengths.shape) for value in row] for row in GEOMETRY[name](strengths)]
+    maps = np.array(rows, dtype=np.float64).transpose(2, 0, 1).copy()
+    if name in FROM_CORNER:
+        corner = np.array([w / 2, h / 2])
+        maps[:, :, 2] += maps[:, :, :2] @ corner - corner
+    return maps
+
+
+def warp(
+    images: UInt8[Tensor, "b c h w"], maps: Float[Tensor, "b 2 3"], fill: int | UInt8[Tensor, "c 1 1"] = 0
+) -> UInt8[Tensor, "b c h w"]:
+    """Take every pixel from the nearest to its mapped position; `fill` pixels that are mapped outside."""
+    b, c, h, w = images.shape
+    x = torch.arange(w, device=images.device) - (w - 1) / 2
+    y = torch.arange(h, device=images.device) - (h - 1) / 2
+    maps = maps.to(torch.float32)[..., None, None]
+    column = (maps[:, 0, 0] * x + maps[:, 0, 1] * y[:, None] + (maps[:, 0, 2] + (w - 1) / 2)).round_()
+    row = (maps[:, 1, 0] * x + maps[:, 1, 1] * y[:, None] + (maps[:, 1, 2] + (h - 1) / 2)).round_()
+    valid = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+    index = torch.where(valid, row * w + column, 0).long()
+    return torch.where(valid[:, None], gather_pixels(images, index), fill)
+
+
+def warp_bicubic(
+    images: UInt8[Tensor, "b c h w"], maps: Float[Tensor, "b 2 3"], fill: int | UInt8[Tensor, "c 1 1"] = 0
+) -> UInt8[Tensor, "b c h w"]:
+    """Interpolate every pixel at its mapped position; `fill` pixels that are mapped outside.
+
+    Equals Pillow's `Image.transform(..., AFFINE, ..., BICUBIC)`: the cubic has a = -1, pixels beyond the edge repeat
+    the edge, and results are truncated.
+    """
+    h, w = images.shape[-2:]
+    x = torch.arange(w, device=images.device) - (w - 1) / 2
+    y = torch.arange(h, device=images.device) - (h - 1) / 2
+    maps = maps.to(torch.float32)[..., None, None]
+    column = maps[:, 0, 0] * x + maps[:, 0, 1] * y[:, None] + (maps[:, 0, 2] + (w - 1) / 2)
+    row = maps[:, 1, 0] * x + maps[:, 1, 1] * y[:, None] + (maps[:, 1, 2] + (h - 1) / 2)
+    inside = (column >= -0.5) & (column < w - 0.5) & (row >= -0.5) & (row < h - 0.5)
+    left, top = column.floor(), row.floor()
+    columns = [(left + offset).clamp(0, w - 1).long() for offset in range(-1, 3)]
+    rows = [(top + offset).clamp(0, h - 1).long() * w for offset in range(-1, 3)]
+    across, down = (column - left)[:, None], (row - top)[:, None]
+    lines = (cubic(*(gather_pixels(images, start + offset).float() for offset in columns), d=across) for start in rows)
+    levels = cubic(*lines, d=down).clamp_(0, 255).byte()
+    return torch.where(inside[:, None], levels, fill)
+
+
+def cubic(p: Tensor, q: Tensor, r: Tensor, s: Tensor, *, d: Tensor) -> Tensor:
+    """Interpolate between q and r, at a distance d from q, by Keys' cubic with a = -1, in Pillow's order of terms."""
+    return q + d * (r - p + d * (2 * (p - q) + r - s + d * (q - p + s - r)))
+
+
+def gather_pixels(images: UInt8[Tensor, "b c ..."], index: Int64[Tensor, "b h w"]) -> UInt8[Tensor, "b c h w"]:
+    """Return pixels by their index in the flattened image, the same in all channels."""
+    channels = images.shape[1]
+    return images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, channels, -1)).unflatten(2, index.shape[1:])
+
+
+def look_up(images: UInt8[Tensor, "b c h w"], tables: UInt8[Tensor, "b c 256"]) -> UInt8[Tensor, "b c h w"]:
+    """Replace each gray level by its entry in the table of the image and channel."""
+    return tables.gather(2, images.flatten(2).long()).view(images.shape)
+
+
+def cut_out(
+    images: UInt8[Tensor, "b c h w"], half: Tensor, center: Float[Tensor, "2 b"], fill: int | UInt8[Tensor, "c 1 1"]
+) -> UInt8[Tensor, "b c h w"]:
+    """Fill a square of twice `half` pixels around a center (shares of height and width)."""
+    h, w = images.shape[-2:]
+    rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    row, column = (center[0] * h).floor()[:, None], (center[1] * w).floor()[:, None]
+    down = (rows >= row - half[:, None]) & (rows < row + half[:, None])
+    across = (columns >= column - half[:, None]) & (columns < column + half[:, None])
+    return torch.where((down[:, :, None] & across[:, None, :])[:, None], fill, images)
+
+
+def apply_operations(
+    images: UInt8[Tensor, "b c h w"],
+    names: Sequence[str] | np.ndarray,
+    strengths: Float[np.ndarray, " b"],
+    centers: Float[np.ndarray, "2 b"] | None = None,
+    fill: int | UInt8[Tensor, "c 1 1"] = 0,
+    *,
+    bicubic: bool = False,
+) -> UInt8[Tensor, "b c h w"]:
+    """Apply one operation to each image, in place, and return the images.
+
+    Each operation runs once, on all images that have drawn it.
+
+    Args:
+        names: Operation of each image: 'Identity', 'Cutout', or one of `TABLES`, `BLENDS` and `GEOMETRY`.
+        centers: Relative row and column of Cutout's center.
+        fill: Gray level of pixels from outside of the image, or that of each channel.
+        bicubic: Whether geometry interpolates as Pillow does and translates by fractions of pixels.
+    """
+    b, c, h, w = images.shape
+    which, strengths = np.asarray(names), np.asarray(strengths)
+    amounts = _move(strengths.astype(np.float32), images)
+    groups = {name: np.flatnonzero(which == name) for name in dict.fromkeys(which.tolist())}
+
+    geometric = [name for name in groups if name in GEOMETRY]
+    if geometric:
+        maps = [affine_maps(name, strengths[groups[name]], h, w, whole_pixels=not bicubic) for name in geometric]
+        chosen = _move(np.concatenate([groups[name] for name in geometric]), images)
+        warp_images = warp_bicubic if bicubic else warp
+        images[chosen] = warp_images(images[chosen], _move(np.concatenate(maps).astype(np.float32), images), fill)
+
+    tabulated = [name for name in groups if name in TABLES]
+    if tabulated:
+        tables = []
+        for name in tabulated:
+            chosen = _move(groups[name], images)
+            table = TABLES[name](images[chosen], amounts[chosen])
+            tables.append(table.clamp(0, 255).byte().expand(len(chosen), c, 256))
+        chosen = _move(np.concatenate([groups[name] for name in tabulated]), images)
+        images[chosen] = look_up(images[chosen], torch.cat(tables))
+
+    for name in groups:
+        if name in BLENDS:
+            chosen = _move(groups[name], images)
+            images[chosen] = BLENDS[name](images[chosen], amounts[chosen])
+    if centers is not None and "Cutout" in groups:
+        chosen = _move(groups["Cutout"], images)
+        center = _move(centers[:, groups["Cutout"]].astype(np.float32), images)
+        images[chosen] = cut_out(images[chosen], amounts[chosen], center, fill)
+    return images
+
+
+def resize_weights(
+    start: Float[Tensor, " b"], length: Float[Tensor, " b"], into: int, of: int, *, bicubic: bool = False
+) -> Float[Tensor, "b into of"]:
+    """Return weights that resize the pixels [start, start + length) of `of` to `into`, antialiased.
+
+    Bilinear, or bicubic with Keys' cubic of a = -0.5, as in Pillow and torchvision.
+    """
+    scale = (length / into)[:, None, None]
+    reach = scale.clamp(min=1)
+    center = (torch.arange(into, device=start.device)[:, None] + 0.5) * scale
+    pixel = torch.arange(of, device=start.device) - start[:, None, None]
+    distance = (pixel + 0.5 - center).abs() / reach
+    weights = _keys(distance) if bicubic else (1 - distance).clamp(min=0)
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resized_crop(
+    images: UInt8[Tensor, "b c h w"],
+    top: Tensor,
+    left: Tensor,
+    height: Tensor,
+    width: Tensor,
+    *,
+    bicubic: bool = False,
+) -> UInt8[Tensor, "b c h w"]:
+    """Crop a rectangle of each image and resize it to the image's size, bilinear or bicubic."""
+    h, w = images.shape[-2:]
+    rows = resize_weights(top.float(), height.float(), h, h, bicubic=bicubic)
+    columns = resize_weights(left.float(), width.float(), w, w, bicubic=bicubic)
+    x = (images.float().flatten(1, 2) @ columns.mT).unflatten(1, images.shape[1:3])
+    if bicubic:  # a cubic overshoots: Pillow rounds and clips after each direction
+        x = x.round_().clamp_(0, 255)
+    x = rows @ x.transpose(1, 2).flatten(2)  # one product for all channels: weights are not copied for each
+    return x.unflatten(2, (images.shape[1], w)).transpose(1, 2).round_().clamp_(0, 255).byte()
+
+
+def _keys(distance: Tensor) -> Tensor:
+    """Return Keys' cubic with a = -0.5 at distances of 0 and more."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def to_gray(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Return gray levels, rounded down as in torchvision; images of one channel remain unchanged."""
+    if images.shape[1] == 1:
+        return images.float()
+    red, green, blue = images.float().unbind(1)
+    r, g, b = GRAY_WEIGHTS  # numbers: a tensor would wait for the device
+    return (r * red + g * green + b * blue).floor_()[:, None]
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """Return factor · images + (1 − factor) · other, clipped to the range of gray levels."""
+    return torch.lerp(other.expand(images.shape), images.float(), factor[:, None, None, None]).clamp_(0, 255).byte()
+
+
+def _levels(images: Tensor) -> Float[Tensor, "1 1 256"]:
+    return torch.arange(256, dtype=torch.float32, device=images.device)[None, None]
+
+
+def _move(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device, non_blocking=True)
+
+
+def normal_noise(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
+    """Return n standard normal values for each key, the same on every device (splitmix64 and Box-Muller)."""
+    half = -(-n // 2)
+    bits = _hash(keys[:, None] + torch.arange(1, half + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15))
+    radius = (-2 * ((_shift(bits, 40) + 1).float() * 2.0**-24).log()).sqrt()  # of (0, 1]
+    angle = (bits & 0xFFFFFF).float() * (2 * math.pi * 2.0**-24)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :n]
+
+
+def _hash(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros, as for unsigned integers."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64)

@@ -1,0 +1,160 @@
+"""Scale gray values of more than 8 bits (16- and 32-bit integers, floats) to the levels 0 to 255.
+
+Image files do not say which value is white: 12-bit cameras use a part of 16 bits, and floats have any unit. One linear
+scale per data set keeps the order of gray values within and between images.
+
+    floats within [0, 1]                0 to 1 become 0 to 255
+    integers that use 16 bits           0 to 65,535 become 0 to 255
+    others                              the smallest to the largest value become 0 to 255
+
+Integers use 16 bits if the largest needs more than 14 bits and they span at least an eighth of the range. Cameras of 10
+to 14 bits do not, nor do thermal images around a large offset, which would keep only a few levels.
+
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Real, UInt8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Range = tuple[float, float]
+"""Smallest and largest value."""
+
+KINDS = ("integer", "floating")
+FULL = {"integer": (0.0, 65535.0), "floating": (0.0, 1.0)}
+"""Ranges that need no measurement."""
+KIND_NAMES = {"integer": "integer gray values of more than 8 bits", "floating": "floating-point gray values"}
+WHITE_IS_ZERO = "white_is_zero"
+"""Entry of `Image.info` for TIFF files in which the smallest value is white."""
+PHOTOMETRIC = 262
+"""TIFF tag; 0 means that white is zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrayRanges:
+    """The values that become black and white, for each kind of gray value; None if no image was measured."""
+
+    integer: Range | None = None
+    floating: Range | None = None
+
+    def __bool__(self) -> bool:
+        return any(asdict(self).values())
+
+    @classmethod
+    def measured(cls, extrema: Iterable[dict[str, Range]]) -> GrayRanges:
+        """Return the ranges for the smallest and largest values of images, see `measure`."""
+        extrema = list(extrema)
+        values = {kind: np.array([each[kind] for each in extrema if kind in each]) for kind in KINDS}
+        return cls(**{kind: _fit_range(kind, x.min().item(), x.max().item()) for kind, x in values.items() if x.size})
+
+    def filled(self, other: GrayRanges) -> GrayRanges:
+        """Return these ranges, with those of `other` for kinds that have none."""
+        return GrayRanges(**{kind: getattr(self, kind) or getattr(other, kind) for kind in KINDS})
+
+    def describe(self, origin: str) -> list[str]:
+        """Return a line for each kind; `origin` is the source of measured ranges."""
+        lines = []
+        for kind in KINDS:
+            if (range_ := getattr(self, kind)) is not None:
+                low, high = (f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.6g}" for value in range_)
+                source = "their full range" if range_ == FULL[kind] else origin
+                lines.append(f"{KIND_NAMES[kind]}: {low} to {high} become 0 to 255 ({source})")
+        return lines
+
+    def note(self, kind: str) -> str:
+        """Return a line on how a trained model's ranges scale an image of this kind of gray values."""
+        if (range_ := getattr(self, kind)) is not None:
+            return GrayRanges(**{kind: range_}).describe("the range of the training images")[0]
+        (line,) = GrayRanges(**{kind: FULL[kind]}).describe("")
+        return f"{line}, as the model was not trained on such images"
+
+    def to_json(self) -> dict[str, list[float] | None]:
+        """Return plain lists for weights files and caches."""
+        return {kind: range_ and list(range_) for kind, range_ in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> GrayRanges:
+        """Build ranges from the result of `to_json`.
+
+        Raises:
+            ValueError, TypeError, AttributeError: the entry has another form.
+        """
+        ranges = {kind: tuple(map(float, range_)) for kind, range_ in entry.items() if range_ is not None}
+        for low, high in ranges.values():
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"gray values from {low:g} to {high:g}")
+        return cls(**ranges)
+
+
+def kind_of(image: Image) -> str | None:
+    """Return the kind of gray values of more than 8 bits in an image; None for images of 8 bits."""
+    return "floating" if image.mode == "F" else "integer" if image.mode.startswith("I") else None
+
+
+def measure(image: Image) -> dict[str, Range]:
+    """Return the smallest and largest gray value of an image of more than 8 bits, by their kind; {} for 8 bits.
+
+    Raises:
+        ValueError: values are infinite or NaN.
+    """
+    kind = kind_of(image)
+    if kind is None:
+        return {}
+    values, transparent = _values(image)
+    opaque = values if transparent is None else values[~transparent]
+    return {kind: (float(opaque.min()), float(opaque.max()))} if opaque.size else {}
+
+
+def to_levels(image: Image, ranges: GrayRanges) -> UInt8[np.ndarray, "h w"]:
+    """Return the levels 0 to 255 of an image of more than 8 bits; values beyond the range become black or white.
+
+    Raises:
+        ValueError: values are infinite or NaN, or lie outside the full range if no range was measured.
+    """
+    kind = kind_of(image)
+    values, transparent = _values(image)
+    low, high = getattr(ranges, kind) or _require_full_range(kind, image)
+    levels = ((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+    if transparent is not None:
+        levels[transparent] = 255
+    return levels
+
+
+def _values(image: Image) -> tuple[Real[np.ndarray, "h w"], np.ndarray | None]:
+    """Return the values, larger ones brighter, and a mask of transparent pixels."""
+    values = np.asarray(image)
+    if image.mode == "F" and not np.isfinite(values).all():
+        raise ValueError("pixels that are infinite or NaN")
+    if image.info.get(WHITE_IS_ZERO):
+        values = FULL[kind_of(image)][1] - values.astype(np.float64)
+    transparency = image.info.get("transparency")
+    return values, values == transparency if isinstance(transparency, int) else None
+
+
+def _fit_range(kind: str, low: float, high: float) -> Range:
+    """Return the full range if the values use it, else their own range."""
+    black, white = FULL[kind]
+    within = black <= low and high <= white
+    uses_16_bits = high > white / 4 and high - low >= white / 8
+    if within and (kind == "floating" or uses_16_bits or low == high):
+        return black, white
+    return (low, high) if high > low else (low, low + 1)
+
+
+def _require_full_range(kind: str, image: Image) -> Range:
+    """Return the full range, after a check that an image's values lie within it."""
+    black, white = FULL[kind]
+    low, high = measure(image).get(kind, (black, white))
+    if low < black or high > white:
+        raise ValueError(
+            f"{KIND_NAMES[kind]} from {low:g} to {high:g}, but no training image has such values; convert it to 8 bits"
+        )
+    return black, white

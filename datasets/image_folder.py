@@ -1,0 +1,210 @@
+"""List the images of a folder or zip file of class folders, with their classes and splits.
+
+    DIR/train/<class>/...  with DIR/val and/or DIR/test         published splits
+    DIR/train/<class>/...  or DIR/<class>/...                   splits are held out of the images later
+    DIR/train/<class>/...  with DIR/val/val_annotations.txt     Tiny-ImageNet's layout
+
+Classes are numbered in sorted order of their folders' names; images may lie in subfolders of a class folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+from rich.console import Console
+from rich.markup import escape
+
+from smallvit.datasets.listing import (
+    Folder,
+    Layout,
+    Listing,
+    Sample,
+    build_tree,
+    find_layout,
+    is_hidden,
+    is_image,
+    require_utf8,
+    unwrap,
+)
+from smallvit.utils.errors import InputError
+
+ANNOTATIONS = "val/val_annotations.txt"
+
+
+class FileInfo(NamedTuple):
+    """Identify the contents of a file."""
+
+    path: str
+    """Path on disk, or name of the zip file's member."""
+    content: str
+    """Size in bytes, with the checksum if it is known."""
+    changed: int
+    """Modification time in nanoseconds, if there is no checksum."""
+
+
+def list_folder(root: Path, min_classes: int = 2) -> Listing:
+    """List the images of a folder of class folders.
+
+    Raises:
+        InputError: the folder does not exist or cannot be read, or its layout is unusable; see `find_layout`.
+    """
+    require_utf8([], root)
+    files: dict[str, FileInfo] = {}
+    try:
+        if not root.is_dir():
+            raise InputError(f"--data {root}: no such folder")
+        with Console(stderr=True).status(f"listing {escape(str(root))}"):  # a million files may take a minute
+            tree = _scan(root, "", files, ())
+        layout = _find_layout(tree, lambda name: (root / name).read_text(encoding="utf-8"), root, min_classes)
+    except OSError as error:
+        raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data {root}: a list of classes is damaged ({error})") from None
+    return _listing(root, layout, files)
+
+
+def list_zip(file: Path) -> Listing:
+    """List the images of a zip file of class folders.
+
+    Raises:
+        InputError: the file does not exist, is damaged or no zip file, or its layout is unusable; see `find_layout`.
+    """
+    require_utf8([], file)
+    try:
+        with ZipFile(file) as archive:
+            members = {info.filename.removeprefix("./"): info for info in archive.infolist() if not info.is_dir()}
+            members = {name: info for name, info in members.items() if not any(map(is_hidden, name.split("/")))}
+            tree = build_tree(members)
+            layout = _find_layout(tree, lambda name: archive.read(members[name]).decode(), file)
+    except InputError:
+        raise
+    except (BadZipFile, EOFError, ValueError, RuntimeError, zlib.error) as error:  # RuntimeError: encrypted, or new
+        raise InputError(f"--data {file}: damaged, or no zip file ({error})") from None
+    except OSError as error:
+        raise InputError(f"--data {file}: cannot be read ({error.strerror or error})") from None
+    files = {name: FileInfo(info.filename, f"{info.file_size} {info.CRC}", 0) for name, info in members.items()}
+    return _listing(file, layout, files, zipped=True)
+
+
+def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int = 2) -> Layout:
+    """Find out which files are images of which class and split, in Tiny-ImageNet's layout or class folders."""
+    top = unwrap(tree)
+    if "val" in top.folders and top.top + ANNOTATIONS in top.folders["val"].files:
+        return _read_tiny_imagenet(top, read_text, source)
+    return find_layout(tree, read_text, source, min_classes)
+
+
+def _listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:
+    fingerprint, content = hashlib.sha256(), hashlib.sha256()
+    for name, label, split in layout.samples:
+        row = f"{name.removeprefix(layout.top)}\0{label} {split}\0{files[name].content}".encode("utf-8", "replace")
+        content.update(row)
+        fingerprint.update(row + f"\0{files[name].changed}".encode())
+    names, labels, splits = zip(*layout.samples, strict=True)
+    return Listing(
+        root=root,
+        class_names=layout.class_names,
+        paths=tuple(files[name].path for name in names),
+        labels=labels,
+        splits=splits,
+        fingerprint=fingerprint.hexdigest(),
+        content=content.hexdigest(),
+        zipped=zipped,
+        notes=layout.notes,
+    )
+
+
+def _scan(path: str | Path, name: str, files: dict[str, FileInfo], parents: tuple[tuple[int, int], ...]) -> Folder:
+    """Return a folder with everything below it, sorted; skip links that lead back to a parent.
+
+    Args:
+        name: Path relative to the data's root.
+        files: Collects the images.
+        parents: Device and inode of the folders above.
+    """
+    folder = Folder(name)
+    status = os.stat(path)
+    identity = status.st_dev, status.st_ino
+    if identity in parents:
+        return folder
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            continue
+        child = f"{name}/{entry.name}" if name else entry.name
+        if entry.is_dir():
+            folder.folders[entry.name] = _scan(entry.path, child, files, (*parents, identity))
+        else:
+            folder.files.append(child)
+            if is_image(child):
+                files[child] = _file_info(entry)
+    return folder
+
+
+def _file_info(entry: os.DirEntry[str]) -> FileInfo:
+    try:
+        status = entry.stat()
+    except OSError:  # a dangling link: decoding reports it
+        return FileInfo(entry.path, "-1", -1)
+    return FileInfo(entry.path, str(status.st_size), status.st_mtime_ns)
+
+
+def _read_tiny_imagenet(root: Folder, read_text: Callable[[str], str], source: object) -> Layout:
+    """Return the class names and the labeled images of Tiny-ImageNet's official layout.
+
+        wnids.txt, words.txt     the classes, in arbitrary order, and their names
+        train/<wnid>/images/     training images
+        val/images/              validation images of all classes; their labels are in val/val_annotations.txt
+        test/images/             images without labels: not used
+
+    The validation images are the ones that papers report on, so they are the test split here. Classes are numbered in
+    sorted order of their WordNet ids, as torchvision's `ImageFolder` numbers the folders in train/.
+
+    Raises:
+        InputError: validation images without a label, labels without an image, or fewer than two classes.
+    """
+
+    def read_lines(file: str) -> list[list[str]]:
+        """Return the tab-separated lines of a file, none if it does not exist."""
+        folder = root.folders["val"] if file == ANNOTATIONS else root
+        lines = read_text(root.top + file).splitlines() if root.top + file in folder.files else []
+        return [line.split("\t") for line in lines if line.strip()]
+
+    train = {name: images for name, each in _folders(root, "train") if (images := sorted(each.images()))}
+    has_wnids = root.top + "wnids.txt" in root.files
+    wnids = sorted(line[0].strip() for line in read_lines("wnids.txt")) if has_wnids else sorted(train)
+    number = {wnid: label for label, wnid in enumerate(wnids)}
+    if len(number) < 2:
+        raise InputError(f"--data {source}: expected at least two classes, found {len(number)} in wnids.txt and train/")
+    if not train:
+        raise InputError(f"--data {source}: train/ has no images")
+    for wnid in train:
+        if wnid not in number:
+            raise InputError(f"--data {source}: class folder train/{wnid} is not listed in wnids.txt")
+    samples: list[Sample] = [(name, number[wnid], "train") for wnid, names in train.items() for name in names]
+    labels = {line[0]: line[1] for line in read_lines(ANNOTATIONS) if len(line) > 1}
+    for name in sorted(root.folders["val"].images()):
+        wnid = labels.get(PurePosixPath(name).name)
+        if wnid not in number:
+            raise InputError(f"--data {source}: {name} has no (known) class in {ANNOTATIONS}")
+        samples.append((name, number[wnid], "test"))
+    if missing := labels.keys() - {PurePosixPath(name).name for name, _, split in samples if split == "test"}:
+        raise InputError(f"--data {source}: val/images/{min(missing)} is labeled but missing; unpack the archive again")
+    words = {line[0]: line[1] for line in read_lines("words.txt") if len(line) > 1}
+    return Layout(_class_names(wnids, words), samples, (), root.top)
+
+
+def _folders(root: Folder, name: str) -> list[tuple[str, Folder]]:
+    return list(root.folders[name].folders.items()) if name in root.folders else []
+
+
+def _class_names(wnids: list[str], words: dict[str, str]) -> tuple[str, ...]:
+    """Return the first word for each class, with its WordNet id if two classes share it."""
+    first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    pairs = zip(first, wnids, strict=True)
+    return tuple(name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in pairs)

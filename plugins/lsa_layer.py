@@ -1,0 +1,307 @@
+"""Compute locality self-attention (LSA): a learned temperature per head, and no token attends to itself.
+
+    LSA(x) = softmax(M(q kᵀ · t)) v,    M(S)ᵢⱼ = Sᵢⱼ for i ≠ j, −∞ for i = j
+
+Source: Lee, Lee, Song 2021, "Vision Transformer for Small-Size Datasets", arXiv:2112.13492, §3.3. `t` multiplies
+the scores (the paper's 1/τ), one per head, and starts at head_dim^-0.5. The class token is masked like any other.
+
+For trained models the mask can be phased in: a diagonal weight w from 1 to 0 multiplies each token's own exp(Sᵢᵢ). At
+w = 1 this is plain attention, at w = 0 it is LSA.
+
+Differs from the official code: where a token has nothing else to attend to (a single token, or a mask that hides
+all others), it attends to itself instead of giving NaN. `t` is kept out of weight decay: it is one-dimensional,
+and timm's parameter groups exempt such parameters.
+
+Axes: b batch, h heads, n tokens, d head width, c = h·d.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from smallvit.plugins.leaf import Adapter, is_plain
+from smallvit.plugins.lsa import LSAConfig
+from smallvit.plugins.sdpa import add_bias, attend
+
+HIDDEN = -1e4
+"""What a mask adds to scores that shall not count, at most; some write this, some the least number, some −∞."""
+
+
+def diagonal_bias(n: int, like: Tensor, diagonal_weight: Tensor | None = None) -> Float[Tensor, "n n"] | None:
+    """Return the bias that masks the diagonal, log(diagonal_weight) on it; None for a single token."""
+    if n == 1:
+        return None
+    if diagonal_weight is not None:
+        return torch.diag(diagonal_weight.log().to(like.dtype).expand(n))
+    itself = torch.eye(n, dtype=torch.bool, device=like.device)
+    return like.new_zeros(n, n).masked_fill(itself, float("-inf"))
+
+
+def merge_masks(
+    bias: Float[Tensor, "n n"] | None, attn_mask: Bool[Tensor, ...] | Float[Tensor, ...]
+) -> Float[Tensor, "#b #h n n"]:
+    """Add a caller's mask (True = may attend, or an additive bias), keeping self-attention as the last resort.
+
+    It is that of tokens whose mask is at most `HIDDEN` for all others.
+    """
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, float("-inf"))
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    if bias is None:
+        return attn_mask
+    itself = torch.eye(bias.shape[-1], dtype=torch.bool, device=bias.device)
+    alone = ((attn_mask <= HIDDEN) | itself).all(dim=-1, keepdim=True)
+    return (attn_mask + bias).masked_fill(alone & itself, 0.0)
+
+
+def keep_alone(
+    bias: Float[Tensor, "n n"] | None, alone: Bool[Tensor, "w n"] | None
+) -> Float[Tensor, "n n"] | Float[Tensor, "w 1 n n"] | None:
+    """Return the bias of the diagonal without tokens that have nothing else to attend to."""
+    if bias is None or alone is None:
+        return bias
+    return torch.where(torch.diag_embed(alone), 0.0, bias)[:, None]
+
+
+class Locality(Adapter):
+    """Mixin that turns an attention layer into locality self-attention.
+
+    The layer's own `forward` runs unchanged, with norms, rotary and relative positions, gates and talking heads. Only
+    its softmax masks the diagonal, and its constant `scale` is the learned `temperature`. Its call of the fused kernel
+    is replaced by `attend`.
+    """
+
+    adapters: ClassVar[dict[type[nn.Module], type[Locality]]] = {}
+    added = ("temperature", "diagonal_weight", "masked", "fuses", "constant")
+    axes_after_heads: ClassVar[int] = 2
+    """Axes behind the heads' in the tensor that is scaled."""
+    temperature_per_head: ClassVar[bool] = True
+    """Whether heads have a separate axis; else the layer has one temperature."""
+    learns_its_scale: ClassVar[bool] = False
+    """Whether timm's layer has a learned temperature already."""
+    has_diagonal: ClassVar[bool] = True
+    """Whether queries are the keys; class attention has one query, and no diagonal."""
+    fusable: ClassVar[bool] = True
+    """Whether the layer's call of the fused kernel keeps its heads unchanged."""
+
+    temperature: nn.Parameter | None
+    diagonal_weight: Tensor | None
+    masked: bool
+    constant: float = 1.0
+    """Scale of the unpatched layer, at which temperatures start: a copy of timm's `scale`, as older torch.compile takes
+    `__dict__["scale"]` for the property of that name."""
+    chooses_kernel: ClassVar[bool] = True
+    """Whether the layer chooses its path itself; see `sdpa.set_fused_attention`."""
+    fuses: bool = True
+    """A copy of timm's `fused_attn`, likewise."""
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, config: LSAConfig, gradual: bool) -> None:
+        """Turn a layer of the adapted class into this one, in place; its weights and hooks stay.
+
+        `gradual` leaves the diagonal unmasked until `set_lsa_strength` masks it.
+        """
+        scale = getattr(layer, "scale", None)
+        layer.__class__ = cls
+        layer._begin(scale if isinstance(scale, float) else 1.0, config, gradual)
+
+    def _begin(self, constant: float, config: LSAConfig, gradual: bool) -> None:
+        heads = self.score_heads if config.temperature == "head" and self.temperature_per_head else 1
+        like = next((weight for weight in self.parameters() if weight.is_floating_point()), torch.empty(()))
+        learned = config.temperature != "fixed" and not self.learns_its_scale
+        self.masked = config.mask and self.has_diagonal
+        self.constant, self.fuses = constant, self.__dict__.get("fused_attn", True)
+        self.register_parameter(
+            "temperature",
+            nn.Parameter(torch.full((heads,), constant, device=like.device, dtype=like.dtype)) if learned else None,
+        )
+        self.register_buffer("diagonal_weight", torch.ones((), device=like.device) if gradual and self.masked else None)
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Return why a layer of the adapted class cannot be adapted, if it cannot."""
+        return None
+
+    @classmethod
+    def changes(cls, config: LSAConfig) -> bool:
+        """Return whether a configuration changes layers of this class."""
+        hides = config.mask and cls.has_diagonal
+        return hides or (config.temperature != "fixed" and not cls.learns_its_scale)
+
+    @property
+    def score_heads(self) -> int:
+        """Number of attention maps that the layer computes."""
+        return self.num_heads
+
+    @property
+    def scale(self) -> Tensor | float:
+        """Factor of the scores: the temperature, in place of timm's constant."""
+        if self.temperature is None:
+            return self.constant
+        return in_compute_dtype(self.temperature).view(-1, *[1] * self.axes_after_heads)
+
+    @scale.setter
+    def scale(self, constant: float) -> None:
+        self.__dict__["scale"] = self.constant = constant
+
+    @property
+    def fused_attn(self) -> bool:
+        """Whether timm's forward calls the fused kernel, which is replaced by `attend`."""
+        return self.fusable and self.fuses
+
+    @fused_attn.setter
+    def fused_attn(self, fused: bool) -> None:
+        self.__dict__["fused_attn"] = self.fuses = fused
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.hide(None, x, *args, **kwargs)
+
+    def hide(self, alone: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted layer's forward with the diagonal masked, except for tokens that are `alone`."""
+        with HiddenDiagonal(self, alone):
+            return super().forward(x, *args, **kwargs)
+
+    def diagonal(self, n: int, m: int, like: Tensor) -> Float[Tensor, "n n"] | None:
+        """Return the bias for scores of n queries and m keys; None if they differ, or for a single token."""
+        return diagonal_bias(n, like, self.diagonal_weight) if self.masked and n == m else None
+
+    def scaled_qkv(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (b, h, n, d) by the layer `qkv`, the queries multiplied by the temperature.
+
+        It is multiplied into q's rows of the weight matrix where that is plain, which is exact and almost free.
+        """
+        h = self.num_heads
+        if not is_plain(self.qkv):
+            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=h)
+            return q * self.scale, k, v
+        width = self.qkv.out_features // 3
+        factor = self.qkv.weight.new_ones(h) * (self.scale if self.temperature is None else self.temperature)
+        factor = F.pad(factor.repeat_interleave(width // h), (0, 2 * width), value=1.0)
+        bias = None if self.qkv.bias is None else self.qkv.bias * factor
+        qkv = F.linear(x, self.qkv.weight * factor[:, None], bias)
+        return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=h).unbind(0)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute `F.scaled_dot_product_attention` with the temperature as its scale and without the diagonal."""
+        n, m = q.shape[-2], k.shape[-2]
+        if is_causal:
+            attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril_()
+        bias = self.diagonal(n, m, q)
+        if attn_mask is not None:
+            bias = merge_masks(bias, attn_mask)
+        if self.temperature is None:
+            return attend(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, bias, dropout_p)
+        return attend(q * self.scale.to(q.dtype), k, v, bias, dropout_p)
+
+
+class HiddenDiagonal(TorchFunctionMode):
+    """Mode in which the softmax of scores masks the diagonal, and `Locality.attend` replaces the fused kernel.
+
+    `alone` (w, n) marks tokens of windows that have nothing else to attend to, whose diagonal stays.
+    """
+
+    def __init__(self, layer: Locality, alone: Tensor | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.alone = alone
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self.layer.attend(*args, **kwargs)
+        if function is Tensor.softmax or function is torch.softmax or function is F.softmax:
+            scores = args[0]
+            n, m = scores.shape[-2:]
+            bias = keep_alone(self.layer.diagonal(n, m, scores), self.alone)
+            return function(add_bias(scores, bias), *args[1:], **kwargs)
+        return function(*args, **kwargs)
+
+
+class LocalitySelfAttention(Locality, Attention):
+    """Multi-head locality self-attention, with the parameter names of `timm.layers.Attention`.
+
+    Tokens (b, n, dim) to (b, n, dim). Parameters: `qkv`, `proj` and `temperature`, of shape (num_heads,).
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        config: LSAConfig | None = None,
+    ) -> None:
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+        self._begin((dim // num_heads) ** -0.5, config or LSAConfig(), gradual=False)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Float[Tensor, "b n c"]:
+        if not self.fused_attn or not is_plain(self.q_norm, nn.Identity):
+            return super().forward(x, attn_mask, is_causal)
+        q, k, v = self.scaled_qkv(x)
+        n = x.shape[1]
+        bias = self.diagonal(n, n, q)
+        if is_causal:
+            attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril_()
+        if attn_mask is not None:
+            bias = merge_masks(bias, attn_mask)
+        y = attend(q, self.k_norm(k), v, bias, self.attn_drop.p if self.training else 0.0)
+        y = self.norm(rearrange(y, "b h n d -> b n (h d)"))
+        if (gate := getattr(self, "gate", None)) is not None:  # older versions of timm have none
+            y = y * gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+
+def in_compute_dtype(tensor: Tensor) -> Tensor:
+    """Return the tensor in the dtype of autocast if that is enabled."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def temperatures(model: nn.Module) -> dict[str, Float[Tensor, " h"]]:
+    """Return the learned temperatures of every patched layer by name: one per head, or one for the layer."""
+    return {
+        name: module.temperature.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, Locality) and module.temperature is not None
+    }
+
+
+def set_lsa_strength(model: nn.Module, strength: float) -> None:
+    """Set the strength of the mask in layers patched with init="preserve", from 0 (plain attention) to 1 (LSA).
+
+    It is stored in a buffer. A moving average of the model's state averages it too: set it on the average as well.
+
+    Raises:
+        ValueError: `strength` is not between 0 and 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength}: expected a number from 0 to 1")
+    for module in model.modules():
+        if isinstance(module, Locality) and module.diagonal_weight is not None:
+            module.diagonal_weight.fill_(1 - strength)

@@ -1,0 +1,288 @@
+"""Patch plugins into a model, remove them, describe what is patched, and load weights of the model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from smallvit.plugins import PLUGINS
+from smallvit.plugins.base import Init, Plugin, PluginConfig, Site
+from smallvit.plugins.leaf import original, own_forward
+
+MINOR = "it has one query, the class token"
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Entries of a checkpoint that hold weights, in the order in which timm looks for them."""
+
+
+class UnsupportedModelError(TypeError):
+    """A model has no layer that a plugin can change."""
+
+
+def patch(
+    model: nn.Module,
+    *,
+    init: Init = "paper",
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    **plugins: bool | PluginConfig,
+) -> nn.Module:
+    """Patch plugins into a timm model, in place, and return it.
+
+    Layers that are patched already stay unchanged, so patching twice has no effect. Plugins are applied in the order
+    of `PLUGINS`: pass those that are to be combined in one call.
+
+    Args:
+        init: "paper": new parameters start as published. "preserve": the outputs of a trained model do not change
+            at first. The weights of SPT's shifted views start at zero, without a norm, and tokens attend to themselves
+            until `set_lsa_strength` masks the diagonal.
+        include: one or several patterns of layer names to patch, such as `blocks.[0-5].attn` or `*.downsample`.
+        exclude: one or several patterns of layer names to skip.
+        plugins: True, or a configuration, by plugin: `spt=True, lsa=LSAConfig(mask=False)`.
+
+    Raises:
+        UnsupportedModelError: the model has no layer that a plugin can change, or a layer has its own `forward`. The
+            model is then unchanged.
+        TypeError: an unknown plugin, or a value that is neither a bool nor its configuration.
+        ValueError: no plugin is given, two exclude each other, or the patterns match no layer.
+    """
+    if init not in ("paper", "preserve"):
+        raise ValueError(f"init {init!r}: expected paper or preserve")
+    configs = {name: config for name in PLUGINS if (config := _config(name, plugins.pop(name, False))) is not None}
+    if plugins:
+        raise TypeError(f"{next(iter(plugins))}: no such plugin; expected one of {', '.join(PLUGINS)}")
+    if not configs:
+        raise ValueError("no plugin is given; expected " + ", ".join(f"{name}=True" for name in PLUGINS))
+    for name in configs:
+        for other in PLUGINS[name].excludes:
+            if other in configs or any(plugin == other for plugin, _, _ in patched_layers(model)):
+                raise ValueError(f"{PLUGINS[name].title} cannot be combined with {PLUGINS[other].title}; remove one")
+    patterns = _Patterns(*((each,) if isinstance(each, str) else tuple(each) for each in (include, exclude)))
+    for name, config in configs.items():
+        _select(model, PLUGINS[name], config, init, patterns)  # raises before anything has changed
+    for name, config in configs.items():
+        for site in _select(model, PLUGINS[name], config, init, patterns):
+            PLUGINS[name].apply(model, site, config, init)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Remove all plugins from a model, in place, and return it; a model without plugins stays unchanged.
+
+    Layers keep the weights that they learned while patched. Layers that SPT replaced with init="paper" come back with
+    the weights from before, since SPT's do not fit them.
+
+    Raises:
+        ValueError: a layer has its own `forward`, is packed, or was patched before it had weights.
+    """
+    for _, name, layer in patched_layers(model):
+        if (reason := own_forward(name, layer)) is not None:
+            raise ValueError(f"cannot unpatch this {type(model).__name__}: {reason}, then unpatch")
+        if (reason := getattr(layer, "irreversible", None)) is not None:
+            raise ValueError(f"cannot unpatch this {type(model).__name__}: {name}: {reason}")
+        if (old := original(layer)) is not None and _is_on_meta(old) and not _is_on_meta(model):
+            raise ValueError(f"{type(old).__name__} was patched before it had weights: there are none to restore")
+    while patched := list(patched_layers(model)):  # again, since a restored layer may contain patched ones
+        for plugin, _, layer in reversed(patched):
+            PLUGINS[plugin].remove(model, layer)
+    return model
+
+
+def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield plugin, qualified name and module of every layer that `patch` changed."""
+    for plugin in PLUGINS.values():
+        yield from ((plugin.name, name, layer) for name, layer in plugin.patched(model))
+
+
+def unsupported_reason(model: nn.Module, plugin: str, config: PluginConfig | None = None) -> str | None:
+    """Return why a plugin can change none of a model's layers; None if it can, or has."""
+    return _unsupported_reason(model, plugin, list(PLUGINS[plugin].sites(model, config)))
+
+
+def _unsupported_reason(model: nn.Module, plugin: str, sites: list[Site]) -> str | None:
+    done = {name for name, _, _ in patched_layers(model)}
+    if plugin in done or any(site.reason is None and not site.minor for site in sites):
+        return None
+    if sites:
+        reasons = (f"{type(site.layer).__name__} ({site.reason or MINOR})" for site in sites)
+        return "none of its layers fits: " + ", ".join(dict.fromkeys(reasons))
+    if done:
+        return f"no layer is left for it after {', '.join(sorted(done))}; give all plugins in the same call"
+    return "it has no layer of a known kind"
+
+
+def _config(name: str, value: bool | PluginConfig) -> PluginConfig | None:
+    """Return the configuration of a plugin; None if it is off."""
+    kind = PLUGINS[name].config
+    if isinstance(value, bool):
+        return kind() if value else None
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: expected True, False or a {kind.__name__}")
+    return value
+
+
+def _select(model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, patterns: _Patterns) -> list[Site]:
+    """Return the sites that a plugin changes now.
+
+    Raises:
+        UnsupportedModelError, ValueError: as of `patch`.
+    """
+    cannot = f"cannot patch this {type(model).__name__} with {plugin.title}"
+    sites = list(plugin.sites(model, config, init))
+    if (reason := _unsupported_reason(model, plugin.name, sites)) is not None:
+        raise UnsupportedModelError(f"{cannot}: {reason}")
+    matched = [site for site in sites if patterns.match(site.name)]
+    chosen = [site for site in matched if site.reason is None]
+    if plugin.strict and len(chosen) < len(matched):
+        site = next(site for site in matched if site.reason is not None)
+        raise UnsupportedModelError(
+            f"{cannot}: {site.name}: {type(site.layer).__name__}: {site.reason}; exclude it, or switch off that option"
+        )
+    if reason := next(filter(None, (own_forward(site.name, site.layer) for site in chosen)), None):
+        raise UnsupportedModelError(f"{cannot}: {reason} or exclude the layer, then patch")
+    if not chosen and not any(patterns.match(name) for name, _ in plugin.patched(model)):
+        names = [site.name for site in sites if site.reason is None]
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{patterns} match no layer for {plugin.title}; expected a pattern of {listed}")
+    return chosen
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Patterns of layer names."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def match(self, name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+
+    def __str__(self) -> str:
+        return f"include={list(self.include)}, exclude={list(self.exclude)}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A changed layer: the plugin, the layer's name in the model, how many parameters it gained."""
+
+    plugin: str
+    name: str
+    added_parameters: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """The changed layers of a model and their cost in parameters; `print` it."""
+
+    model: str
+    parameters: int
+    changes: tuple[Change, ...]
+
+    @property
+    def added_parameters(self) -> int:
+        """Number of parameters added by the plugins."""
+        return sum(change.added_parameters for change in self.changes)
+
+    def __str__(self) -> str:
+        before = self.parameters - self.added_parameters
+        lines = [f"{self.model}: {self.parameters:,} parameters, {before:,} without plugins"]
+        for plugin in PLUGINS.values():
+            changes = [change for change in self.changes if change.plugin == plugin.name]
+            if not changes:
+                lines.append(f"  {plugin.name}  {plugin.title}: not patched")
+                continue
+            added = sum(change.added_parameters for change in changes)
+            names = changes[0].name if len(changes) == 1 else f"{changes[0].name} ... {changes[-1].name}"
+            layers = f"{len(changes)} layer{'s' if len(changes) > 1 else ''}"
+            lines.append(f"  {plugin.name}  {plugin.title}: {layers} ({names}), {added:+,} parameters")
+            lines += [f"       {detail}" for detail in dict.fromkeys(change.detail for change in changes)]
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> Description:
+    """List the changed layers of a model with their cost in parameters."""
+    changes = []
+    for plugin, name, layer in patched_layers(model):
+        new = PLUGINS[plugin].new_keys(layer)
+        added = sum(value.numel() for key, value in layer.named_parameters() if key in new)
+        if (old := original(layer)) is not None:
+            added -= _count(old)
+        changes.append(Change(plugin, name, added, PLUGINS[plugin].describe(layer)))
+    return Description(type(model).__name__, _count(model), tuple(changes))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class IncompatibleKeys(NamedTuple):
+    """Keys that were not loaded, as of `torch.nn.Module.load_state_dict`."""
+
+    missing_keys: list[str]
+    """Keys that only the patched model has; they keep their initial values."""
+    unexpected_keys: list[str]
+    """Keys of layers that a plugin replaced; `unpatch` restores them."""
+
+
+def load_base_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> IncompatibleKeys:
+    """Load the `state_dict` of a timm model into the same model patched, and return missing and unexpected keys.
+
+    As in timm, the weights may be an entry of a checkpoint (`state_dict`, `model`, or their averages), and may be saved
+    from DataParallel, DistributedDataParallel or torch.compile.
+
+    Raises:
+        ValueError: a key that no plugin added is missing, a key is unknown to the model without plugins, or a shape
+            differs. The model is then unchanged.
+    """
+    state_dict = unwrapped(state_dict)
+    new: set[str] = set()
+    replaced: dict[str, Tensor] = {}
+    for plugin, name, layer in patched_layers(model):
+        new |= {f"{name}.{key}" for key in PLUGINS[plugin].new_keys(layer)}
+        if (old := original(layer)) is not None:
+            replaced |= {f"{name}.{key}": value for key, value in old.state_dict().items()}
+    own = model.state_dict()
+    expected = {key: value for key, value in own.items() if key not in new} | replaced
+    if reason := misfit(state_dict, expected):
+        raise ValueError(f"the weights do not fit the model without plugins: {reason}")
+    model.load_state_dict({key: state_dict[key] for key in own if key not in new}, strict=False)
+    for key, value in replaced.items():
+        value.copy_(state_dict[key])
+    return IncompatibleKeys([key for key in own if key in new], list(replaced))
+
+
+def unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict within a checkpoint, with the names that the model itself has."""
+    entry = next((checkpoint[name] for name in ENTRIES if isinstance(checkpoint.get(name), Mapping)), None)
+    if entry is not None:
+        return unwrapped(entry)
+    names = dict(checkpoint)
+    cleaned = clean_state_dict(names)  # one order of nesting at a time, in older versions of timm
+    return cleaned if cleaned.keys() == names.keys() else unwrapped(cleaned)
+
+
+def misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Return the first key that does not fit and how many others, from tensors by name; None if all fit."""
+    missing = [f"{name} is missing" for name in expected if name not in actual]
+    unexpected = [f"the model has no {name}" for name in actual if name not in expected]
+    other = [
+        f"{name} has shape {shape}, the model's has {own}"
+        for name in expected
+        if name in actual and (shape := _shape(actual[name])) != (own := _shape(expected[name]))
+    ]
+    first = [each[0] for each in (missing, unexpected, other) if each][:2]
+    rest = len(missing) + len(unexpected) + len(other) - len(first)
+    return (", ".join(first) + (f", and {rest:,} more" if rest else "")) if first else None
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", ()))

@@ -1,0 +1,352 @@
+"""Define the options of data, optimization, hardware and the run; their metadata says what they affect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from smallvit.utils.errors import InputError, require, suggest
+
+TAGS = {
+    "resumable": "A resumed run may change it: it affects no result.",
+    "launch": "It says where a run is, or whether it is resumed; it is no part of the run.",
+    "path": "Its value may be a path; a resumed run compares the contents of what is there.",
+    "draws_test": "It decides which images are in the test split of data that has none.",
+    "affects_test": "Runs with other values were evaluated on other images, or in another way.",
+    "evaluation": "Verbs that evaluate a trained model take it too.",
+    "shared": "All rows of a comparison share it.",
+    "local": "It says nothing about the model that is trained.",
+}
+"""Tags in the metadata of options, with their meanings."""
+
+
+def option(default: Any, *tags: str) -> Any:
+    """Return the dataclass field of an option with these tags."""
+    assert set(tags) <= TAGS.keys(), tags
+    return field(default=default, metadata=dict.fromkeys(tags, True))
+
+
+MAX_MEGAPIXELS = 500.0
+"""Default size limit of an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Dataset and its splits."""
+
+    data: str = option("digits", "path", "evaluation", "shared", "affects_test")
+    """Data set by name (see smallvit list data), a folder or zip file of class folders, or hfds/NAME for one of the
+    Hugging Face Hub."""
+    data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
+    """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
+    data_url: str | None = option(None, "resumable", "evaluation", "shared")
+    """URL to download from instead: of a folder with the dataset's files, or of its only file."""
+    img_size: int | None = option(None, "evaluation", "shared")
+    """Image height and width in pixels; by default that of the images, at most 64 for folders."""
+    streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
+    """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
+    workers: int | None = option(None, "resumable", "evaluation", "shared")
+    """Number of worker processes for streaming; by default one per CPU core, at most 16."""
+    train_fraction: float = option(1.0, "evaluation", "shared", "affects_test")
+    """Share of each class's training images to train on; smaller shares are subsets of larger ones."""
+    balanced: bool = option(False, "shared")
+    """Sample every class equally often, regardless of its number of images."""
+    val_fraction: float = option(0.1, "evaluation", "shared", "affects_test")
+    """Share of the training images held out to choose the best epoch, if the dataset has no validation split; with 0
+    the last epoch is used."""
+    test_fraction: float = option(0.2, "evaluation", "shared", "affects_test", "draws_test")
+    """Share of all images held out for the final test, if the dataset has no test split."""
+    split_seed: int = option(0, "evaluation", "shared", "affects_test", "draws_test")
+    """Seed of these splits; runs with the same seed are evaluated on the same images."""
+    skip_corrupt: bool = option(False, "resumable", "evaluation", "shared")
+    """Skip images that cannot be decoded instead of stopping."""
+    max_megapixels: float = option(MAX_MEGAPIXELS, "resumable", "evaluation", "shared")
+    """Size limit of an image in millions of pixels; a larger one counts as undecodable."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "data", repr(self.data), "a data set or folder")
+        if self.img_size is not None:
+            require(self.img_size >= 1, "img_size", self.img_size, "at least 1 pixel")
+        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
+        require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "a share above 0, at most 1")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "a share between 0 and 1")
+        require(
+            0 < self.max_megapixels <= 1000, "max_megapixels", self.max_megapixels, "a number above 0, at most 1000"
+        )
+        require(self.split_seed >= 0, "split_seed", self.split_seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation of training images: a preset, and options that replace its values."""
+
+    aug: Literal[
+        "auto",
+        "none",
+        "basic",
+        "mix",
+        "lee2021",
+        "deit",
+        "deit3",
+        "augreg-none",
+        "augreg-light1",
+        "augreg-light2",
+        "augreg-medium1",
+        "augreg-medium2",
+        "augreg-strong1",
+        "augreg-strong2",
+    ] = option("auto", "shared")
+    """Preset: none, basic (crop, flip), mix (also erasing, Mixup or CutMix), lee2021 (also AutoAugment), deit, deit3,
+    augreg-none to augreg-strong2, or auto (what suits the data; mix for folders)."""
+    crop: Literal["auto", "none", "pad", "reflect", "resized"] = option("auto", "shared")
+    """Random crop: of the image padded with black (pad) or mirrored (reflect), or a resized rectangle (resized)."""
+    crop_padding: int | None = option(None, "shared")
+    """Padding in pixels for pad and reflect; by default an eighth of the image size."""
+    crop_scale: float | None = option(None, "shared")
+    """Minimum share of the image's area for the crop resized; by default 0.08."""
+    flip: float | None = option(None, "shared")
+    """Probability of a horizontal flip; by default 0.5, and 0 for datasets such as digits."""
+    auto_augment: str | None = option(None, "shared")
+    """none, autoaugment, rand-m9-n2-mstd0.5-inc1 (timm's), tf-rand-m15-n2 (AugReg's), trivial or 3augment."""
+    color_jitter: float | None = option(None, "shared")
+    """Strength of random changes of brightness, contrast and saturation."""
+    random_erasing: float | None = option(None, "shared")
+    """Probability of erasing a random rectangle."""
+    random_erasing_fill: Literal["auto", "mean", "noise"] = option("auto", "shared")
+    """Fill of erased rectangles: the mean color, or noise."""
+    mixup_prob: float | None = option(None, "shared")
+    """Probability that an image is mixed with another, by Mixup or CutMix in equal shares."""
+    mixup: float | None = option(None, "shared")
+    """Mixup's alpha, of Beta(alpha, alpha); 0 turns it off."""
+    cutmix: float | None = option(None, "shared")
+    """CutMix's alpha, of Beta(alpha, alpha); 0 turns it off."""
+    mixup_mode: Literal["auto", "elem", "batch"] = option("auto", "shared")
+    """Draw Mixup and CutMix parameters per image (elem) or per batch (batch)."""
+    aug_repeats: int | None = option(None, "shared")
+    """Repeated augmentation: copies of each image in a batch; an epoch has as many steps, with fewer images."""
+    test_flip: bool = option(False, "shared", "affects_test")
+    """Average the final test's predictions over each image and its mirror image."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "random_erasing", "mixup_prob"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, name, value, "a probability")
+        for name in ("crop_padding", "color_jitter", "mixup", "cutmix"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < math.inf, name, value, "0 or more")
+        if self.crop_scale is not None:
+            require(0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "a share above 0, at most 1")
+        if self.aug_repeats is not None:
+            require(self.aug_repeats >= 1, "aug_repeats", self.aug_repeats, "at least 1")
+
+
+REGULARIZATION: dict[str, dict[str, float]] = {
+    "none": {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0},
+    # Lee, Lee, Song 2021, arXiv:2112.13492, its code
+    "lee2021": {"dropout": 0.0, "drop_path": 0.1, "weight_decay": 0.05, "label_smoothing": 0.1},
+    # Touvron et al. 2021, arXiv:2012.12877, table 9
+    "deit": {"dropout": 0.0, "drop_path": 0.1, "weight_decay": 0.05, "label_smoothing": 0.1},
+    # Touvron et al. 2022, arXiv:2204.07118: the small model
+    "deit3": {"dropout": 0.0, "drop_path": 0.05, "weight_decay": 0.05, "label_smoothing": 0.0},
+    # Steiner et al. 2021, arXiv:2106.10270, section 3.3
+    "augreg-none-0.03": {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.03, "label_smoothing": 0.0},
+    "augreg-none-0.1": {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.1, "label_smoothing": 0.0},
+    "augreg-0.03": {"dropout": 0.1, "drop_path": 0.1, "weight_decay": 0.03, "label_smoothing": 0.0},
+    "augreg-0.1": {"dropout": 0.1, "drop_path": 0.1, "weight_decay": 0.1, "label_smoothing": 0.0},
+}
+"""Values of --regularization."""
+AUTO_REGULARIZATION = {"weight_decay": 0.05, "label_smoothing": 0.1}
+"""Values of the preset auto; dropout and stochastic depth depend on the architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimization; the learning rate is updated at every step."""
+
+    epochs: int = option(100, "shared")
+    """Passes over the training images."""
+    batch_size: int = option(128, "shared")
+    """Images per step, at most, over all devices; the steps of an epoch have equal size."""
+    grad_accum_steps: int = 1
+    """Parts that a batch is split into to save memory; gradients are accumulated."""
+    loss: str = "ce"
+    """Loss of the labels."""
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    """Own options of losses, by name: <loss>_<option>."""
+    opt: str = "adamw"
+    """Optimizer, by timm's name: adamw, lamb, lion, muon, sgd, ..."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_base_size: int | None = None
+    """Batch size that --lr is meant for; it is scaled in proportion to --batch-size."""
+    sched: Literal["cosine", "linear", "step", "wsd", "constant"] = "cosine"
+    """Learning rate schedule after the warmup: cosine or linear decay to --min-lr, step (times 0.1 after half of the
+    steps, 0.01 after three quarters), constant, or wsd (constant, then linear decay over the last fifth)."""
+    sched_start_epoch: int = 0
+    """Number of epochs before the schedule starts, without warmup; set where --resume RUN --epochs N extends a run."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one below it; by default all have the same."""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, which is evaluated and saved; none by default."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    regularization: Literal[
+        "auto",
+        "none",
+        "lee2021",
+        "deit",
+        "deit3",
+        "augreg-none-0.03",
+        "augreg-none-0.1",
+        "augreg-0.03",
+        "augreg-0.1",
+    ] = "auto"
+    """Preset of --dropout, --drop-path, --weight-decay and --label-smoothing; auto is lee2021 for transformers."""
+    weight_decay: float | None = None
+    """Weight decay of matrices; norms, biases, tokens, position embeddings and temperatures have none; by default
+    0.05."""
+    weight_decay_all: bool = False
+    """Apply weight decay to all parameters, as the code of SPT and LSA does."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    label_smoothing: float | None = None
+    """Label smoothing of cross-entropy; by default 0.1."""
+    plugin_warmup_ratio: float = 0.5
+    """Share of the steps over which plugins created with --plugin-init preserve reach their full strength."""
+    clip_grad: float | None = None
+    """Maximum norm of the whole gradient; not clipped by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "grad_accum_steps", "lr_base_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("layer_decay", "ema_decay"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, name, value, "a factor between 0 and 1")
+        if self.weight_decay_all and self.layer_decay is not None:
+            raise InputError("--weight-decay-all and --layer-decay: give one of them")
+        parts, decay, smoothing = self.grad_accum_steps, self.weight_decay, self.label_smoothing
+        require(parts <= self.batch_size, "grad_accum_steps", parts, "at most --batch-size")
+        require(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
+        require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
+        require(decay is None or 0 <= decay < math.inf, "weight_decay", decay, "0 or more")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
+        require(smoothing is None or 0 <= smoothing < 1, "label_smoothing", smoothing, "a share from 0 to below 1")
+        ratio = self.plugin_warmup_ratio
+        require(0 <= ratio <= 1, "plugin_warmup_ratio", ratio, "a share from 0 to 1")
+        require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation from a trained model (DeiT, arXiv:2012.12877)."""
+
+    teacher: str | None = option(None, "path")
+    """Teacher: a run folder, a weights file (.safetensors), or a pretrained timm model."""
+    distill: str = "hard"
+    """Loss of the teacher's logits."""
+    distill_values: Literal["paper", "official"] = "paper"
+    """Defaults of soft distillation: the mean divergence per image with weight 0.1 at temperature 3 (paper), or divided
+    by the number of classes too, with weight 0.5 at temperature 1 (official: DeiT's code)."""
+    distill_weight: float | None = None
+    """Weight of the teacher's loss; the labels' loss has the rest; by default 0.5 for hard and token."""
+    distill_temperature: float | None = None
+    """Temperature that both models' logits are divided by, for soft."""
+    teacher_views: int = 0
+    """Number of augmented epochs to cycle through so that teacher logits can be cached; 0 draws new augmentations every
+    epoch."""
+
+    def __post_init__(self) -> None:
+        require(self.teacher != "", "teacher", repr(self.teacher), "a run's folder, a weights file, or a timm model")
+        weight, temperature = self.distill_weight, self.distill_temperature
+        require(weight is None or 0 < weight <= 1, "distill_weight", weight, "a share above 0, at most 1")
+        if temperature is not None:
+            require(0 < temperature < math.inf, "distill_temperature", temperature, "a temperature above 0")
+        require(self.teacher_views >= 0, "teacher_views", self.teacher_views, "0 or more")
+
+    def find_ineffective(self) -> list[tuple[str, str]]:
+        """Return the options that have no effect, each with what it would need."""
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        if self.teacher is None:
+            return [(name, "--teacher; add e.g. --teacher runs/resnet56-cifar100") for name in changed]
+        soft_only = [name for name in ("distill_values", "distill_temperature") if name in changed]
+        return [(name, "--distill soft; add it") for name in soft_only] if self.distill != "soft" else []
+
+
+Amp = Literal["auto", "bf16", "fp16", "off"]
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `--log` takes; `smallvit.runs.trackers` knows them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Hardware and speed; apart from rounding and --sync-bn these options change no result."""
+
+    device: str = option("auto", "resumable", "evaluation", "shared", "local")
+    """Device: auto (a GPU if available), cpu, cuda, cuda:1, mps."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = option("auto", "evaluation", "shared")
+    """Mixed precision: auto uses bf16 if the hardware supports it, else fp16 on CUDA GPUs."""
+    compile: Literal["auto", "on", "graphs", "off"] = option("auto", "resumable", "shared")
+    """Compile the model by torch.compile; graphs also records CUDA graphs; auto: if the run is long enough to pay."""
+    grad_checkpointing: bool = option(False, "resumable")
+    """Recompute activations in the backward pass: less memory, a third more computation."""
+    fsdp: bool = option(False, "resumable")
+    """With torchrun: shard weights, gradients and optimizer state over the devices (FSDP)."""
+    sync_bn: bool = False
+    """With torchrun: batch norm over the images of all devices."""
+
+    def __post_init__(self) -> None:
+        if self.fsdp and self.sync_bn:
+            raise InputError("--fsdp and --sync-bn cannot be combined; remove one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run folder, checkpoints and logging."""
+
+    seed: int = option(0, "shared")
+    """Seed of initial weights, image order and augmentation."""
+    out: str | None = option(None, "launch", "shared", "local")
+    """Run folder; by default a new one, runs/<arch>-<plugins>-<data>."""
+    overwrite: bool = option(False, "launch", "local")
+    """Replace the run in --out."""
+    resume: str | None = option(None, "launch", "local")
+    """Folder of a run to resume, with the configuration it was started with; --data, --init and --teacher may give new
+    paths of moved files, and --epochs more epochs for a finished run that has kept its state (--keep-resume)."""
+    auto_resume: bool = option(False, "launch", "local")
+    """Resume the run in --out if there is one, for jobs that are restarted after an interruption."""
+    checkpoint_minutes: float = option(10.0, "resumable", "shared", "local")
+    """Maximum time between two checkpoints; one is written after each epoch too."""
+    keep_resume: bool = option(False, "resumable", "local")
+    """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
+    keep: int = option(0, "resumable")
+    """Number of latest epochs whose weights are kept, in addition to last and best."""
+    log: str | None = option(None, "resumable", "shared", "local")
+    """Send metrics to trackers: tensorboard, wandb, mlflow, trackio, or several, separated by commas."""
+    profile: bool = option(False, "resumable")
+    """Profile a few steps: a trace and a table of the time spent."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        require(self.out != "", "out", repr(self.out), "a folder")
+        if self.overwrite and self.out is None:
+            raise InputError("--overwrite needs --out DIR, the run to replace")
+        if self.auto_resume and (self.out is None or self.overwrite):
+            raise InputError("--auto-resume needs --out DIR, the run to resume, without --overwrite")
+        if self.resume is not None and (self.out is not None or self.overwrite):
+            raise InputError("--resume RUN continues in RUN; remove --out and --overwrite")
+        require(
+            0 < self.checkpoint_minutes < math.inf, "checkpoint_minutes", self.checkpoint_minutes, "more than 0 minutes"
+        )
+        require(self.keep >= 0, "keep", self.keep, "0 or more")
+        require(self.log is None or bool(self.loggers), "log", repr(self.log), f"some of {', '.join(LOGGERS)}")
+        for name in self.loggers:
+            require(name in LOGGERS, "log", name, f"one of {', '.join(LOGGERS)}{suggest(name, LOGGERS)}")
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the requested trackers."""
+        return tuple(dict.fromkeys(name.strip() for name in (self.log or "").split(",") if name.strip()))

@@ -1,1 +1,0 @@
-"""What models cost: operations, memory, time."""

@@ -1,0 +1,1 @@
+"""Evaluate trained models: predictions, metrics, intervals, tests and probes."""

@@ -1,0 +1,286 @@
+"""Evaluate a trained model on a split of a data set, and write the results.
+
+Axes: b batch, c channels, s image size, m classes of the data, n images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy
+import sklearn
+import torch
+from jaxtyping import Int64, UInt8
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from smallvit import datasets
+from smallvit.config.config import Config
+from smallvit.datasets.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from smallvit.datasets.dataset import Files, ImageDataset, Images
+from smallvit.datasets.gray import GrayRanges
+from smallvit.datasets.listing import SPLITS
+from smallvit.datasets.loader import evaluation_batches
+from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.evaluation import artifacts, leakage, metrics, stats
+from smallvit.evaluation.metrics import Outputs
+from smallvit.evaluation.predictor import Predictor, create_predictor, read_model_info
+from smallvit.models import weights, weights_info
+from smallvit.models.weights_info import WeightsInfo
+from smallvit.utils import hardware
+from smallvit.utils.errors import InputError, escape_undecodable, require, suggest
+from smallvit.utils.files import check_output_folder
+
+CHOICES = (*SPLITS, "all")
+"""Values of --split."""
+MAX_NAMED = 3
+"""Classes named in an error message."""
+Condition = tuple[str, int] | None
+"""A kind of corruption and its strength; None for unchanged images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """A model and the images to evaluate it on. Image indices count through all splits."""
+
+    predictor: Predictor
+    dataset: ImageDataset
+    splits: tuple[str, ...]
+    class_indices: Int64[np.ndarray, " m"]
+    """The model's index of each class of the data."""
+    class_names: tuple[str, ...]
+    """Names of the model's classes, printable."""
+
+    @property
+    def parts(self) -> list[Images | Files]:
+        """The images of each split."""
+        return [getattr(self.dataset, split) for split in self.splits]
+
+    @property
+    def labels(self) -> Int64[np.ndarray, " n"]:
+        """The true class of each image, as the model's index."""
+        return self.class_indices[np.concatenate([part.labels.numpy() for part in self.parts])]
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The file of each image; None unless all images are read from files."""
+        parts = [part.paths for part in self.parts]
+        return None if None in parts else [path for part in parts for path in part]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return sum(-(-len(part) // self.predictor.batch_size) for part in self.parts)
+
+    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
+        """Yield pixels and indices of all images, except those that cannot be decoded."""
+        black, white = (0.0,) * self.dataset.in_chans, (1.0,) * self.dataset.in_chans
+        first = 0
+        for split, part in zip(self.splits, self.parts, strict=True):
+            indexed = replace(part, labels=torch.arange(first, first + len(part)))  # indices instead of classes
+            dataset = replace(self.dataset, mean=black, std=white, **{split: indexed})
+            for images, indices in evaluation_batches(dataset, split, self.predictor.device, self.predictor.batch_size):
+                if (decoded := indices != IGNORED_LABEL).any():
+                    yield (255 * images[decoded]).round().byte(), indices[decoded]
+            first += len(part)
+
+    def read_images(self, indices: Sequence[int]) -> UInt8[np.ndarray, "b c s s"]:
+        """Return the pixels of some images."""
+        firsts = np.cumsum([0, *map(len, self.parts)])
+        images = []
+        for index in indices:
+            number = int(np.searchsorted(firsts, index, side="right")) - 1
+            part, position = self.parts[number], index - firsts[number]
+            images.append(part.pixels[position].numpy() if isinstance(part, Images) else part.decode(position))
+        return np.stack(images)
+
+    def compute_outputs(
+        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
+    ) -> dict[Condition, Outputs]:
+        """Compute the model's outputs for the images under each condition.
+
+        Args:
+            conditions: Corruptions to apply.
+            progress: Where to show a progress bar.
+            flip: Average the probabilities over each image and its mirror image.
+
+        Raises:
+            InputError: The logits are not finite, or no image can be decoded.
+        """
+        batches: dict[Condition, list[Outputs]] = {condition: [] for condition in conditions}
+        labels = torch.from_numpy(self.labels)
+        for pixels, indices in progress.track(self.batches(), len(self), description="images"):
+            targets = labels[indices.cpu()]
+            for condition in conditions:
+                images = pixels if condition is None else corrupt(pixels, *condition, indices)
+                logits = self.predictor.predict_logits(self.predictor.normalize(images), flip=flip)
+                if not logits.isfinite().all():
+                    raise self.predictor.info.error("the logits are not finite, so these weights are unusable")
+                batches[condition].append(metrics.reduce_logits(logits, targets, indices))
+        return {condition: metrics.concatenate(outputs) for condition, outputs in batches.items()}
+
+
+def evaluate_run(
+    name: str,
+    config: Config,
+    *,
+    split: str = "test",
+    flip: bool = False,
+    robustness: bool = False,
+    compare: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained model on a split of the configuration's data.
+
+    Args:
+        name: A run folder, a weights file, or a timm model with pretrained weights.
+        config: The data, and the device to use.
+        split: train, val, test or all.
+        flip: Average the probabilities over each image and its mirror image.
+        robustness: Also evaluate on corrupted images.
+        compare: A second model to evaluate on the same images.
+        out: Output folder; by default one in the run folder, and none for weights without a run.
+        overwrite: Replace earlier results.
+        console: Where to print warnings and progress; by default standard error.
+        command: The command to record.
+
+    Returns:
+        The contents of metrics.json.
+
+    Raises:
+        InputError: There is no such model, data or split, they do not fit each other, the test split contains training
+            images, or the output folder holds results.
+    """
+    require(split in CHOICES, "split", split, f"one of {', '.join(CHOICES)}{suggest(split, CHOICES)}")
+    folder = artifacts.resolve_output(name, config.data.data, split, out)
+    infos = [read_model_info(name, "eval", config.model.arch)]
+    infos += [read_model_info(compare, "--compare", None)] if compare is not None else []
+    if folder is not None:
+        check_output_folder(folder, "--out", overwrite=overwrite)
+    hardware.pick_device(config.compute.device)
+    digest = weights_info.compute_sha256(infos[0])
+    console = console or Console(stderr=True)
+    tasks = _create_tasks(name, infos, config, split)
+    for note in list(_list_notes(tasks, config)):  # all checks come before the first line
+        console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    corruptions: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        results = tasks[0].compute_outputs([None, *corruptions] if robustness else [None], progress, flip=flip)
+        others = [task.compute_outputs([None], progress, flip=flip)[None] for task in tasks[1:]]
+    outputs, dataset, predictor = results[None], tasks[0].dataset, tasks[0].predictor
+    robust = {
+        kind: {str(strength): results[kind, strength].top1 for strength in STRENGTHS if robustness}
+        for kind in CORRUPTIONS
+    }
+    record = {
+        "name": escape_undecodable(name),
+        "data": escape_undecodable(infos[0].data if leakage.is_trained_on(infos[0], dataset) else dataset.name),
+        "split": split,
+        **metrics.compute_metrics(outputs, tasks[0].class_names),
+        "skipped_images": len(tasks[0].labels) - len(outputs),
+        "flip": flip,
+        "robustness": robust if robustness else None,
+        "comparison": {"name": escape_undecodable(compare), **compare_outputs(outputs, others[0])} if others else None,
+        "weights_sha256": digest,
+        "img_size": predictor.img_size,
+        "precision": predictor.precision,
+        "hardware": hardware.describe_hardware(predictor.device),
+        "versions": hardware.versions() | {"scikit-learn": sklearn.__version__, "scipy": scipy.__version__},
+        "git_revision": hardware.git_revision(),
+        "command": command,
+    }
+    if folder is not None:
+        artifacts.write_artifacts(folder, record, outputs, tasks[0].paths, tasks[0].read_images)
+    return record
+
+
+def compare_outputs(outputs: Outputs, others: Outputs) -> dict[str, Any]:
+    """Compare two models on the images that both were evaluated on."""
+    _, first, second = np.intersect1d(outputs.index, others.index, return_indices=True)
+    return stats.compare_paired(outputs.correct[first], others.correct[second])
+
+
+def _create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str) -> list[EvaluationTask]:
+    """Pair each model with the same images at its own size, or the first at the size of `config`."""
+    own = weights_info.is_training_data(config.data.data, weights_info.read_data_options(name))
+    sizes = [config.data.img_size or infos[0].spec["img_size"], *(info.spec["img_size"] for info in infos[1:])]
+    data = _read_data(config, sizes, [info.gray_ranges for info in infos], draw=own or split != "all")
+    splits = SPLITS if split == "all" else (split,)
+    if not any(len(getattr(data[0], each)) for each in splits):
+        raise InputError(f"--split {split}: {data[0].name} has no such images; choose another split")
+    splits = tuple(each for each in splits if len(getattr(data[0], each)))
+    matches = [match_classes(info, dataset) for info, dataset in zip(infos, data, strict=True)]
+    if differing := sorted({*matches[0][1]} ^ {*matches[-1][1]}):
+        which = "only it has" if differing[0] in matches[-1][1] else "it lacks"
+        raise infos[-1].error(f"the models have different classes ({which} {differing[0]!r}) and cannot be compared")
+    return [
+        EvaluationTask(
+            predictor=create_predictor(info, size, config.compute.device, config.compute.amp),
+            dataset=dataset,
+            splits=splits,
+            class_indices=indices,
+            class_names=tuple(map(escape_undecodable, class_names)),
+        )
+        for info, size, dataset, (indices, class_names) in zip(infos, sizes, data, matches, strict=True)
+    ]
+
+
+def _read_data(
+    config: Config, sizes: Sequence[int], ranges: Sequence[GrayRanges | None], *, draw: bool
+) -> list[ImageDataset]:
+    """Read the same images for each model: all in memory, or all streamed if the largest do not fit."""
+    read: dict[tuple[int, GrayRanges | None], ImageDataset] = {}
+    keys = list(zip(sizes, ranges, strict=True))
+    for size, scale in sorted(set(keys), key=lambda key: -key[0]):
+        options: dict[str, Any] = {"img_size": size}
+        if read:
+            options["streaming"] = "on" if isinstance(next(iter(read.values())).train, Files) else "off"
+        read[size, scale] = datasets.create_dataset(replace(config.data, **options), draw=draw, ranges=scale)
+    return [read[key] for key in keys]
+
+
+def _list_notes(tasks: Sequence[EvaluationTask], config: Config) -> Iterator[str]:
+    """Yield notes and warnings about the images.
+
+    Raises:
+        InputError: The test split contains images that a model was trained on.
+    """
+    first, dataset = tasks[0], tasks[0].dataset
+    yield from dataset.notes
+    for task in tasks:
+        yield from leakage.check_test_split(task.predictor.info, task.dataset, config.data, task.splits)
+    if not leakage.is_trained_on(first.predictor.info, dataset) and dataset.drew_test and first.splits == ("test",):
+        yield f"only a test split of {dataset.name} is evaluated; --split all evaluates all images"
+    present, total = len(dataset.class_names), len(first.class_names)
+    if present < total:
+        yield f"{dataset.name} has {present} of the model's {total} classes; the others are not evaluated"
+
+
+def match_classes(info: WeightsInfo, dataset: ImageDataset) -> tuple[Int64[np.ndarray, " m"], tuple[str, ...]]:
+    """Match the classes of the data to the model's by name, or by order if the weights name no classes.
+
+    Returns:
+        The model's index of each class of the data, and the names of the model's classes.
+
+    Raises:
+        InputError: The model takes other channels, has no classifier, or lacks a class of the data.
+    """
+    weights.check_channels(info, dataset)
+    weights.check_classifier(info)
+    count = info.spec["num_classes"]
+    names = info.class_names or (dataset.class_names if count == len(dataset.class_names) else None)
+    if names is None:
+        actual = len(dataset.class_names)
+        raise info.error(f"the model has {count} classes without names, {dataset.name} has {actual} classes")
+    index = {name: number for number, name in enumerate(names)}
+    if unknown := [name for name in dataset.class_names if name not in index]:
+        more = f" and {len(unknown) - MAX_NAMED:,} more" if unknown[MAX_NAMED:] else ""
+        listed = ", ".join(map(repr, unknown[:MAX_NAMED])) + more
+        raise info.error(f"the model lacks the classes {listed} of {dataset.name}{suggest(unknown[0], names)}")
+    return np.array([index[name] for name in dataset.class_names]), names

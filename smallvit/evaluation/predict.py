@@ -1,0 +1,242 @@
+"""Predict the classes of images with a trained model.
+
+Threads decode the next batch while the model computes one, as in training.
+
+Axes: c channels, s image size, k classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from smallvit.config.options import MAX_MEGAPIXELS, Amp
+from smallvit.datasets.decode import convert_image, describe_decode_error, open_image
+from smallvit.datasets.gray import GrayRanges, kind_of
+from smallvit.datasets.listing import is_hidden, is_image
+from smallvit.evaluation.predictor import Predictor, load_predictor
+from smallvit.models import weights
+from smallvit.utils.cores import usable_cores
+
+WORDNET_ID = re.compile(r"n\d{8}")
+"""Names of ImageNet's classes in files and in timm."""
+SUBSETS = ("imagenet-1k", "imagenet-21k-goog")
+"""Subsets in timm that together have all of ImageNet's classes."""
+DIGITS = 6
+"""Significant digits of probabilities in files."""
+
+ImageInput = str | Path | Image.Image | np.ndarray
+"""A file, or an image in memory; arrays are (height, width) or (height, width, channels), as Pillow reads them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The predicted classes of one image."""
+
+    path: str
+    """Its file; empty for images in memory."""
+    classes: tuple[tuple[str, float], ...] = ()
+    """Names (see `readable_names`) and probabilities, the most probable first."""
+    error: str | None = None
+    """Why the image cannot be read."""
+    note: str | None = None
+    """How gray values of more than 8 bits were scaled."""
+
+
+def predict(
+    name: str | Path,
+    images: ImageInput | Iterable[ImageInput],
+    top: int = 5,
+    *,
+    flip: bool = False,
+    img_size: int | None = None,
+    device: str = "auto",
+    amp: Amp = "auto",
+) -> list[Prediction]:
+    """Predict the classes of images with a trained model, in batches.
+
+    Args:
+        name: A run folder, a weights file, or a timm model with pretrained weights.
+        images: One or several files, folders of files, Pillow images or arrays.
+        top: Number of classes per image.
+        flip: Average the probabilities over each image and its mirror image.
+        img_size: Image height and width in pixels; by default the model's.
+        device: auto, cpu, cuda, cuda:1, mps.
+        amp: Mixed precision: auto, bf16, fp16 or off.
+
+    Raises:
+        InputError: There are no such weights or device, or the model has no classifier.
+    """
+    model = load_predictor(str(name), "predict", img_size=img_size, device=device, amp=amp)
+    inputs = list_images([images] if isinstance(images, ImageInput) else images)
+    return list(predict_images(model, inputs, top=top, flip=flip))
+
+
+def predict_images(
+    model: Predictor,
+    images: Sequence[ImageInput],
+    *,
+    top: int = 5,
+    flip: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> Iterator[Prediction]:
+    """Predict the classes of images, in their order.
+
+    Args:
+        model: The model.
+        images: Image files, Pillow images or arrays.
+        top: Number of classes per image.
+        flip: Average the probabilities over each image and its mirror image.
+        max_megapixels: Largest file to decode.
+
+    Raises:
+        InputError: The model has no classifier, or its logits are not finite.
+    """
+    weights.check_classifier(model.info)
+    names = readable_names(model.class_names)
+    batches = [images[start : start + model.batch_size] for start in range(0, len(images), model.batch_size)]
+    decode_one = partial(_try_decode, model, max_megapixels)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        ahead = pool.map(decode_one, batches[0] if batches else [])
+        for following in [*batches[1:], []]:
+            decoded, ahead = list(ahead), pool.map(decode_one, following)
+            pixels = [each for _, each in decoded if each is not None]
+            classes = iter(_predict_batch(model, names, pixels, top, flip) if pixels else ())
+            for prediction, each in decoded:
+                yield prediction if each is None else replace(prediction, classes=next(classes))
+
+
+def list_images(images: Iterable[ImageInput]) -> list[ImageInput]:
+    """Replace folders by the image files below them, sorted and without hidden ones.
+
+    Folders without images, and those that cannot be listed, are kept, so that they are reported as unreadable.
+    """
+    listed: list[ImageInput] = []
+    for image in images:
+        listed += _list_folder(image) if isinstance(image, str | Path) and os.path.isdir(image) else [image]
+    return listed
+
+
+def readable_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Replace WordNet ids among class names by their first words in timm; the id follows if a word is not unique."""
+    if not any(map(WORDNET_ID.fullmatch, names)):
+        return tuple(names)
+    words = [_wordnet_words().get(name, name) for name in names]
+    counts = Counter(words)
+    return tuple(word if counts[word] == 1 else f"{word} ({name})" for name, word in zip(names, words, strict=True))
+
+
+def decode(
+    model: Predictor, image: ImageInput, max_megapixels: float = MAX_MEGAPIXELS
+) -> tuple[UInt8[np.ndarray, "c s s"], str | None]:
+    """Decode an image for a model as in training on folders; one channel is the luma of the colors.
+
+    Returns:
+        The pixels, and how gray values of more than 8 bits were scaled, if the image has any.
+    """
+    ranges = model.info.gray_ranges or GrayRanges()
+    if isinstance(image, str | Path):
+        opened = open_image(str(image), max_megapixels)
+    else:
+        opened = nullcontext(Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy())
+    with opened as file:
+        pixels, kind = convert_image(file, model.img_size, ranges), kind_of(file)
+    if model.in_chans == 1:
+        pixels = np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
+    return pixels, None if kind is None else ranges.note(kind)
+
+
+def write_predictions(
+    predictions: Iterable[Prediction], file: TextIO, form: str, class_names: Sequence[str], top: int
+) -> None:
+    """Write predictions as they come; only "jsonl" has the images that cannot be read.
+
+    Args:
+        predictions: The predictions.
+        file: The file.
+        form: "table" (a line for each image), "csv" (pairs of class and probability) or "jsonl".
+        class_names: All classes of the model.
+        top: Number of classes per image.
+    """
+    writer, width = csv.writer(file, lineterminator="\n"), max(map(len, readable_names(class_names)), default=0)
+    if form == "csv":
+        numbers = range(1, min(top, len(class_names)) + 1)
+        writer.writerow(["path", *(f"{column}_{number}" for number in numbers for column in ("class", "probability"))])
+    for each in predictions:
+        if form == "jsonl":
+            classes = [{"name": name, "probability": float(f"{p:.{DIGITS}g}")} for name, p in each.classes]
+            result = {"classes": classes} if each.error is None else {"error": each.error}
+            print(json.dumps({"path": each.path} | result), file=file)
+        elif form == "csv" and each.error is None:
+            writer.writerow([each.path, *(cell for name, p in each.classes for cell in (name, f"{p:.{DIGITS}g}"))])
+        elif each.error is None:
+            cells = [f"{escape_unprintable(name):<{width}} {100 * p:5.1f} %" for name, p in each.classes]
+            print(escape_unprintable(each.path), *cells, sep="  ", file=file)
+
+
+def escape_unprintable(text: str) -> str:
+    """Escape characters that do not print on one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+@lru_cache(maxsize=1)
+def _wordnet_words() -> dict[str, str]:
+    """Return the first word for each of ImageNet's classes, by its id."""
+    subsets = map(ImageNetInfo, SUBSETS)
+    pairs = [pair for subset in subsets for pair in subset.label_descriptions(as_dict=True).items()]
+    return {name: words.partition(",")[0] for name, words in pairs}
+
+
+def _list_folder(folder: str | Path) -> list[str]:
+    images: list[str] = []
+    errors: list[OSError] = []
+    for current, subfolders, names in os.walk(folder, onerror=errors.append):
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        images += [os.path.join(current, name) for name in sorted(names) if is_image(name) and not is_hidden(name)]
+    return [*images, *(error.filename for error in errors)] or [str(folder)]
+
+
+def _try_decode(
+    model: Predictor, max_megapixels: float, image: ImageInput
+) -> tuple[Prediction, UInt8[np.ndarray, "c s s"] | None]:
+    """Return a prediction without classes, and the pixels unless it has an error."""
+    path = str(image) if isinstance(image, str | Path) else ""
+    try:
+        pixels, note = decode(model, image, max_megapixels)
+        return Prediction(path=path, note=note), pixels
+    except IsADirectoryError:
+        return Prediction(path=path, error="a folder without images"), None
+    except Exception as error:  # Pillow raises anything for damaged files
+        reason = error.strerror if isinstance(error, OSError) else None
+        return Prediction(path=path, error=reason or describe_decode_error(error, path)), None
+
+
+def _predict_batch(
+    model: Predictor, names: tuple[str, ...], pixels: list[UInt8[np.ndarray, "c s s"]], top: int, flip: bool
+) -> list[tuple[tuple[str, float], ...]]:
+    """Return the names and probabilities of each image's most probable classes."""
+    images = model.normalize(torch.from_numpy(np.stack(pixels)))
+    logits = model.predict_logits(images, flip=flip).cpu()
+    if not logits.isfinite().all():
+        raise model.info.error("the logits are not finite, so these weights are unusable")
+    probabilities, classes = logits.double().softmax(dim=1).topk(min(top, len(names)))
+    return [
+        tuple((names[number], probability) for number, probability in zip(*row, strict=True))
+        for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+    ]

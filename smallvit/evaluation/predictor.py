@@ -1,0 +1,146 @@
+"""Load a trained model for inference: on its device, in its precision, at an image size.
+
+Axes: b batch, c channels, h w pixels, k classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from smallvit.config.options import Amp
+from smallvit.datasets.augment import normalize
+from smallvit.evaluation.evaluate import compute_logits
+from smallvit.models import weights, weights_info
+from smallvit.models.factory import prepare_for_inference
+from smallvit.models.weights_info import WeightsInfo
+from smallvit.plugins.resize import set_input_size
+from smallvit.utils import hardware
+from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.hardware import batch_size, choose_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A trained model in evaluation mode, with its preprocessing and class names."""
+
+    info: WeightsInfo
+    model: nn.Module
+    img_size: int
+    """Image height and width in pixels."""
+    device: torch.device
+    dtype: torch.dtype
+    """Precision of matrix products: bfloat16 or float16 under mixed precision."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images: 1 gray, 3 color."""
+        return self.info.spec["in_chans"]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names; their numbers if the weights name none."""
+        return self.info.class_names or tuple(str(number) for number in range(self.info.spec["num_classes"]))
+
+    @property
+    def batch_size(self) -> int:
+        """A batch size that is fast on the device."""
+        return batch_size(self.device)
+
+    @property
+    def precision(self) -> str:
+        """Precision of matrix products: bf16, fp16, tf32 or fp32."""
+        return hardware.precision_name(self.device, self.dtype)
+
+    def normalize(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Move pixels to the device and normalize them as in training."""
+        mean, std = torch.tensor([self.info.mean, self.info.std], device=self.device)[:, :, None, None]
+        return normalize(pixels.to(self.device), mean, std)
+
+    @torch.inference_mode()
+    def predict_logits(self, images: Float[Tensor, "b c h w"], *, flip: bool = False) -> Float[Tensor, "b k"]:
+        """Compute logits of normalized images in fp32; with `flip`, average over each image and its mirror image."""
+        return compute_logits(self.model, images, self.device, self.dtype, flip=flip)
+
+
+def load_predictor(
+    name: str,
+    option: str,
+    *,
+    arch: str | None = None,
+    img_size: int | None = None,
+    device: str = "auto",
+    amp: Amp = "auto",
+) -> Predictor:
+    """Load a trained model for inference.
+
+    Args:
+        name: A run folder, a weights file, or a timm model with pretrained weights.
+        option: The flag or verb that the name was given to, for error messages.
+        arch: The timm model in a file of another program.
+        img_size: Image height and width in pixels; by default the model's.
+        device: auto, cpu, cuda, cuda:1, mps.
+        amp: Mixed precision: auto, bf16, fp16 or off.
+
+    Raises:
+        InputError: There are no such weights or device, or the model cannot take images of this size.
+    """
+    info = read_model_info(name, option, arch)
+    return create_predictor(info, img_size or info.spec["img_size"], device, amp)
+
+
+def read_model_info(name: str, option: str, arch: str | None) -> WeightsInfo:
+    """Read the metadata of trained weights, and check that their model is known.
+
+    Args:
+        name: A run folder, a weights file, or a timm model with pretrained weights.
+        option: The flag or verb that the name was given to, for error messages.
+        arch: The timm model in a file of another program.
+
+    Raises:
+        InputError: There are no such weights, or their model is unknown or given twice.
+    """
+    info = weights_info.read_weights_info(name, option)
+    if info.spec is not None and arch is not None:
+        raise InputError(f"--arch {arch}: {name} already names its model; remove --arch")
+    if info.spec is not None:
+        return info
+    if arch is None:
+        raise info.error("this file of another program does not name its model; add --arch")
+    return weights.describe_file(info, arch)
+
+
+def create_predictor(info: WeightsInfo, img_size: int, device: str, amp: Amp) -> Predictor:
+    """Load a model for inference.
+
+    Raises:
+        InputError: There is no such device, or the model cannot take images of this size.
+    """
+    target = hardware.pick_device(device)
+    model = _load_resized(info, img_size)
+    dtype = choose_dtype(target, amp, model, info.spec["in_chans"], img_size)
+    model = prepare_for_inference(model, target, dtype)
+    return Predictor(info=info, model=model, img_size=img_size, device=target, dtype=dtype)
+
+
+def _load_resized(info: WeightsInfo, size: int) -> nn.Module:
+    """Load a model and adapt it to an image size."""
+    model = weights.load_trained_model(info)
+    if size == info.spec["img_size"]:
+        return model
+    embedding = getattr(model, "patch_embed", None)
+    if isinstance(embedding, PatchEmbed) and size % embedding.patch_size[0]:  # timm would crop the image
+        patch = embedding.patch_size[0]
+        raise InputError(f"--img-size {size}: expected a multiple of the patch size {patch} of {info.name}")
+    try:
+        if hasattr(model, "pos_embed") or hasattr(model, "set_input_size"):  # CNNs take any size
+            set_input_size(model, size)
+        with torch.inference_mode():
+            model(torch.zeros(1, info.spec["in_chans"], size, size))
+    except Exception as error:  # models raise anything for unsupported sizes
+        raise InputError(f"--img-size {size}: not supported by {info.name} ({first_line(error)})") from None
+    return model

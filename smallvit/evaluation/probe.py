@@ -1,0 +1,165 @@
+"""Evaluate a trained model's features on a data set with a linear classifier and nearest neighbors.
+
+The model stays unchanged. Images are not augmented. The linear classifier is multinomial logistic regression on
+standardized features, with C chosen on the validation images; the nearest neighbors are weighted by 1 / cosine
+distance. Each is evaluated once on the test images.
+
+Axes: n images, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import sklearn
+import torch
+from jaxtyping import Float, Int64
+from rich.console import Console
+from rich.progress import Progress
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from smallvit import datasets
+from smallvit.config.config import Config
+from smallvit.datasets.loader import evaluation_batches
+from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.evaluation import leakage
+from smallvit.evaluation.predictor import create_predictor, read_model_info
+from smallvit.models import weights
+from smallvit.models.weights_info import WeightsInfo
+from smallvit.utils import hardware
+from smallvit.utils.errors import InputError
+from smallvit.utils.hardware import batch_size
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+"""Candidates of C, the inverse regularization strength of the linear classifier."""
+DEFAULT_STRENGTH = 1.0
+"""C without validation images."""
+MAX_ITERATIONS = 1000
+NEIGHBORS = 20
+
+
+class Features(NamedTuple):
+    """The features and labels of a split's images."""
+
+    values: Float[np.ndarray, "n d"]
+    labels: Int64[np.ndarray, " n"]
+
+
+def probe(name: str, config: Config) -> dict[str, Any]:
+    """Evaluate the features of a trained model on the data of a configuration.
+
+    Args:
+        name: A run folder, a weights file, or a timm model with pretrained weights.
+        config: The data, and the device to use.
+
+    Returns:
+        Accuracies in percent, and what they depend on.
+
+    Raises:
+        InputError: There is no such model or data, or they do not fit each other.
+    """
+    info = read_model_info(name, "probe", config.model.arch)
+    hardware.pick_device(config.compute.device)
+    size = config.data.img_size or info.spec["img_size"]
+    dataset = datasets.create_dataset(replace(config.data, img_size=size), ranges=info.gray_ranges)
+    weights.check_channels(info, dataset)
+    console = Console(stderr=True)
+    for warning in leakage.check_test_split(info, dataset, config.data):
+        console.print(warning, markup=False, highlight=False)
+    predictor = create_predictor(info, size, config.compute.device, config.compute.amp)
+    device, dtype = predictor.device, predictor.dtype
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        splits = extract_splits(
+            predictor.model, replace(dataset, mean=info.mean, std=info.std), device, dtype, progress
+        )
+        _check_features(info, splits)
+        results = fit_classifiers(splits, progress, balanced=config.data.balanced)
+    return {
+        "name": name,
+        "data": dataset.name,
+        **results,
+        "features": splits["train"].values.shape[1],
+        "images": {"val": 0} | {split: len(features.labels) for split, features in splits.items()},
+        "img_size": size,
+        "precision": predictor.precision,
+        "hardware": hardware.describe_hardware(device),
+        "versions": hardware.versions() | {"scikit-learn": sklearn.__version__},
+        "git_revision": hardware.git_revision(),
+    }
+
+
+def extract_splits(
+    model: nn.Module, dataset: datasets.ImageDataset, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> dict[str, Features]:
+    """Compute the features of train, val (if there are any) and test."""
+    size, features = batch_size(device), {}
+    for split in ("train", "val", "test"):
+        if count := -(-len(getattr(dataset, split)) // size):
+            batches = evaluation_batches(dataset, split, device, size)
+            features[split] = extract_features(
+                model, progress.track(batches, count, description=f"features of {split}"), device, dtype
+            )
+    return features
+
+
+@torch.inference_mode()
+def extract_features(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
+) -> Features:
+    """Compute the features of batches of images, without those labeled `IGNORED_LABEL`."""
+    values, labels = [], []
+    model.eval()
+    for images, numbers in batches:
+        with hardware.autocast(device, dtype):
+            batch = weights.extract_features(model, images)
+        kept = numbers != IGNORED_LABEL
+        values.append(batch[kept].cpu().double())
+        labels.append(numbers[kept].cpu())
+    return Features(torch.cat(values).numpy(), torch.cat(labels).numpy())
+
+
+def fit_classifiers(splits: dict[str, Features], progress: Progress, *, balanced: bool = False) -> dict[str, Any]:
+    """Fit both classifiers to train, choose C on val if there is one, and evaluate on test.
+
+    Args:
+        splits: The features of each split.
+        progress: Where to show a progress bar.
+        balanced: Give every class the same weight in the linear classifier.
+    """
+    train, val, test = (splits.get(split) for split in ("train", "val", "test"))
+    weight = "balanced" if balanced else None
+    linear, scores = {}, {}
+    for c in progress.track(STRENGTHS if val else (DEFAULT_STRENGTH,), description="linear classifiers"):
+        regression = LogisticRegression(C=c, max_iter=MAX_ITERATIONS, class_weight=weight)
+        linear[c] = make_pipeline(StandardScaler(), regression).fit(*train)
+        scores[c] = compute_top1(linear[c], val) if val else None
+    best = max(scores, key=scores.get)  # ties: the strongest regularization
+    k = max(1, min(NEIGHBORS, len(train.labels) // len(np.unique(train.labels))))
+    nearest = KNeighborsClassifier(k, weights="distance", metric="cosine").fit(*train)
+    return {
+        "linear_top1": compute_top1(linear[best], test),
+        "linear_val_top1": scores[best],
+        "C": best,
+        "knn_top1": compute_top1(nearest, test),
+        "k": k,
+    }
+
+
+def compute_top1(classifier: Pipeline | KNeighborsClassifier, images: Features) -> float:
+    """Compute the accuracy in percent."""
+    return 100 * float(classifier.score(*images))
+
+
+def _check_features(info: WeightsInfo, splits: dict[str, Features]) -> None:
+    for split, features in splits.items():
+        if not len(features.labels):
+            raise InputError(f"none of the images of {split} can be decoded")
+        if not np.isfinite(features.values).all():
+            raise info.error("the features are not finite, so these weights are unusable")

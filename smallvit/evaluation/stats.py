@@ -1,0 +1,90 @@
+"""Compute confidence intervals of accuracies, and test the difference of two models on the same images.
+
+Resampling n images with replacement draws binomial counts of correct predictions (multinomial counts for two models).
+The bootstrap distribution is therefore known: percentiles of one accuracy are exact, and those of a difference need
+counts to be drawn, not images. Where every resample is the same, as for an accuracy of 0 or 100 %, the interval of
+Clopper and Pearson (1934) replaces the bootstrap's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom, binomtest
+
+CONFIDENCE = 0.95
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+RESAMPLES, SEED = 100_000, 0
+METHODS = {"bootstrap": "95 % interval", "clopper-pearson": "95 % Clopper-Pearson interval"}
+"""How an interval was computed, in words."""
+SIGNIFICANCE = 0.05
+"""Largest p-value of a significant difference."""
+
+
+def accuracy_interval(correct: int, images: int) -> tuple[list[float], str]:
+    """Compute the 95 % interval of an accuracy in percent; return it and the method (see `METHODS`)."""
+    if correct in (0, images):
+        interval = binomtest(correct, images).proportion_ci(CONFIDENCE, method="exact")
+        return [100 * float(interval.low), 100 * float(interval.high)], "clopper-pearson"
+    return [100 * float(count) / images for count in binom.ppf(TAILS, images, correct / images)], "bootstrap"
+
+
+def difference_interval(only_first: int, only_second: int, images: int) -> tuple[list[float], str]:
+    """Compute the 95 % interval of the difference of two accuracies on the same images, in percentage points.
+
+    If the models agree on all images, or one is correct on all and the other on none, the share of any other outcome is
+    at most u (Clopper and Pearson): the difference is then within u of 0, or 2 u of ±1.
+
+    Args:
+        only_first: Images that only the first model classifies correctly.
+        only_second: Images that only the second model classifies correctly.
+        images: All images.
+
+    Returns:
+        The interval and the method (see `METHODS`).
+    """
+    same, difference = images - only_first - only_second, (only_first - only_second) / images
+    if images in (only_first, only_second, same):
+        reach = (1 + abs(difference)) * binomtest(0, images).proportion_ci(CONFIDENCE, method="exact").high
+        ends, method = (max(-1, difference - reach), min(1, difference + reach)), "clopper-pearson"
+    else:
+        shares = [only_first / images, only_second / images, same / images]
+        counts = np.random.default_rng(SEED).multinomial(images, shares, RESAMPLES)
+        ends, method = np.quantile(counts[:, 0] - counts[:, 1], TAILS) / images, "bootstrap"
+    return [100 * float(end) for end in ends], method
+
+
+def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Compare two models by their correct predictions for the same images.
+
+    Returns:
+        Accuracies, their difference and its 95 % interval in percent, and `p` of the exact two-sided McNemar test.
+    """
+    n, only_first, only_second = len(first), int((first & ~second).sum()), int((second & ~first).sum())
+    discordant = only_first + only_second
+    interval, method = difference_interval(only_first, only_second, n)
+    return {
+        "images": n,
+        "top1": 100 * float(first.mean()),
+        "other_top1": 100 * float(second.mean()),
+        "difference": 100 * (only_first - only_second) / n,
+        "interval": interval,
+        "interval_method": method,
+        "only_one": only_first,
+        "only_other": only_second,
+        "p": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+    }
+
+
+def format_comparison(comparison: dict[str, Any]) -> str:
+    """Describe the result of `compare_paired` in a sentence."""
+    difference, p = comparison["difference"], comparison["p"]
+    low, high = comparison["interval"]
+    method = METHODS[comparison["interval_method"]]
+    significant = "significant" if p < SIGNIFICANCE else "not significant"
+    test = f"McNemar p = {p:.2g}" if p >= 1e-4 else "McNemar p < 0.0001"
+    return (
+        f"{difference:+.2f} points ({method} {low:+.2f} to {high:+.2f}), {significant} ({test}; only the first is "
+        f"correct on {comparison['only_one']:,} images, only the second on {comparison['only_other']:,})"
+    )

@@ -1,0 +1,1 @@
+"""Run grids of runs (compare, reproduce) and keep published numbers and records."""

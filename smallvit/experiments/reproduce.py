@@ -1,0 +1,179 @@
+"""Reproduce an experiment: train missing runs, record them, and print results next to published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from smallvit import datasets
+from smallvit.config.config import Config
+from smallvit.config.spec import run_folder_name
+from smallvit.datasets.catalog import DATASETS
+from smallvit.experiments import records, tables
+from smallvit.experiments.catalog import Experiment, Trial, get_experiment
+from smallvit.experiments.grid import PlannedRun
+from smallvit.runs.aggregate import read_finished_run
+from smallvit.runs.run import Run
+from smallvit.utils import hardware
+from smallvit.utils.errors import InputError, flag
+
+RECORDS = "records.jsonl"
+SIZES = "{:,} classes, {:,} training and {:,} test images of {} channels and {} pixels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which part of an experiment to run, and where."""
+
+    name: str
+    budget: float
+    seeds: range
+    out: Path
+    labels: list[str]
+    """Labels of the trials to run; all if empty."""
+    flags: dict[str, Any]
+    """Options of the machine, and where the data is."""
+    collection: Path | None = None
+    """Folder of records to add to, whose runs are not repeated."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment."""
+        return get_experiment(self.name)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """The trials to run."""
+        return self.experiment.select(self.labels)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that records are added to."""
+        collected = [] if self.collection is None else [self.collection / f"{self.name}.jsonl"]
+        return [*collected, self.out / RECORDS]
+
+    def known_records(self) -> list[records.Record]:
+        """Read the existing records."""
+        collected = records.read_collection(self.collection) if self.collection else []
+        return records.read(self.out / RECORDS) + collected
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRun:
+    """One run of a trial."""
+
+    trial: Trial
+    run: PlannedRun
+
+    @property
+    def lacks_teacher(self) -> bool:
+        """Whether the trial needs a teacher that is not trained yet."""
+        return self.trial.teacher is not None and not (Path(self.run.options["teacher"]) / Run.SUMMARY).exists()
+
+
+def reproduce(plan: Plan, console: Console) -> bool:
+    """Run an experiment and print its table; return whether all runs are finished.
+
+    Raises:
+        InputError: An option or the data is invalid, or a folder holds another run or cannot be written to; nothing
+            has been trained.
+        KeyboardInterrupt: A signal stopped a run, which has been saved.
+        OSError: The records cannot be written.
+    """
+    runs = plan_trials(plan)
+    for each in runs:
+        Config.build(**each.run.options)
+    missing = _select_missing(runs, plan)
+    if missing:
+        _check(plan, missing)
+    if plan.collection is not None:
+        collected, own = plan.files
+        for record in records.read(own):
+            if (record.experiment, record.budget) == (plan.name, plan.budget):
+                records.append(collected, record)  # made without --record
+    console.print(f"{plan.name}: {plan.experiment.title}")
+    console.print(tables.describe_length(plan.name, plan.budget))
+    finished = []
+    for number, each in enumerate(runs, 1):
+        is_missing = each in missing and each in _select_missing(runs, plan)  # another process may have run it
+        finished.append(_run(each, f"[{number}/{len(runs)}] {each.trial.label}:", is_missing, plan, console))
+    labels = [trial.label for trial in plan.trials]
+    tables.print_results(plan.name, plan.budget, labels, plan.known_records(), console)
+    return all(finished)
+
+
+def plan_trials(plan: Plan) -> list[TrialRun]:
+    """Return the runs: the first seed of all trials, then their second, and so on; teachers before their students."""
+    return [TrialRun(trial=trial, run=_plan_run(plan, trial, seed)) for seed in plan.seeds for trial in plan.trials]
+
+
+def _plan_run(plan: Plan, trial: Trial, seed: int) -> PlannedRun:
+    row = trial.parse()
+    options = row.given(plan.experiment.options(plan.budget) | plan.flags, row.recipe) | {"seed": seed}
+    if trial.teacher is not None:
+        options["teacher"] = str((plan.out / run_folder_name(trial.teacher, seed)).resolve())
+    folder = plan.out / run_folder_name(trial.label, seed)
+    return PlannedRun(row=row, seed=seed, folder=folder, recipe=row.recipe, options=options)
+
+
+def _select_missing(runs: Sequence[TrialRun], plan: Plan) -> list[TrialRun]:
+    """Return the runs without a record, and those of their teachers, whose weights are needed."""
+    known = [record for record in plan.known_records() if record.budget == plan.budget]
+    recorded = {
+        (trial.label, record.seed)
+        for trial in plan.trials
+        for record in records.select_records(known, plan.name, trial)
+    }
+    new = [each for each in runs if (each.trial.label, each.run.seed) not in recorded]
+    teachers = {(each.trial.teacher, each.run.seed) for each in new}
+    return [each for each in runs if each in new or (each.trial.label, each.run.seed) in teachers]
+
+
+def _check(plan: Plan, missing: Sequence[TrialRun]) -> None:
+    """Check device, data, folders and record files before anything is trained."""
+    hardware.pick_device(plan.flags.get("device", "auto"))
+    _check_data(plan)
+    for each in {each.trial.label: each for each in missing if not each.run.is_finished}.values():
+        if not each.lacks_teacher:
+            each.run.check()
+    for file in plan.files:
+        records.check_writable(file)
+
+
+def _check_data(plan: Plan) -> None:
+    """Check that a folder given by --data holds the experiment's data set, by its sizes."""
+    if "data" not in plan.flags:
+        return
+    name, entry = plan.experiment.data, DATASETS[plan.experiment.data]
+    options = plan.experiment.flags | plan.flags
+    dataset = datasets.create_dataset(Config.build(**options | {"train_fraction": 1.0}).data)
+    train = len(dataset.train) + len(dataset.val) * dataset.drew_val
+    actual = len(dataset.class_names), train, len(dataset.test), dataset.in_chans, dataset.img_size
+    expected = entry.num_classes, entry.num_train, entry.num_test, entry.in_chans, entry.img_size
+    if actual != expected:
+        raise InputError(
+            f"{flag('data')} {plan.flags['data']}: has {SIZES.format(*actual)}, {name} has {SIZES.format(*expected)}; "
+            f"give {name} as a folder of class folders, or use smallvit compare for other data"
+        )
+
+
+def _run(each: TrialRun, prefix: str, is_missing: bool, plan: Plan, console: Console) -> bool:
+    """Train a run if it is missing, and record it; return whether it is finished."""
+    seed = each.run.seed
+    if not is_missing:
+        console.print(f"{prefix} seed {seed} is already recorded")
+        return True
+    if each.lacks_teacher:
+        console.print(f"{prefix} seed {seed} is skipped, since {each.trial.teacher} failed")
+        return False
+    if not each.run.train(prefix, console):
+        return False
+    view = read_finished_run(each.run.folder)
+    record = records.create_record(view, plan.name, each.trial.label, seed, plan.budget)
+    for file in plan.files:
+        records.append(file, record)
+    return True

@@ -1,0 +1,1 @@
+"""Export trained models to ONNX, torch.export, timm folders and packed weights."""

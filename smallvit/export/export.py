@@ -1,0 +1,202 @@
+"""Export trained models to other formats. Each file is written, loaded and verified before it gets its name.
+
+onnx    an ONNX file for onnxruntime and other runtimes
+pt2     a torch.export program for torch, without smallvit or timm
+timm    a folder for timm.create_model
+hub     the same with a model card, as on the Hugging Face Hub
+packed  a weights file for smallvit with eight one-bit weights per byte
+
+ONNX files and programs take normalized images, float32 (batch, channels, height, width) with any batch size, and return
+logits (batch, classes). They contain the metadata of `verify.build_metadata`. Packed files have the metadata of the
+run's weights file and are marked as packed; `plugins.pack` describes the format.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from smallvit.evaluation.predictor import Predictor
+from smallvit.export import timm_folder
+from smallvit.export.verify import build_metadata, example_images, read_own_metadata, verify_logits
+from smallvit.models.checkpoint import load_model, save_weights, snapshot
+from smallvit.models.weights_info import PACKED
+from smallvit.plugins.binary_packing import pack, packed_layers
+from smallvit.plugins.sdpa import set_fused_attention
+from smallvit.runs.run import Run
+from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.files import atomic_update, atomic_write, check_output_file, check_output_folder, write_text
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+METADATA = "metadata.json"
+"""Name of the extra file with metadata in a torch.export program."""
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "packed": ".packed.safetensors"}
+"""Default suffixes of formats that are a single file; the others are folders."""
+README = "README.md"
+FOLDER_FILES = (README, timm_folder.CONFIG, timm_folder.WEIGHTS)
+
+
+def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool) -> Path:
+    """Return the file or folder to write, after checking that it can be written.
+
+    Args:
+        name: The model; a run folder is also the default place.
+        form: The format.
+        out: Path given by the user.
+        overwrite: Replace an earlier export.
+
+    Raises:
+        InputError: `out` is None and `name` is not a run folder; `out` has another suffix, is not writable, or exists
+            and is not to be replaced.
+    """
+    run = Path(os.path.expanduser(name))
+    if out is None and not os.path.isdir(run):
+        raise InputError(f"export {name}: not a run folder, so there is no default output path; add --out")
+    default = f"{os.path.basename(os.path.realpath(run))}{SUFFIXES[form]}" if form in SUFFIXES else form
+    path = run / Run.EXPORT / default if out is None else Path(os.path.expanduser(out))
+    if form not in SUFFIXES:
+        check_output_folder(path, overwrite=overwrite)
+        return path
+    if out is None:
+        path.parent.mkdir(exist_ok=True)
+    return check_output_file(str(path), "." + SUFFIXES[form].rpartition(".")[2], overwrite=overwrite)
+
+
+def export_model(model: Predictor, form: str, path: Path, *, readme: str | None = None) -> str | None:
+    """Export a model, which must be on the CPU in fp32; return a message for the user, if any.
+
+    Args:
+        model: The model.
+        form: The format.
+        path: The file or folder to write; other files in the folder stay.
+        readme: The model card for the format "hub".
+
+    Raises:
+        InputError: the model cannot be exported, or its outputs differ in the new format.
+    """
+    writers = {"onnx": write_onnx, "pt2": write_pt2, "packed": write_packed}
+    if form in writers:
+        return writers[form](model, path)
+    with atomic_update(path, list_outputs) as partial:
+        timm_folder.write_folder(model, partial)
+        if readme is not None:
+            write_text(partial / README, readme)
+    return None
+
+
+def list_outputs(folder: Path) -> list[Path]:
+    """List the files of an export in a folder."""
+    return [folder / name for name in FOLDER_FILES if (folder / name).exists()]
+
+
+def require_onnx() -> None:
+    """Check that the packages for ONNX are installed.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+        raise InputError(f"--format onnx needs {', '.join(missing)}: pip install 'smallvit[onnx]'")
+
+
+def write_onnx(model: Predictor, path: Path) -> None:
+    """Write an ONNX file and verify it in onnxruntime.
+
+    Raises:
+        InputError: the model cannot be exported, as from 2 GiB on, or its logits differ in onnxruntime.
+    """
+    import onnxruntime
+
+    with _explain_errors(model, "ONNX"):
+        program = torch.onnx.export(
+            model.model,
+            (example_images(model, 2),),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    program.model.metadata_props.update(build_metadata(model))
+    with atomic_write(path) as partial:
+        with _explain_errors(model, "ONNX"):
+            program.save(partial)
+            session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+        verify_logits(model, run, "onnxruntime")
+
+
+def write_pt2(model: Predictor, path: Path) -> None:
+    """Write a torch.export program and verify it in torch.
+
+    Raises:
+        InputError: the model cannot be exported, or its logits differ after loading.
+    """
+    with _explain_errors(model, "torch.export"):
+        program = torch.export.export(
+            model.model, (example_images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+    with atomic_write(path) as partial:
+        torch.export.save(program, partial, extra_files={METADATA: json.dumps(build_metadata(model), indent=2)})
+        verify_logits(model, torch.export.load(partial).module(), "torch.export")
+
+
+def write_packed(model: Predictor, path: Path) -> str:
+    """Write the packed file, verify it by loading, and return a description of its size.
+
+    Raises:
+        InputError: the model has no one-bit weights, or its logits differ after loading.
+    """
+    try:
+        packed = pack(copy.deepcopy(model.model))
+    except ValueError as error:
+        raise model.info.error(f"{error}; use another --format") from None
+    with atomic_write(path) as partial:
+        save_weights(partial, snapshot(packed), read_own_metadata(model) | {PACKED: True})
+        try:
+            loaded = load_model(partial)
+        except InputError:  # BinaryViT pools keys by the image size
+            reason = f"its layers at {model.img_size} pixels differ from those of the weights file; remove --img-size"
+            raise model.info.error(reason) from None
+        set_fused_attention(loaded, model.device.type, model.dtype)
+        verify_logits(model, loaded, "smallvit", tolerance=0.0)
+    return describe_size(packed, path.stat().st_size)
+
+
+def describe_size(model: nn.Module, file: int) -> str:
+    """Compare the bytes of a packed model's one-bit layers, and of its file of `file` bytes, to 32-bit floats."""
+    layers = packed_layers(model)
+    bits = sum(layer.bits.nbytes + layer.scale.nbytes for layer in layers)
+    floats = sum(4 * layer.weight.numel() for layer in layers)
+    parts = {f"weights of {len(layers)} one-bit layers": (bits, floats), "whole file": (file, file - bits + floats)}
+    return "\n".join(
+        f"{part}: {now:,} bytes instead of {before:,}, {before / now:.1f} times smaller"
+        for part, (now, before) in parts.items()
+    )
+
+
+@contextmanager
+def _explain_errors(model: Predictor, form: str) -> Iterator[None]:
+    """Turn any error of an exporter into a one-line InputError, and silence its warnings and logs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            yield
+    except Exception as error:  # exporters raise errors of any type
+        raise model.info.error(f"cannot be exported to {form} ({first_line(error)})") from None
+    finally:
+        logging.disable(logging.NOTSET)

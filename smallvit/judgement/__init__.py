@@ -1,1 +1,0 @@
-"""How good a trained model is: its answers, their figures, what chance does to these, and the files."""

@@ -1,0 +1,1 @@
+"""Create architectures, register them with timm, and load weights by name."""

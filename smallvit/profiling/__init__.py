@@ -1,0 +1,1 @@
+"""Measure FLOPs, memory, latency and throughput."""

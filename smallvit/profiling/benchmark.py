@@ -1,0 +1,197 @@
+"""Measure throughput in images per second, and the latency of one image, of several models side by side.
+
+Models take turns within each round, so that a busy or hot machine slows them alike; medians are over rounds. Each model
+has a time budget, which decides the batch size and the number of rounds.
+
+Axes: b batch, c channels, h w pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smallvit.config.options import Amp
+from smallvit.models.factory import prepare_for_inference
+from smallvit.utils import hardware
+from smallvit.utils.hardware import autocast, choose_dtype, precision_name
+
+SECONDS = 10.0
+"""Time budget per model."""
+ROUNDS = 9
+MIN_ROUNDS = 3
+WARM_UP_PASSES, WARM_UP_SECONDS = 4, 1.0
+"""Passes before the first round, or fewer once they take this long."""
+MIN_PASSES = MIN_ROUNDS + 2
+"""Passes that the budget must allow before a batch size is measured."""
+BATCH_FACTOR = 4
+"""Factor between batch sizes that are tried."""
+SAMPLE_SECONDS = 0.05
+"""Minimum duration of a sample; several passes if needed."""
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Measured speeds and how they were measured."""
+
+    figures: list[dict[str, float]]
+    """Medians and interquartile ranges (iqr) of each model."""
+    batch_size: int
+    precision: str
+    """bf16, fp16, tf32 or fp32, the same for all models."""
+
+
+class Stopwatch:
+    """Time forward passes of one model on noise, within a budget of seconds."""
+
+    def __init__(
+        self, model: nn.Module, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seconds: float
+    ) -> None:
+        self.model, self.size, self.device, self.dtype = model, size, device, dtype
+        self.left = seconds
+        """Seconds neither spent nor reserved."""
+        self.tried = 0
+        """The largest batch size tried so far."""
+        self.per_image = 0.0
+        """Seconds per image at this batch size."""
+
+    def make_images(self, batch: int) -> Float[Tensor, "b c h w"]:
+        """Return reproducible random images."""
+        return torch.randn(batch, *self.size, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    @torch.inference_mode()
+    def time(self, images: Float[Tensor, "b c h w"], passes: int = 1) -> float:
+        """Return the seconds of some passes."""
+        self._wait()
+        started = clock()
+        for _ in range(passes):
+            with autocast(self.device, self.dtype):
+                self.model(images)
+        self._wait()
+        return clock() - started
+
+    def has_time_for(self, batch: int, passes: int = MIN_PASSES) -> bool:
+        """Return whether the budget allows some passes of a batch, based on the largest batch tried."""
+        return passes * batch * self.per_image <= self.left
+
+    def find_batch_size(self, batch: int) -> int:
+        """Return the largest batch size up to `batch` that the budget allows, by trying increasing ones."""
+        while self.tried < batch and self.has_time_for(candidate := min(batch, BATCH_FACTOR * self.tried or 1)):
+            images = self.make_images(candidate)
+            seconds = self.time(images)
+            self.left -= seconds
+            if seconds < WARM_UP_SECONDS or not self.tried:  # the first pass may load libraries and choose kernels
+                self.left -= (second := self.time(images))
+                seconds = min(seconds, second)
+            self.tried, self.per_image = candidate, seconds / candidate
+        return min(batch, self.tried)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+class Timing:
+    """Sample the time of a model for a batch; the first `MIN_ROUNDS` rounds are reserved in its budget.
+
+    Args:
+        watch: The model's stopwatch.
+        images: The batch.
+        alone: Wait for the device after each pass, so that each pass is a sample.
+    """
+
+    def __init__(self, watch: Stopwatch, images: Float[Tensor, "b c h w"], *, alone: bool) -> None:
+        self.watch, self.images, self.alone = watch, images, alone
+        self.seconds: list[float] = []
+        self.rounds = 0
+        seconds = self._warm_up()
+        self.passes = max(1, math.ceil(SAMPLE_SECONDS / seconds))
+        self.cost = self.passes * seconds
+        watch.left -= MIN_ROUNDS * self.cost
+
+    def sample(self) -> None:
+        """Take samples unless the budget is spent."""
+        self.rounds += 1
+        if self.rounds > MIN_ROUNDS:
+            if self.watch.left < self.cost:
+                return
+            self.watch.left -= self.cost
+        if self.alone:
+            self.seconds += [self.watch.time(self.images) for _ in range(self.passes)]
+        else:
+            self.seconds.append(self.watch.time(self.images, self.passes) / self.passes)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images per second of each sample."""
+        return [len(self.images) / seconds for seconds in self.seconds]
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Milliseconds per image of each sample."""
+        return [1e3 * seconds / len(self.images) for seconds in self.seconds]
+
+    def _warm_up(self) -> float:
+        """Run some passes; return the seconds of the last."""
+        total = 0.0
+        for _ in range(WARM_UP_PASSES):
+            total += (seconds := self.watch.time(self.images))
+            if total >= WARM_UP_SECONDS:
+                break
+        self.watch.left -= total
+        return seconds
+
+
+def measure_speed(models: Sequence[nn.Module], device: torch.device, amp: Amp, seconds: float = SECONDS) -> Speeds:
+    """Measure the speed of models on one device in one precision; they are moved there.
+
+    Args:
+        models: Models loaded with `smallvit.load_model`.
+        device: The device.
+        amp: Mixed precision.
+        seconds: Time budget per model. The batch size, the same for all, is the largest that all budgets allow.
+
+    Raises:
+        InputError: The requested precision is not supported.
+    """
+    sizes = [model.pretrained_cfg["input_size"] for model in models]
+    dtypes = {choose_dtype(device, amp, model, *size[:2]) for model, size in zip(models, sizes, strict=True)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    watches = [
+        Stopwatch(prepare_for_inference(model, device, dtype), size, device, dtype, seconds)
+        for model, size in zip(models, sizes, strict=True)
+    ]
+    batch_size = min(watch.find_batch_size(hardware.batch_size(device)) for watch in watches)
+    pairs = [
+        (Timing(watch, watch.make_images(1), alone=True), Timing(watch, watch.make_images(batch_size), alone=False))
+        for watch in watches
+    ]
+    take_turns([timing for column in zip(*pairs, strict=True) for timing in column], range(ROUNDS))
+    figures = [
+        summarize_samples("inference_images_per_second", batches.rates)
+        | summarize_samples("latency_ms", single.milliseconds)
+        for single, batches in pairs
+    ]
+    return Speeds(figures=figures, batch_size=batch_size, precision=precision_name(device, dtype))
+
+
+def take_turns(timings: Sequence[Timing], rounds: Iterable[int]) -> None:
+    """Take samples round by round."""
+    for _ in rounds:
+        for timing in timings:
+            timing.sample()
+
+
+def summarize_samples(name: str, samples: Sequence[float]) -> dict[str, float]:
+    """Return the median of samples as `name`, and their interquartile range as `name`_iqr."""
+    first, _, third = statistics.quantiles(samples, n=4)
+    return {name: statistics.median(samples), f"{name}_iqr": third - first}

@@ -1,0 +1,133 @@
+"""Count parameters, multiply-accumulates, one-bit operations and bytes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from smallvit.utils.errors import InputError, first_line
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of fused attention, q kᵀ and its product with v, from shapes (b, heads, tokens, dim)."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+FUSED_ATTENTION = {
+    getattr(torch.ops.aten, name): _attention_flops
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+}
+"""Kernels that the FLOP counters of some torch releases count as 0."""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
+    """Count the multiply-accumulates of one image's forward pass with torch's FLOP counter (two FLOPs each).
+
+    Matrix products, convolutions and attention are counted, not norms or activations.
+
+    Raises:
+        InputError: The model cannot take these images.
+    """
+    return count_macs_by_layer(model, in_chans, img_size)[""]
+
+
+@torch.no_grad()
+def count_macs_by_layer(model: nn.Module, in_chans: int, img_size: int) -> dict[str, int]:
+    """Count the multiply-accumulates of each layer by its name; '' is the whole model.
+
+    Raises:
+        InputError: The model cannot take these images.
+    """
+    weight = next(model.parameters())
+    image = torch.zeros(1, in_chans, img_size, img_size, device=weight.device, dtype=weight.dtype)
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)  # the counter's hooks fail on views of parameters
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
+            model(image)
+    except Exception as error:  # models raise anything for unsupported sizes
+        reason = first_line(error)
+        raise InputError(f"{type(model).__name__} cannot take {img_size}-pixel images: {reason}") from error
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    root = type(model).__name__ + "."
+    layers = {name.removeprefix(root): sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    return layers | {"": counter.get_total_flops() // 2}
+
+
+WORD_BITS = 64
+"""One-bit multiply-accumulates that count as one operation."""
+SCALE_BYTES = FLOAT_BYTES = 4
+"""Bytes of the scale of each output of a one-bit layer, and of a float."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationCounts:
+    """Multiply-accumulates of one image's forward pass."""
+
+    bops: int
+    """Those with two one-bit factors."""
+    flops: int
+    """All others."""
+
+    @property
+    def macs(self) -> int:
+        """All multiply-accumulates."""
+        return self.bops + self.flops
+
+    @property
+    def ops(self) -> float:
+        """Operations: 64 one-bit multiply-accumulates count as one."""
+        return self.bops / WORD_BITS + self.flops
+
+
+def count_operations(model: nn.Module, macs: Mapping[str, int]) -> OperationCounts:
+    """Count one-bit and other operations from the result of `count_macs_by_layer`."""
+    layers = [(name, layer) for name, layer in model.named_modules() if getattr(layer, "multiplies_bits", False)]
+    bops = sum(_own_macs(name, layer, macs) for name, layer in layers)
+    return OperationCounts(bops=bops, flops=macs[""] - bops)
+
+
+def count_packed_bytes(model: nn.Module) -> int:
+    """Count the bytes of a model's tensors with one-bit weights stored as bits, without a file's header.
+
+    Each output's weights are padded to whole bytes and have a scale of four bytes.
+    """
+    bits = {_join(name, "weight") for name, layer in model.named_modules() if getattr(layer, "has_bits", False)}
+    state = model.state_dict()
+    return sum(_packed_bytes(value) if name in bits else _float_bytes(value) for name, value in state.items())
+
+
+def count_float_bytes(model: nn.Module) -> int:
+    """Count the bytes of a model's tensors in full precision: four per float, eight per integer."""
+    return sum(map(_float_bytes, model.state_dict().values()))
+
+
+def _own_macs(name: str, layer: nn.Module, macs: Mapping[str, int]) -> int:
+    """Return the multiply-accumulates of a layer without those of its sublayers."""
+    return macs.get(name, 0) - sum(macs.get(_join(name, child), 0) for child, _ in layer.named_children())
+
+
+def _join(layer: str, name: str) -> str:
+    """Return the qualified name of a layer's attribute; the model's own name is ''."""
+    return f"{layer}.{name}" if layer else name
+
+
+def _packed_bytes(weight: Tensor) -> int:
+    return len(weight) * (-(-weight[0].numel() // 8) + SCALE_BYTES)
+
+
+def _float_bytes(value: Tensor) -> int:
+    return value.numel() * (FLOAT_BYTES if value.is_floating_point() else value.element_size())

@@ -1,0 +1,136 @@
+"""Write runs as a self-contained HTML page. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from smallvit import __version__
+from smallvit.config.config import default_options, format_train_command, option_names, option_types
+from smallvit.config.spec import format_value
+from smallvit.evaluation.stats import format_comparison
+from smallvit.plugins import PLUGINS
+from smallvit.report import pictures
+from smallvit.report.run_summary import RunSummary
+from smallvit.runs.aggregate import aggregate_runs, comparison_rows, describe_conditions
+from smallvit.utils.errors import InputError, escape_undecodable, flag
+from smallvit.utils.files import write_text
+
+TEMPLATE = "page.html.jinja"
+NOT_MEASURED = ("inference_images_per_second", "latency_ms")
+"""Columns of a comparison that run folders do not fill."""
+INFERENCE = "Inference: not measured here; use smallvit compare RUN RUN ..."
+MAX_CONFUSIONS = 8
+"""Pairs of classes in the table of frequent confusions."""
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def write_report(runs: Sequence[RunSummary], path: Path) -> None:
+    """Write the page of one or several runs.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    loader = jinja2.PackageLoader("smallvit.report", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"short": format_short, "duration": format_duration, "comparison": format_comparison}
+    names = [run.folder.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    comparison = _compare(dict(zip(names, runs, strict=True))) if len(runs) > 1 else {}
+    seeds = comparison.get("seeds", {})
+    page = environment.get_template(TEMPLATE).render(
+        version=__version__,
+        day=datetime.date.today().isoformat(),
+        title=f"{len(runs)} runs" if comparison else runs[0].title,
+        runs=[
+            _describe(run) | {"name": name, "key": f"run{number}", "seeds": seeds.get(run.folder, 1)}
+            for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
+        ],
+        comparison=comparison,
+    )
+    write_text(path, escape_undecodable(page.lstrip()))
+
+
+def _describe(run: RunSummary) -> dict[str, Any]:
+    """Return the template's variables for a run."""
+    config, metrics = run.view.config, run.metrics
+    changed, others = list_options(run)
+    return {
+        **{name: getattr(run, name) for name in ("folder", "title", "arch", "spec", "summary", "best", "interval")},
+        "top1": run.top1,
+        "notes": run.notes,
+        "metrics": metrics,
+        "config": config,
+        "history": run.view.history,
+        "plugins": [PLUGINS[name].label for name in run.plugins],
+        "weights_sha256": (metrics or run.attention or {}).get("weights_sha256"),
+        "curves": pictures.plot_training(run.view.history),
+        "pictures": run.gallery.test,
+        "attention": run.gallery.attention,
+        "confusions": list_confusions(metrics) if metrics else [],
+        "classes": sorted(metrics["classes"] if metrics else (), key=lambda e: (e["f1"] is None, e["f1"] or 0)),
+        "changed": changed,
+        "others": others,
+        "command": format_train_command(config, option_names("launch")),
+        "full_command": format_train_command(config, option_names("launch"), full=True),
+    }
+
+
+def _compare(runs: dict[str, RunSummary]) -> dict[str, Any]:
+    """Return the template's variables for several runs, with a table over seeds if they can be compared."""
+    overlay = pictures.plot_overlay({name: run.view.history for name, run in runs.items()})
+    try:
+        rows = aggregate_runs(run.folder for run in runs.values())
+    except InputError as error:
+        return {"overlay": overlay, "notes": [f"No comparison over seeds: {error}"]}
+    return {
+        "overlay": overlay,
+        "table": comparison_rows([row.record(dict.fromkeys(NOT_MEASURED)) for row in rows], NOT_MEASURED),
+        "lines": describe_conditions(rows, {}, INFERENCE),
+        "seeds": {view.folder: len(row.runs) for row in rows for view in row.runs},
+    }
+
+
+def list_confusions(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the most frequent confusions: true and predicted class, images, share of the true class in per cent."""
+    names = [each["name"] for each in metrics["classes"]]
+    pairs = [
+        {"true": names[i], "predicted": names[j], "images": count, "share": 100 * count / sum(row)}
+        for i, row in enumerate(metrics["confusion"])
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair["images"])[:MAX_CONFUSIONS]
+
+
+def list_options(run: RunSummary) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """Return the changed options as flag, value and default, and all others as flag, value and group."""
+    values, defaults, types = run.view.config.to_dict(), default_options(), option_types()
+    changed, others = [], []
+    for name, value in values.items():
+        if value != defaults[name]:
+            changed.append((flag(name), format_value(value), format_value(defaults[name])))
+        elif name not in option_names("launch"):
+            others.append((flag(name), format_value(value), types[name][0]))
+    return changed, others
+
+
+def format_short(value: float) -> str:
+    """Format a large number with three significant digits and a unit."""
+    for unit, letter in UNITS:
+        if value >= unit:
+            return f"{value / unit:.3g} {letter}" if value < 999.5 * unit else f"{value / unit:,.0f} {letter}"
+    return f"{value:,.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as hours, minutes or seconds."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} s"

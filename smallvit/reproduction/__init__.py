@@ -1,1 +1,0 @@
-"""Published experiments done again: their rows, their records, and the tables made of these."""

@@ -1,0 +1,1 @@
+"""Create, lock, read and aggregate run folders; draw curves; log to trackers."""

@@ -1,0 +1,1 @@
+"""Train models: the loop, setup, losses, optimizers, teachers, checkpoints and resume."""

@@ -1,0 +1,309 @@
+"""Save checkpoints during training, resume from them, and stop on signals or divergence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from smallvit.models import checkpoint
+from smallvit.plugins.patch import misfit
+from smallvit.runs.run import Run
+from smallvit.training.progress import TrainingProgress
+from smallvit.training.setup import Setup
+from smallvit.utils.distributed import local_tensor
+from smallvit.utils.errors import DivergedError, InputError
+from smallvit.utils.hardware import AsyncScalar
+from smallvit.utils.signals import SignalHandler, SignalInterrupt
+
+EPOCH_SECONDS = 5.0
+"""Minimum time between the checkpoints of two epochs."""
+CHECK_SECONDS = 0.5
+"""Time between two checks of the loss, and between two synchronizations of torchrun's processes."""
+GROWTH = 3.0
+"""An epoch's mean loss is too high above this multiple of the first step's loss, or of chance where that is larger."""
+DIVERGED_EPOCHS, DIVERGED_STEPS = 10, 500
+"""A run has diverged when every mean loss has been too high for this many epochs and steps after the warmup."""
+T = TypeVar("T")
+
+
+class StepAction(IntEnum):
+    """Action after a step; torchrun's processes take the largest that any of them requests."""
+
+    CONTINUE, SAVE, STOP, CHECK_LOSS = range(4)
+
+
+class Checkpointer:
+    """Track the progress of a run; save it between steps, and stop it on a signal or a loss that diverges."""
+
+    def __init__(self, run: Run, setup: Setup, signals: SignalHandler, display: TrainingProgress) -> None:
+        self.run, self.setup, self.signals, self.display = run, setup, signals, display
+        teacher = None if setup.teacher is None else setup.teacher.fingerprint
+        initial = setup.initial
+        self.state = RunState(
+            images=setup.dataset.fingerprint, teacher=teacher, init=initial.fingerprint, new=list(initial.new)
+        )
+        self.losses = torch.zeros(len(setup.batches), device=setup.device)
+        """Loss of each step of the current epoch, this process's share."""
+        self.best: dict[str, Tensor] | None = None  # weights better than those in the last checkpoint
+        self.async_loss = AsyncScalar(setup.device)
+        self.saved_at = self.checked_at = self.ticked_at = time.monotonic()
+        self.next_agreement = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of all epochs so far."""
+        return self.state.epoch * len(self.losses) + self.state.step
+
+    @property
+    def position(self) -> str:
+        """Epochs and steps done, in words."""
+        return f"epoch {self.state.epoch}" + (f" and {self.state.step} steps" if self.state.step else "")
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training and validation so far."""
+        return self.state.seconds + self.state.epoch_seconds + time.monotonic() - self.ticked_at
+
+    # Resuming
+
+    def restore(self) -> bool:
+        """Load the last checkpoint, if there is one; return whether there was.
+
+        Raises:
+            InputError: The checkpoint is damaged, or torchrun's processes see different ones.
+        """
+        setup = self.setup
+        saved = checkpoint.load_state(self.run / Run.STATE, setup.model, setup.optimizer, setup.average)
+        if saved is not None:
+            self._load_progress(saved)
+        own = (self.state.images, self.steps_done)
+        if setup.world.agree(int(own != setup.world.send(own))):
+            raise InputError(
+                f"torchrun's processes differ in their images, or in the checkpoint they see: {self.run.folder} must "
+                "be on storage that all share"
+            )
+        return saved is not None
+
+    def _load_progress(self, saved: dict[str, Any]) -> None:
+        setup = self.setup
+        try:
+            self.state = RunState(**saved)
+            setup.scaler.load_state_dict(self.state.scaler)
+            if setup.world.main:  # the other processes' shares are in its sum
+                self.losses[: self.state.step] = torch.tensor(self.state.losses)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"{self.run / Run.STATE}: does not fit this run ({error})") from None
+        if self.state.best_epoch:  # check the best weights now, not after training
+            file = self.run / Run.BEST
+            weights, metadata = checkpoint.load_weights(file)
+            if misfit(weights, setup.eval_model.state_dict()) or not {"epoch", "val_top1"} <= metadata.keys():
+                raise InputError(f"{file}: does not fit this run (its weights are not this model's)")
+
+    # After a step and an epoch
+
+    def step(self, loss: Tensor) -> None:
+        """Record a step's loss; show the mean loss, save or stop if due.
+
+        torchrun's processes synchronize every `CHECK_SECONDS`, not after every step.
+
+        Raises:
+            SignalInterrupt: A signal was received; the run is saved.
+            DivergedError: The loss is not finite.
+        """
+        state, world = self.state, self.setup.world
+        self.losses[state.step] = loss
+        state.step += 1
+        self.tick()
+        if self.steps_done < self.next_agreement:
+            return
+        action = StepAction.STOP if self.signals.received else StepAction.CONTINUE
+        if self.ticked_at - self.saved_at > 60 * self.setup.config.run.checkpoint_minutes:
+            action = max(action, StepAction.SAVE)
+        if self.ticked_at - self.checked_at > CHECK_SECONDS:
+            self.checked_at = self.ticked_at
+            mean = self.async_loss.exchange(self.losses[: state.step].mean())
+            if mean is not None and not math.isfinite(mean):
+                action = StepAction.CHECK_LOSS
+            elif mean is not None:
+                rate = state.step * self.setup.batches.sampling.size / state.epoch_seconds
+                self.display.step(self.steps_done, mean * world.size, rate)
+        if world.size > 1:
+            seconds_per_step = state.epoch_seconds / state.step
+            interval = max(1, min(int(CHECK_SECONDS / max(seconds_per_step, 1e-6)), len(self.losses) - state.step))
+            action, interval = world.agree_all(action, interval)
+            self.next_agreement = self.steps_done + interval
+        self._perform(action)
+
+    def stop_on_signal(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield batches of an evaluation, unless a signal asks to stop."""
+        for batch in batches:
+            action = StepAction.STOP if self.signals.received else StepAction.CONTINUE
+            self._perform(self.setup.world.agree(action))
+            yield batch
+
+    def _perform(self, action: int) -> None:
+        if action == StepAction.CHECK_LOSS:
+            self.mean_loss()
+        if action >= StepAction.SAVE and self.state.epoch < self.setup.config.optim.epochs:
+            self.save()  # not during the final test, which evaluates the best weights
+        if action == StepAction.STOP:
+            raise SignalInterrupt(self.setup.world.agree(self.signals.received))
+
+    def epoch(self, metrics: dict[str, Any], best: bool) -> None:
+        """Record an epoch's metrics, and write a checkpoint unless the last one is recent."""
+        state = self.state
+        if best:
+            self.best = checkpoint.snapshot(self.setup.eval_model)
+        state.history.append(metrics)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.seconds = metrics["seconds"]
+        state.step_seconds += state.epoch_seconds
+        state.epoch_seconds = 0.0
+        self.async_loss.pending = False
+        last = state.epoch == self.setup.config.optim.epochs
+        due = time.monotonic() - self.saved_at > EPOCH_SECONDS
+        if self.setup.world.agree(int(last or due or self.setup.config.run.keep > 0)):
+            self.save()
+        self.ticked_at = time.monotonic()
+
+    def tick(self) -> None:
+        """Add the time since the last call to the epoch's training time."""
+        now = time.monotonic()
+        self.state.epoch_seconds += now - self.ticked_at
+        self.ticked_at = now
+
+    # Divergence
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the current epoch's steps over all processes.
+
+        Raises:
+            DivergedError: The loss of a step is not finite.
+        """
+        losses = self.setup.world.total(self.losses[: self.state.step])
+        bad = torch.nonzero(~losses.isfinite())
+        if len(bad):
+            step = int(bad[0])
+            raise self._diverged(f"the loss became {losses[step].item()}", f", step {step + 1}")
+        if self.state.first_loss is None:
+            self.state.first_loss = losses[0].item()
+        return losses.cpu().double().mean().item()
+
+    def epoch_loss(self) -> float:
+        """Return the mean loss of the finished epoch; warn the first time that it is too high.
+
+        Raises:
+            DivergedError: The loss of a step is not finite, or the mean has been too high for `DIVERGED_EPOCHS` epochs
+                and `DIVERGED_STEPS` steps after the warmup.
+        """
+        mean, optim, steps = self.mean_loss(), self.setup.config.optim, len(self.losses)
+        limit = GROWTH * max(self.state.first_loss, self.setup.chance_loss)
+        earlier = [metrics["train_loss"] for metrics in self.state.history]
+        warmup = math.ceil(round(optim.epochs * steps * optim.warmup_ratio) / steps)
+        high = epochs_above(limit, [*earlier, mean][warmup:])
+        if high >= DIVERGED_EPOCHS and high * steps >= DIVERGED_STEPS:
+            problem = f"the loss has grown: its mean is {mean:.3g}"
+            raise self._diverged(problem, f", above {limit:.3g} for {high} epochs")
+        if mean > limit and max(earlier, default=0.0) <= limit:
+            self.display.line(
+                f"warning: the mean loss of epoch {self.state.epoch + 1} is {mean:.3g}, above {limit:.3g}. Training "
+                f"continues; a run ends when this lasts for {DIVERGED_EPOCHS} epochs and {DIVERGED_STEPS} steps after "
+                "the warmup. Try a lower --lr, --clip-grad 1 or a longer --warmup-ratio."
+            )
+        return mean
+
+    def _diverged(self, problem: str, details: str = "") -> DivergedError:
+        """Return an error that says where training diverged, what to try, and where the best weights are."""
+        rate, best = self.setup.optimizer.param_groups[0]["lr"], self.run / Run.BEST
+        kept = f"; the weights of the best epoch before are in {best}" if best.exists() else ""
+        return DivergedError(
+            f"{problem} in epoch {self.state.epoch + 1}{details}, at learning rate {rate:.2g}: try a lower --lr, "
+            f"--clip-grad 1, a longer --warmup-ratio, or --amp off{kept}"
+        )
+
+    # Saving
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Write a checkpoint. The state is written last, so an interruption only repeats steps, exactly.
+
+        Raises:
+            DivergedError: Weights are not finite; the last checkpoint stays unchanged.
+            OSError: The checkpoint cannot be written.
+        """
+        run, setup, state = self.run, self.setup, self.state
+        if state.step:
+            self.mean_loss()
+        finite = torch.stack([local_tensor(parameter).isfinite().all() for parameter in setup.model.parameters()]).all()
+        if setup.world.agree(int(not finite)):
+            raise self._diverged("weights are no longer finite")
+        state.scaler = setup.scaler.state_dict()
+        state.losses = setup.world.total(self.losses[: state.step]).tolist()
+        weights = checkpoint.snapshot(setup.eval_model) if not state.step else None
+        gathered = checkpoint.gather_state(setup.model, setup.optimizer, setup.average)
+        if setup.world.main:
+            if self.best is not None:
+                metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])
+                checkpoint.save_weights(run / Run.BEST, self.best, metadata)
+            if weights is not None:
+                self._save_epoch(weights)
+            run.write_lines(Run.METRICS, state.history)
+            checkpoint.save_state(run / Run.STATE, gathered, asdict(state))
+        setup.world.agree(0)  # wait until it is written
+        self.best = None
+        self.saved_at = self.ticked_at = time.monotonic()
+
+    def _save_epoch(self, weights: dict[str, Tensor]) -> None:
+        state, keep = self.state, self.setup.config.run.keep
+        metadata = self.setup.metadata(state.epoch, state.history[-1]["val_top1"])
+        checkpoint.save_weights(self.run / Run.LAST, weights, metadata)
+        if keep:
+            checkpoint.save_weights(self.run.epoch_file(state.epoch), weights, metadata)
+            for file in self.run.epoch_files()[:-keep]:
+                file.unlink()
+
+
+def epochs_above(limit: float, losses: Sequence[float]) -> int:
+    """Return the number of consecutive losses at the end that are above a limit."""
+    return next((count for count, loss in enumerate(reversed(losses)) if loss <= limit), len(losses))
+
+
+@dataclass
+class RunState:
+    """Progress of a run, saved in its checkpoint next to weights and optimizer state."""
+
+    images: str
+    """Fingerprint of the dataset."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights."""
+    init: str | None = None
+    """Fingerprint of the initial weights, if training started from any."""
+    new: list[str] = field(default_factory=list)
+    """Parameters that the initial weights did not contain."""
+    epoch: int = 0
+    """Completed epochs."""
+    step: int = 0
+    """Completed steps of the current epoch."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of these steps."""
+    first_loss: float | None = None
+    best_epoch: int = 0
+    best_val_top1: float = -1.0
+    best_val_loss: float = math.inf
+    seconds: float = 0.0
+    """Time of training and validation in completed epochs."""
+    epoch_seconds: float = 0.0
+    """Time of training in the current epoch."""
+    step_seconds: float = 0.0
+    """Time of training alone in completed epochs."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """State of the loss scaler in fp16."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of every epoch, as in metrics.jsonl."""

@@ -1,0 +1,220 @@
+"""Define the losses of training: cross-entropies of labels, and distillation from a teacher's logits.
+
+Distillation is DeiT's (Touvron et al. 2021, arXiv:2012.12877). With labels y, student logits s, teacher logits t,
+weight λ and temperature τ:
+
+    soft     (1 − λ) L(s, y) + λ τ² KL(softmax(t/τ) ‖ softmax(s/τ))
+    hard     (1 − λ) L(s, y) + λ CE(s, argmax t)
+    token    as hard, but the second term takes the logits of the distillation head
+
+L is the loss of the labels. A model with two heads gives both logits; the first term takes the class head's.
+torch is imported inside functions, so that the command line lists losses and their options without it.
+
+Axes: b batch, k classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from smallvit.config.options import DistillConfig, OptimConfig
+from smallvit.utils.errors import InputError, flag, suggest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+def cross_entropy(
+    logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"], *, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy against smoothed label distributions."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Return the mean of one binary cross-entropy per class; both labels of a mixed image count fully.
+
+    Source: DeiT III (Touvron et al. 2022, arXiv:2204.07118).
+    """
+    import torch.nn.functional as F
+
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.gt(0).float())
+
+
+def soft_distillation(
+    logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    *,
+    temperature: float = 1.0,
+    per_class: bool = False,
+) -> Float[Tensor, ""]:
+    """Return τ² KL(softmax(t/τ) ‖ softmax(s/τ)), the mean over images.
+
+    Args:
+        temperature: τ.
+        per_class: Divide by the number of classes too, as DeiT's code does.
+    """
+    import torch.nn.functional as F
+
+    student, teacher = ((each.float() / temperature).log_softmax(dim=1) for each in (logits, teacher_logits))
+    total = F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    return total / (logits.numel() if per_class else len(logits))
+
+
+def hard_distillation(logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Return the cross-entropy against the class that the teacher predicts."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
+
+
+def soft_chance(num_classes: int, *, temperature: float = 1.0, per_class: bool = False) -> float:
+    """Return the largest soft distillation loss of equal logits: τ² log k."""
+    return temperature**2 * math.log(num_classes) / (num_classes if per_class else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """An entry of `LOSSES`: all that training and the command line need to know about a loss."""
+
+    help: str
+    function: Callable[..., Tensor]
+    """Function of logits (b, k), targets (b, k) and the options; returns the mean over the batch. Targets are label
+    distributions, or the teacher's logits."""
+    chance: Callable[..., float]
+    """Function of the number of classes and the options: the largest loss of equal logits for all classes."""
+    options: type | None = None
+    """Frozen dataclass of the loss's own options; its fields become flags, --<loss>-<field>."""
+    label_smoothing: bool = False
+    """Whether the function takes `label_smoothing`."""
+    distillation: bool = False
+    """Whether the targets are a teacher's logits; chosen by --distill instead of --loss."""
+
+
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(
+        help="cross-entropy",
+        function=cross_entropy,
+        chance=math.log,
+        label_smoothing=True,
+    ),
+    "bce": Loss(
+        help="one binary cross-entropy per class; both labels of a mixed image count fully",
+        function=binary_cross_entropy,
+        chance=lambda num_classes: math.log(2),
+    ),
+    "soft": Loss(
+        help="the teacher's probabilities",
+        function=soft_distillation,
+        chance=soft_chance,
+        distillation=True,
+    ),
+    "hard": Loss(
+        help="the class that the teacher predicts",
+        function=hard_distillation,
+        chance=math.log,
+        distillation=True,
+    ),
+    "token": Loss(
+        help="the class that the teacher predicts, by a distillation token with its own head",
+        function=hard_distillation,
+        chance=math.log,
+        distillation=True,
+    ),
+}
+"""All losses by name: values of --loss, and of --distill for those with a teacher."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run: a loss of the labels, and one of the teacher's logits if there is a teacher."""
+
+    loss: Loss
+    options: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Loss | None = None
+    distillation_options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 0.0
+    """Weight λ of the teacher's term."""
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        images: Float[Tensor, "b c h w"],
+        targets: Float[Tensor, "b k"],
+        teacher_logits: Float[Tensor, "b k"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return loss and logits of the class head for a batch, in float32."""
+        outputs = model(images)
+        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        loss = self.loss.function(logits, targets, **self.options)
+        if self.distillation is not None:
+            term = self.distillation.function(distilled, teacher_logits, **self.distillation_options)
+            loss = (1 - self.weight) * loss + self.weight * term
+        return {"loss": loss, "logits": logits}
+
+    def chance(self, num_classes: int) -> float:
+        """Return the largest loss of a model that gives all classes the same probability."""
+        loss = self.loss.chance(num_classes, **{n: v for n, v in self.options.items() if n != "label_smoothing"})
+        if self.distillation is None:
+            return loss
+        term = self.distillation.chance(num_classes, **self.distillation_options)
+        return (1 - self.weight) * loss + self.weight * term
+
+
+def create_objective(optim: OptimConfig, distill: DistillConfig | None = None) -> Objective:
+    """Return the loss that the options describe.
+
+    Raises:
+        InputError: no such loss, or an option that it does not accept.
+    """
+    loss = get_loss(optim.loss, distillation=False)
+    options = _own_options(optim.loss, optim.loss_options)
+    if loss.label_smoothing:
+        options["label_smoothing"] = optim.label_smoothing or 0.0
+    if distill is None or distill.teacher is None:
+        return Objective(loss, options)
+    term, extra = get_loss(distill.distill, distillation=True), _own_options(distill.distill, optim.loss_options)
+    weight, temperature, per_class = 0.5, 1.0, False
+    if distill.distill == "soft":
+        per_class = distill.distill_values == "official"
+        weight, temperature = (0.5, 1.0) if per_class else (0.1, 3.0)
+        extra |= {"temperature": distill.distill_temperature or temperature, "per_class": per_class}
+    return Objective(loss, options, term, extra, distill.distill_weight or weight)
+
+
+def get_loss(name: str, *, distillation: bool) -> Loss:
+    """Return the loss of this name.
+
+    Raises:
+        InputError: no such loss.
+    """
+    names = [each for each, loss in LOSSES.items() if loss.distillation == distillation]
+    if name not in names:
+        option = "distill" if distillation else "loss"
+        raise InputError(f"{flag(option)} {name}: expected one of {', '.join(names)}{suggest(name, names)}")
+    return LOSSES[name]
+
+
+def loss_option_names() -> dict[str, str]:
+    """Return the options of all losses, `<loss>_<field>`, with the loss of each."""
+    return {
+        f"{name}_{each.name}": name for name, loss in LOSSES.items() if loss.options for each in fields(loss.options)
+    }
+
+
+def _own_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a loss's own options, by field, with the defaults of those not given."""
+    known = loss_option_names()
+    for option in options:
+        if option not in known:
+            raise InputError(f"unknown option {flag(option)} of a loss{suggest(option, known)}")
+    if LOSSES[name].options is None:
+        return {}
+    own = {option.removeprefix(f"{name}_"): value for option, value in options.items() if known[option] == name}
+    return asdict(LOSSES[name].options(**own))

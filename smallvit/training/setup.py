@@ -1,0 +1,341 @@
+"""Create data, model and optimizer of a run from its configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from smallvit import datasets
+from smallvit.config.config import Config, apply_regularization
+from smallvit.datasets.augment import Augment
+from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches
+from smallvit.datasets.sampler import rank_slice
+from smallvit.evaluation.evaluate import evaluate
+from smallvit.models import factory
+from smallvit.plugins.patch import describe
+from smallvit.plugins.sdpa import set_fused_attention
+from smallvit.profiling.flops import OperationCounts, count_macs_by_layer, count_operations, count_parameters
+from smallvit.training import optim
+from smallvit.training.launch import resolve
+from smallvit.training.losses import Objective, create_objective
+from smallvit.training.optim import InitialWeights
+from smallvit.utils import distributed, hardware
+from smallvit.utils.distributed import World
+from smallvit.utils.errors import InputError
+from smallvit.utils.hardware import LossScaler, batch_size, choose_dtype
+
+if TYPE_CHECKING:
+    from smallvit.datasets.dataset import ImageDataset
+    from smallvit.training.teacher import Teacher
+
+
+FEW_IMAGES = 100
+"""Number of validation images below which their accuracy is reported as uncertain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Data, model, optimizer and everything else that a run trains with."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    """Dtype of matrix products: bfloat16 or float16 in mixed precision."""
+    dataset: ImageDataset
+    batches: TrainLoader
+    spec: dict[str, Any]
+    """Arguments of `create_model` that the model was created with."""
+    model: nn.Module
+    replicated: nn.Module
+    """The model, with gradients averaged over torchrun's processes."""
+    forward: Callable[..., Any]
+    """The replicated model that training calls, compiled if that saves time."""
+    compilation: hardware.Compilation
+    operations: OperationCounts
+    """Operations of one image's forward pass."""
+    parameters: int
+    frozen_norms: tuple[nn.Module, ...]
+    """Frozen batch norms, whose statistics do not change."""
+    initial: InitialWeights
+    """The weights that the run started from."""
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    schedule: Scheduler
+    average: ModelEmaV3 | None
+    """Exponential moving average of the weights."""
+    teacher: Teacher | None
+    """The model to distill from."""
+    world: World
+    """This process among those of torchrun."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of labels, and of the teacher's logits if there is a teacher."""
+        return create_objective(self.config.optim, self.config.distill)
+
+    @property
+    def chance_loss(self) -> float:
+        """The largest loss of a model that gives all classes the same probability."""
+        return self.objective.chance(self.batches.classes)
+
+    def augmentation_epoch(self, epoch: int) -> int:
+        """Return the epoch whose augmentations an epoch uses: itself, unless --teacher-views repeats earlier ones."""
+        return epoch % (self.config.distill.teacher_views or epoch + 1)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of all epochs."""
+        return self.config.optim.epochs * len(self.batches)
+
+    @property
+    def precision(self) -> str:
+        """Precision of matrix products: bf16, fp16, tf32 or fp32."""
+        return hardware.precision_name(self.device, self.dtype)
+
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return batches of this process's share of val or test, without augmentation."""
+        size = batch_size(self.device)
+        return evaluation_batches(self.dataset, split, self.device, size, self.world.rank, self.world.size)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and saved: the moving average if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def evaluate(
+        self,
+        split: str,
+        *,
+        model: nn.Module | None = None,
+        flip: bool = False,
+        wrap: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+    ) -> dict[str, float] | None:
+        """Evaluate a model (`eval_model`) on val or test; return None if the split has no images.
+
+        Args:
+            flip: Average over each image and its mirror image.
+            wrap: Function that the iterator of batches is passed through.
+        """
+        if not len(getattr(self.dataset, split)):
+            return None
+        batches = wrap(self.evaluation_batches(split))
+        total = self.world.total
+        return evaluate(model or self.eval_model, batches, self.device, self.dtype, flip=flip, total=total)
+
+    def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
+        """Return the metadata of a weights file."""
+        data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
+        data["gray_ranges"] = self.dataset.gray_ranges.to_json()
+        data["training_data"] = self.dataset.describe_training_data(self.config.data)
+        return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
+
+    def print_overview(self, console: Console) -> None:
+        """Print data, model, initial weights, teacher and device, in a few lines."""
+        data = self.dataset
+        sizes = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in ("train", "val", "test"))
+        console.print(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
+        for note in (*data.notes, *self.warnings()):
+            console.print(f"       {note}")
+        arch, patch_size, fit = (self.spec[name] for name in ("arch", "patch_size", "fit"))
+        console.print(f"model  {factory.describe_choice(arch, data.img_size, patch_size, fit=fit)}")
+        console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
+        for note in self.initial.notes:
+            console.print(f"init   {note}")
+        if self.teacher is not None:
+            console.print(f"teacher {self.teacher.describe()}")
+        how = hardware.COMPILATION_NOTES[self.config.compute.compile]
+        many = f"{self.world.size} processes, each with " if self.world.size > 1 else ""
+        console.print(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a user may not expect of the sizes of images, batches and splits, a line each."""
+        data, batch = self.dataset, self.config.optim.batch_size
+        size = re.search(r"_(\d{3})$", self.spec["arch"])
+        if size and int(size[1]) > data.img_size:
+            cost = (int(size[1]) / data.img_size) ** 2
+            yield (
+                f"{self.spec['arch']} is made for {size[1]} pixels and trains at {data.img_size}; "
+                f"--img-size {size[1]} takes about {cost:.0f} times as long"
+            )
+        if len(data.train) < batch:
+            yield f"a step has all {len(data.train)} training images, since --batch-size is {batch}"
+        if 0 < (count := len(data.val)) < FEW_IMAGES:
+            points = 100 * 1.96 * math.sqrt(0.25 / count)
+            yield (
+                f"{count} validation images measure an accuracy to within {points:.0f} points: the best epoch is "
+                "partly chance"
+            )
+
+
+def create_setup(
+    config: Config,
+    world: World = World(),  # noqa: B008, it is frozen
+    *,
+    saved: Mapping[str, Any] | None = None,
+) -> Setup:
+    """Create data, model and optimizer of a run. The model starts from the run's seed or from trained weights.
+
+    Args:
+        saved: Progress of a run that is resumed (`weights_info.read_progress`); --init is not read then.
+
+    Raises:
+        InputError: The configuration names something that does not exist or does not fit, or images or teacher are
+            not those of the resumed run.
+    """
+    config = resolve(config) if config.model.arch is None else apply_regularization(config)  # for a direct call
+    device = world.device(hardware.pick_device(config.compute.device))
+    required = config.compute.compile != "auto"
+
+    if not world.main:  # the main process downloads, decodes, checks and decides first
+        config = config.replace(**world.send({}))
+    factory.require_known(config.model.arch)  # before images are decoded
+    dataset = datasets.create_dataset(config.data)
+    _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
+    streaming = "on" if dataset.train.on_disk else "off"
+    batches = _batches(config, dataset, device, world)
+    spec = _spec(config, dataset)
+    torch.manual_seed(config.run.seed)  # the initial weights
+    model = factory.create_model(**spec)
+    origin = config.init.init
+    if saved is not None:
+        initial = InitialWeights(fingerprint=saved.get("init"), new=tuple(saved.get("new", ())))
+    elif origin is not None:
+        from smallvit.training.adapt import load_initial_weights
+
+        initial = load_initial_weights(model, spec, origin, dataset, config.data, shrink=config.init.shrink)
+    else:
+        _initialize(model, config.init.weight_init)
+        initial = InitialWeights()
+    counted = count_operations(model, count_macs_by_layer(model, dataset.in_chans, dataset.img_size))
+    _require_images(config, batches, model, world)
+    dtype = choose_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
+    work = config.optim.epochs * batches.sampling.views // world.size
+    how = hardware.choose_compilation(config.compute.compile, device, counted.macs, work)
+    compilation = hardware.Compilation(how, required=required)
+    teacher = None
+    if config.distill.teacher is not None:
+        from smallvit.training.teacher import create_teacher
+
+        teacher = create_teacher(config, dataset, device, compilation, batches.sampling.views // world.size)
+    _require_same("--teacher", config.distill.teacher, saved, "teacher", teacher and teacher.fingerprint)
+    parameters = count_parameters(model)
+    optim.freeze(model, config.init.frozen, initial.new)
+    if world.main:
+        world.send({"streaming": streaming, "compile": how})
+
+    if getattr(model, "head_dist", None) is not None:
+        model.set_distilled_training(config.distill.distill == "token")
+    set_fused_attention(model, device.type, dtype)
+    model, average = _move_model(model, config, device, world)
+    replicated = distributed.replicate(model, world, device)
+
+    optimizer = optim.create_optimizer(model, config.optim)
+    return Setup(
+        config=config.replace(data=dataset.source, streaming=streaming, compile=how),
+        device=device,
+        dtype=dtype,
+        dataset=dataset,
+        batches=batches,
+        spec=spec,
+        model=model,
+        replicated=replicated,
+        forward=compilation.wrap(replicated),
+        compilation=compilation,
+        operations=counted,
+        optimizer=optimizer,
+        scaler=LossScaler(device, dtype),
+        schedule=optim.create_schedule(
+            optimizer, config.optim, (config.optim.epochs - config.optim.sched_start_epoch) * len(batches)
+        ),
+        parameters=parameters,
+        frozen_norms=optim.find_frozen_norms(model),
+        initial=initial,
+        average=average,
+        teacher=teacher,
+        world=world,
+    )
+
+
+def _initialize(model: nn.Module, weight_init: str) -> None:
+    """Initialize the attention of a new model, if --weight-init asks for it."""
+    if weight_init == "default":
+        return
+    from smallvit.models.initialization import initialize
+
+    try:
+        initialize(model, weight_init)
+    except TypeError as error:
+        raise InputError(f"--weight-init {weight_init}: {error}") from None
+
+
+def _require_same(
+    option: str, given: str | None, saved: Mapping[str, Any] | None, what: str, fingerprint: str | None
+) -> None:
+    """Check that images or teacher have the contents that a resumed run was started with."""
+    if saved is not None and saved.get(what) != fingerprint:
+        raise InputError(
+            f"{option} {given}: not the {what} that the run was started with: their contents differ; give the path of "
+            "the original"
+        )
+
+
+def _batches(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> TrainLoader:
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
+    return create_train_loader(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
+
+
+def _move_model(
+    model: nn.Module, config: Config, device: torch.device, world: World
+) -> tuple[nn.Module, ModelEmaV3 | None]:
+    """Move the model to its device or shard it; return it and its moving average."""
+    compute = config.compute
+    if not compute.fsdp:
+        model.to(device)
+        if hardware.is_convolutional(model):
+            model.to(memory_format=torch.channels_last)
+    if compute.grad_checkpointing:
+        factory.enable_grad_checkpointing(model, config.model.arch)
+    if compute.sync_bn:
+        model = distributed.convert_sync_bn(model, world, device)
+    average = optim.create_average(model, config.optim)
+    if compute.fsdp:
+        for each in [model] if average is None else [model, average.module]:
+            distributed.shard(each, world, device)
+    return model, average
+
+
+def _spec(config: Config, dataset: ImageDataset) -> dict[str, Any]:
+    """Return the arguments of `create_model`."""
+    model = config.model
+    return model.spec | {
+        "arch": factory.resolve_arch(model.arch, dataset.img_size, fit=model.fit),
+        "img_size": dataset.img_size,
+        "in_chans": dataset.in_chans,
+        "num_classes": len(dataset.class_names),
+        "dist_token": model.dist_token or config.distill.distill == "token",
+        "patch_size": model.patch_size or factory.default_patch_size(model.arch, dataset.img_size, fit=model.fit),
+    }
+
+
+def _require_images(config: Config, batches: TrainLoader, model: nn.Module, world: World) -> None:
+    """Check that each part of a batch holds an image, or two for batch norm."""
+    size, parts = batches.sampling.size, config.optim.grad_accum_steps
+    smallest = min(len(range(size)[rank_slice(size, rank, world.size)]) for rank in range(world.size)) // parts
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if smallest < 1 + normed:
+        why = f": {config.model.arch} has batch norm, which needs 2 in each" if normed else ""
+        raise InputError(
+            f"--batch-size {config.optim.batch_size}: steps of {size} images are too few for {parts * world.size} "
+            f"parts{why}; give more, or fewer parts (--grad-accum-steps, torchrun's processes)"
+        )

@@ -1,0 +1,321 @@
+"""Train a model from a configuration to a finished run folder. Start reading at `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from smallvit.config.config import Config
+from smallvit.datasets.loader import explain_worker_failures
+from smallvit.models import checkpoint, weights_info
+from smallvit.plugins import PLUGINS
+from smallvit.profiling.flops import count_float_bytes, count_packed_bytes
+from smallvit.runs.run import Run
+from smallvit.training.checkpointing import Checkpointer, RunState
+from smallvit.training.launch import open_run
+from smallvit.training.optim import plugin_strength
+from smallvit.training.progress import TrainingProgress
+from smallvit.training.setup import Setup, create_setup
+from smallvit.utils import distributed, hardware
+from smallvit.utils.signals import SignalHandler
+
+if TYPE_CHECKING:
+    from smallvit.runs.trackers import Trackers
+
+MODEL_STREAM = 3
+"""Random number stream of dropout and stochastic depth; 0 to 2 belong to the batches."""
+
+
+def train(config: Config) -> TrainResult:
+    """Train a model and write its run folder; the best epoch is chosen on validation images, never on the test.
+
+    Raises:
+        InputError: An option names something that does not exist or does not fit.
+        TrainingError: The loss is not finite or has diverged, or memory is exhausted.
+        KeyboardInterrupt: A signal stopped the run, which is saved.
+        OSError: The run folder can no longer be written.
+    """
+    with open_run(config) as run:
+        if run.leads:
+            print(f"run    {run.folder}")
+        return fit(run)
+
+
+def fit(run: Run) -> TrainResult:
+    """Train in an open run folder, from the start or from its last checkpoint."""
+    with distributed.init_distributed() as world:
+        run.follow(*world.send((run.folder, run.config)))
+        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.main)
+        if (summary := world.send(run.read_summary() if world.main else None)) is not None:
+            console.print(f"{run.folder} is finished already")
+            return print_result(TrainResult(run.folder, summary), console)
+
+        # Data, model, optimizer
+        saved = world.send(weights_info.read_progress(run / Run.STATE) if world.main and run.saved else None)
+        setup = create_setup(run.config, world, saved=saved)
+        setup.print_overview(console)
+        config, epochs = setup.config, setup.config.optim.epochs
+        if world.main:
+            run.begin(config)
+        world.agree(0)  # the other processes read the folder only now
+
+        # Loop, from the last checkpoint
+        with (
+            SignalHandler() as signals,
+            TrainingProgress(console, setup.steps, epochs) as display,
+            hardware.tf32(setup.device, setup.dtype),
+            hardware.explain_out_of_memory(config.optim.batch_size, setup.dataset.img_size),
+            explain_worker_failures(),
+            _trace_steps(run, setup, console) as trace_step,
+            _open_trackers(run, setup) as trackers,
+        ):
+            checkpointer = Checkpointer(run, setup, signals, display)
+            if checkpointer.restore():
+                console.print(f"resume after {checkpointer.position} of {epochs}")
+                if (start := config.optim.sched_start_epoch) and checkpointer.state.epoch >= start:
+                    console.print(f"resume schedule {config.optim.sched} again since epoch {start + 1}, without warmup")
+            state = checkpointer.state
+            for metrics in state.history if trackers else ():
+                trackers.log(metrics)
+            console.print(f"train  {epochs} epochs of {len(setup.batches)} steps")
+            display.begin(checkpointer.steps_done)
+            while state.epoch < epochs:
+                for images, targets in setup.batches.epoch(setup.augmentation_epoch(state.epoch), state.step):
+                    step = partial(train_step, setup, state.epoch, state.step, images, targets)
+                    first = setup.compilation.pending
+                    checkpointer.step(compile_step(run, setup, signals, console, step) if first else step())
+                    trace_step()
+                metrics = evaluate_epoch(setup, checkpointer)
+                display.epoch(metrics)
+                if trackers:
+                    trackers.log(metrics)
+
+            # Evaluate the test split once, with the best weights on the validation split (without one, the last)
+            weights, chosen = world.send(checkpoint.load_weights(run / Run.BEST) if world.main else None)
+            checkpoint.load_tensors(setup.eval_model, weights)
+            test = setup.evaluate("test", flip=config.augment.test_flip, wrap=checkpointer.stop_on_signal)
+            summary = summarize(setup, state, chosen, test)
+            if world.main:
+                from smallvit.runs.curves import plot_curves
+
+                plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
+                run.write_json(Run.SUMMARY, summary)
+                if trackers:
+                    trackers.finish(summary)
+                if not config.run.keep_resume:
+                    (run / Run.STATE).unlink(missing_ok=True)
+        if (skipped := len(setup.dataset.test) - test["images"]) > 0:
+            console.print(f"test: skipped {skipped} images that cannot be decoded")
+        return print_result(TrainResult(run.folder, summary), console)
+
+
+def set_strength(setup: Setup, model: nn.Module, strength: float) -> None:
+    """Phase in the plugins that were patched with init="preserve"."""
+    if setup.config.model.plugin_init == "preserve":
+        for name in setup.spec["plugins"]:
+            PLUGINS[name].set_strength(model, strength)
+
+
+def learned_values(setup: Setup) -> dict[str, dict[str, list[float]]]:
+    """Return what plugins record after each epoch, by layer."""
+    values = [PLUGINS[name].metrics(setup.eval_model) for name in setup.spec["plugins"]]
+    return {
+        key: {layer: distributed.full_tensor(value).tolist() for layer, value in layers.items()}
+        for each in values
+        for key, layers in each.items()
+    }
+
+
+def _trace_steps(run: Run, setup: Setup, console: Console) -> AbstractContextManager[Callable[[], None]]:
+    """Return a context manager that yields a function to call after each step; --profile records a few steps."""
+    if not (setup.config.run.profile and setup.world.main):
+        return nullcontext(lambda: None)
+    from smallvit.training.trace import record_trace
+
+    return record_trace(run, setup, console)
+
+
+def _open_trackers(run: Run, setup: Setup) -> AbstractContextManager[Trackers | None]:
+    """Return a context manager that yields the trackers of --log, if any."""
+    names = setup.config.run.loggers if setup.world.main else ()
+    if not names:
+        return nullcontext()
+    from smallvit.runs.trackers import open_trackers
+
+    return open_trackers(names, run.folder, setup.config.to_dict())
+
+
+def compile_step(
+    run: Run, setup: Setup, signals: SignalHandler, console: Console, step: Callable[[], Tensor]
+) -> Tensor:
+    """Take the first step, which compiles the model; train uncompiled if that fails and --compile is auto.
+
+    Raises:
+        InputError: --compile requests compilation, and it fails.
+    """
+    loss, reason = setup.compilation.first_step(step, setup.model, lambda: signals.received)
+    if reason:
+        console.print(f"device not compiled: torch.compile failed ({reason})")
+        if setup.world.main:
+            run.begin(run.config.replace(compile="off"))
+    return loss
+
+
+def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Tensor) -> Tensor:
+    """Update the weights by one batch, or this process's part of it; return its share of the batch's loss."""
+    config, model, optimizer = setup.config, setup.model, setup.optimizer
+    number = epoch * len(setup.batches) + step + 1
+    start = config.optim.sched_start_epoch * len(setup.batches)
+    strength = plugin_strength(number, start or setup.steps, config.optim.plugin_warmup_ratio)
+    set_strength(setup, model, strength)
+    setup.schedule.step_update(number - start)
+    for norm in setup.frozen_norms:
+        norm.eval()
+    torch.manual_seed(_seed(config.run.seed, MODEL_STREAM, epoch, step, setup.world.rank))
+    optimizer.zero_grad()
+    if setup.compilation.how == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()
+    loss = backward(setup, images, targets, (setup.augmentation_epoch(epoch), step))
+    with record_function("optimizer"):
+        setup.scaler.unscale_(optimizer)
+        if config.optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+        applied = setup.scaler.step(optimizer)
+    if setup.average is not None:
+        with record_function("moving average"):
+            if applied:
+                setup.average.update(model, number)
+        set_strength(setup, setup.average.module, strength)  # a buffer, which is not averaged
+    return loss
+
+
+def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int, int]) -> Tensor:
+    """Accumulate the gradients of a batch's mean loss; return this process's share of that loss.
+
+    Args:
+        position: Augmentation epoch and step of the batch, by which teacher logits are cached.
+    """
+    optim, world = setup.config.optim, setup.world
+    size = setup.batches.sampling.size
+    share = torch.zeros((), device=setup.device)
+    parts = list(
+        zip(images.tensor_split(optim.grad_accum_steps), targets.tensor_split(optim.grad_accum_steps), strict=True)
+    )
+    for number, (part, part_targets) in enumerate(parts, 1):
+        with record_function("teacher"):
+            teacher_logits = None if setup.teacher is None else setup.teacher(part, (*position, number))
+        with distributed.sync_last_backward(setup.replicated, last=number == len(parts)):
+            with record_function("forward"), hardware.autocast(setup.device, setup.dtype):
+                outputs = setup.objective(setup.forward, part, part_targets, teacher_logits)
+            loss = outputs["loss"] * (len(part) / size)
+            with record_function("backward"):
+                setup.scaler.scale(loss * world.size).backward()  # gradients are averaged over the processes
+        share += loss.detach()
+    return share
+
+
+def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
+    """Evaluate an epoch on the validation split, save it if due, and return its metrics."""
+    state, model = checkpointer.state, setup.model
+    train_loss = checkpointer.epoch_loss()
+    checkpointer.tick()
+    if setup.world.size > 1:
+        for each in (model, setup.eval_model):
+            distribute_bn(each, setup.world.size)  # those of the main process, as DDP has them within the epoch
+    val = setup.evaluate("val", wrap=checkpointer.stop_on_signal)
+    raw = setup.evaluate("val", model=model, wrap=checkpointer.stop_on_signal) if setup.average is not None else None
+    best = val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss)
+    if best:
+        state.best_epoch = state.epoch + 1
+    if best and val is not None:
+        state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
+    metrics = {
+        "epoch": state.epoch + 1,
+        "train_loss": train_loss,
+        "val_loss": val and val["loss"],
+        "val_top1": val and val["top1"],
+        **({"val_top1_raw": raw["top1"]} if raw else {}),
+        **learned_values(setup),
+        **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
+        "lr": setup.optimizer.param_groups[0]["lr"],
+        "images_per_second": setup.batches.sampling.views / state.epoch_seconds,
+        "seconds": checkpointer.seconds,
+    }
+    checkpointer.epoch(metrics, best)
+    return metrics
+
+
+def _seed(*numbers: int) -> int:
+    """Derive a seed for torch from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Result of a finished run: its folder and the contents of its summary.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def load(self, weights: str = "best") -> nn.Module:
+        """Load the trained model, best or last, in evaluation mode."""
+        return checkpoint.load_model(self.folder, weights)
+
+
+def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+    """Return the contents of summary.json; accuracies in percent."""
+    seen = state.epoch * setup.batches.sampling.views
+    return {
+        "test_top1": test["top1"],
+        "test_loss": test["loss"],
+        "test_images": test["images"],
+        "val_top1": chosen["val_top1"],
+        "best_epoch": chosen["epoch"],
+        "epochs": state.epoch,
+        "train_seconds": state.seconds,
+        "images_seen": seen,
+        "images_per_second": seen / state.step_seconds,
+        "parameters": setup.parameters,
+        "macs": setup.operations.macs,
+        "bops": setup.operations.bops,
+        "ops": setup.operations.ops,
+        "packed_bytes": count_packed_bytes(setup.model),
+        "float_bytes": count_float_bytes(setup.model),
+        "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
+        "device": str(setup.device),
+        "processes": setup.world.size,
+        "compile": setup.compilation.how,
+        "hardware": hardware.describe_hardware(setup.device),
+        "precision": setup.precision,
+        **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
+        "versions": hardware.versions(),
+        "git_revision": hardware.git_revision(),
+    }
+
+
+def print_result(result: TrainResult, console: Console) -> TrainResult:
+    """Print the results and the paths of the files."""
+    summary, folder = result.summary, result.folder
+    top1, epochs = summary["val_top1"], summary["epochs"]
+    chosen = f"last of {epochs} epochs"
+    if top1 is not None:
+        chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
+    console.print(
+        f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen}, "
+        f"trained in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s)"
+    )
+    for what, name in (("weights", Run.BEST), ("curves", Run.CURVES), ("summary", Run.SUMMARY)):
+        console.print(f"{what:8} {folder / name}")
+    console.print(f"next     smallvit eval {folder}  |  report {folder}  |  predict {folder} IMAGES")
+    return result

@@ -1,0 +1,1 @@
+"""Provide errors, atomic files, hardware, distributed, signals, plots and tables to every other package."""

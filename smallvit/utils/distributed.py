@@ -1,0 +1,211 @@
+"""Communicate between the processes of torchrun, and replicate or shard a model over them.
+
+Without torchrun there is one process, and these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from smallvit.utils.errors import InputError, PeerExitedError, first_line
+
+T = TypeVar("T")
+MEETING_SECONDS = 1800
+"""Maximum wait for the first process."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One of torchrun's processes. All of them must make the same calls in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and output."""
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """Return the largest of all processes' values, without waiting for the device."""
+        return self.agree_all(value)[0]
+
+    def agree_all(self, *values: int) -> tuple[int, ...]:
+        """Return the largest of all processes' values, for each of several numbers."""
+        if self.size == 1:
+            return values
+        largest = torch.tensor(values)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return tuple(largest.tolist())
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.size == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def send(self, value: T) -> T:
+        """Return the main process's value in all processes."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return this process's own GPU.
+
+        Raises:
+            InputError: One GPU is named for all processes, or there are fewer GPUs than processes.
+        """
+        if device.type == "cuda" and device.index is not None and self.size == 1:
+            torch.cuda.set_device(device)  # streams and events belong to it from now on
+        if device.type != "cuda" or self.size == 1:
+            return device
+        if device.index is not None:
+            raise InputError(f"--device {device}: torchrun's processes take a GPU each; give --device cuda")
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(f"torchrun --nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
+        return torch.device("cuda", self.local_rank)
+
+
+@contextmanager
+def init_distributed() -> Iterator[World]:
+    """Initialize torch.distributed under torchrun.
+
+    Raises:
+        PeerExitedError: Another process has exited.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        _init_process_group()
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = first_line(error).split(". ")[0]  # the rest is advice
+        raise PeerExitedError(f"another of torchrun's processes has exited or hangs ({reason})") from None
+    if ours:
+        dist.destroy_process_group()  # not after an error: the others may be waiting
+
+
+def _init_process_group() -> None:
+    """Initialize the process group of this start; torchrun's store still holds the addresses of earlier ones."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # before anything is put on a GPU
+    store, rank, size = next(dist.rendezvous("env://"))
+    start = dist.PrefixStore(_agree_on_start(store, rank, size), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+    dist.init_process_group(backend, store=start, rank=rank, world_size=size)
+
+
+def _agree_on_start(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share, unlike those of earlier ones.
+
+    The first process publishes a name; each other process replies with a token, and takes the name once it finds the
+    token returned under it. torchrun's count of restarts does not serve: each machine has its own.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("smallvit/call", name)
+        for other in range(1, size):
+            token = store.get(f"smallvit/{name}/{other}").decode()
+            store.set(f"smallvit/{name}/{token}", "")
+        return name
+    token, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+    while time.monotonic() < deadline:
+        name = store.get("smallvit/call").decode()
+        store.set(f"smallvit/{name}/{rank}", token)
+        with suppress(dist.DistStoreError):
+            store.wait([f"smallvit/{name}/{token}"], timedelta(seconds=1))
+            return name
+    raise PeerExitedError("torchrun's first process does not respond")
+
+
+def shard(model: nn.Module, world: World, device: torch.device) -> None:
+    """Shard weights over all processes' devices; each block is gathered when it is computed (FSDP2).
+
+    Raises:
+        InputError: There is only one process.
+    """
+    if world.size == 1:
+        raise InputError("--fsdp: there is only one process; start it with torchrun --nproc-per-node N -m smallvit")
+    mesh = init_device_mesh(device.type, (world.size,))
+    blocks = [module for module in model.modules() if type(module).__name__.endswith("Block")]
+    for block in reversed(blocks):  # inner blocks first
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's weights are sharded over several devices."""
+    return isinstance(model, FSDPModule)
+
+
+def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Return the model with gradients averaged over all processes (DDP), unless it is sharded."""
+    if world.size == 1 or is_sharded(model):
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def convert_sync_bn(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Return the model with batch norm over the images of all processes.
+
+    Raises:
+        InputError: There is no GPU, or only one process.
+    """
+    if world.size == 1 or device.type != "cuda":
+        raise InputError("--sync-bn: for several GPUs only; start with torchrun --nproc-per-node N -m smallvit")
+    return convert_sync_batchnorm(model)
+
+
+def sync_last_backward(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Average gradients over the processes only in the last of several backward passes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Return a tensor, gathered if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """Return this process's shard of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor sharded and laid out in memory like another of the same shape."""
+    if value.shape != like.shape:
+        return value
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)

@@ -1,0 +1,77 @@
+"""Define errors that end in one line, and format names and values in messages."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+
+
+class InputError(ValueError):
+    """Invalid user input. Its one-line message names the argument, the problem and the remedy."""
+
+
+class TrainingError(RuntimeError):
+    """A training failure despite valid input. Its one-line message says where training stopped and what to try."""
+
+
+class DivergedError(TrainingError):
+    """A loss or weights that are no longer finite, in all of torchrun's processes."""
+
+
+class PeerExitedError(TrainingError):
+    """Another of torchrun's processes exited and has reported the cause."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the closest match among `names`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def escape_undecodable(text: str) -> str:
+    """Escape bytes of file names that are not valid UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def collapse_whitespace(name: str) -> str:
+    """Replace line breaks and repeated spaces by single spaces."""
+    return " ".join(name.split())
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds: 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def flag(option: str) -> str:
+    """Return the command-line flag of an option."""
+    return "--" + option.replace("_", "-")
+
+
+def require(condition: bool, option: str, value: object, expected: str) -> None:
+    """Raise an InputError that names an option, its value and what was expected, unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{flag(option)} {value}: expected {expected}")
+
+
+def warn(message: str) -> None:
+    """Print a one-line warning to standard error, in the first of torchrun's processes only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"smallvit: warning: {message}", file=sys.stderr)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8; file names may hold other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,227 @@
+"""Compare losses with the equations of DeiT's paper and code, written with NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smallvit.cli import main
+from smallvit.cli.parser import options_parser
+from smallvit.cli.parser import parse as parse_arguments
+from smallvit.config.config import Config
+from smallvit.config.options import DistillConfig, OptimConfig
+from smallvit.training import losses
+from smallvit.training.losses import LOSSES, Loss, Objective, binary_cross_entropy, create_objective, soft_distillation
+from smallvit.utils.errors import InputError
+
+B, K = 6, 5
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def drawn() -> dict[str, Tensor]:
+    """Logits of two heads and of a teacher, and mixed labels."""
+    rng = torch.Generator().manual_seed(0)
+    student, other, teacher = torch.randn(3, B, K, generator=rng, dtype=torch.float64).mul(3).unbind()
+    targets = torch.rand(B, K, generator=rng, dtype=torch.float64)
+    return {"student": student, "other": other, "teacher": teacher, "targets": targets / targets.sum(1, keepdim=True)}
+
+
+class Fixed(nn.Module):
+    """A model that returns given logits for any images."""
+
+    def __init__(self, *heads: Tensor) -> None:
+        super().__init__()
+        self.heads = nn.ParameterList(nn.Parameter(head.float()) for head in heads)
+
+    def forward(self, images: Tensor) -> Any:
+        return tuple(self.heads) if len(self.heads) > 1 else self.heads[0]
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray, smoothing: float = 0.0) -> float:
+    targets = (1 - smoothing) * targets + smoothing / K
+    return float(-(targets * np.log(softmax(logits))).sum(axis=1).mean())
+
+
+def kullback_leibler(logits: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
+    p, q = softmax(teacher / temperature), softmax(logits / temperature)
+    return float((p * np.log(p / q)).sum(axis=1).mean())
+
+
+IMAGES = torch.zeros(B, 3, 8, 8)
+
+
+def objective(loss: str = "ce", label_smoothing: float = 0.0, **distill: Any) -> Objective:
+    teacher = {"teacher": "runs/cnn"} if distill else {}
+    return create_objective(
+        OptimConfig(loss=loss, label_smoothing=label_smoothing), DistillConfig(**teacher, **distill)
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("temperature", "weight"), [(3.0, 0.1), (1.0, 0.5)])
+def test_soft_distillation_is_the_papers_equation(
+    drawn: dict[str, Tensor], temperature: float, weight: float, smoothing: float
+) -> None:
+    rule = objective("ce", smoothing, distill="soft", distill_weight=weight, distill_temperature=temperature)
+    parts = rule(Fixed(drawn["student"]), IMAGES, drawn["targets"].float(), drawn["teacher"].float())
+    s, t, y = (drawn[name].numpy() for name in ("student", "teacher", "targets"))
+    expected = (1 - weight) * cross_entropy(s, y, smoothing) + weight * temperature**2 * kullback_leibler(
+        s, t, temperature
+    )
+    assert parts["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_official_form_divides_by_the_number_of_classes_too(drawn: dict[str, Tensor]) -> None:
+    s, t = drawn["student"], drawn["teacher"]
+    expected = 4 * kullback_leibler(s.numpy(), t.numpy(), 2.0) / K
+    assert soft_distillation(s.float(), t.float(), temperature=2.0, per_class=True).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    literal = nn.functional.kl_div(  # as the reference facts state DeiT's code: sum over numel
+        (s / 2).log_softmax(1), (t / 2).log_softmax(1), reduction="sum", log_target=True
+    ) * (2 * 2) / s.numel()  # fmt: skip
+    assert literal.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_hard_distillation_learns_the_teachers_first_choice(drawn: dict[str, Tensor]) -> None:
+    rule = objective("ce", 0.1, distill="hard")
+    parts = rule(Fixed(drawn["student"]), IMAGES, drawn["targets"].float(), drawn["teacher"].float())
+    s, y = drawn["student"].numpy(), drawn["targets"].numpy()
+    choice = np.eye(K)[drawn["teacher"].numpy().argmax(1)]  # not smoothed
+    assert parts["loss"].item() == pytest.approx(0.5 * cross_entropy(s, y, 0.1) + 0.5 * cross_entropy(s, choice), 1e-5)
+
+
+def test_with_two_heads_labels_teach_the_first_and_the_teacher_the_second(drawn: dict[str, Tensor]) -> None:
+    model = Fixed(drawn["student"], drawn["other"])
+    rule = objective(distill="token", distill_weight=0.3)
+    parts = rule(model, IMAGES, drawn["targets"].float(), drawn["teacher"].float())
+    parts["loss"].backward()
+    s, o, t, y = (drawn[name].numpy() for name in ("student", "other", "teacher", "targets"))
+    choice = np.eye(K)[t.argmax(1)]
+    assert parts["loss"].item() == pytest.approx(0.7 * cross_entropy(s, y) + 0.3 * cross_entropy(o, choice), rel=1e-5)
+    np.testing.assert_allclose(model.heads[0].grad.numpy(), 0.7 * (softmax(s) - y) / B, atol=1e-6)
+    np.testing.assert_allclose(model.heads[1].grad.numpy(), 0.3 * (softmax(o) - choice) / B, atol=1e-6)
+    torch.testing.assert_close(parts["logits"], model.heads[0])
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_gradient_of_the_divergence_is_temperature_times_the_difference_of_probabilities(
+    drawn: dict[str, Tensor], per_class: bool
+) -> None:
+    logits, temperature = drawn["student"].float().requires_grad_(), 3.0
+    soft_distillation(logits, drawn["teacher"].float(), temperature=temperature, per_class=per_class).backward()
+    s, t = drawn["student"].numpy() / temperature, drawn["teacher"].numpy() / temperature
+    expected = temperature * (softmax(s) - softmax(t)) / (B * (K if per_class else 1))
+    np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-6)
+
+
+def test_student_with_its_teachers_logits_has_no_gradient(drawn: dict[str, Tensor]) -> None:
+    t = drawn["teacher"].float()
+    assert soft_distillation(t, t + 7, temperature=3.0).item() == pytest.approx(
+        0, abs=1e-5
+    )  # logits count up to a constant
+
+
+def test_the_binary_loss_takes_every_label_of_a_mixed_image_as_whole(drawn: dict[str, Tensor]) -> None:
+    targets = torch.zeros(B, K)
+    targets[:, 1], targets[:, 3] = 0.3, 0.7
+    s = drawn["student"].numpy()
+    p, y = 1 / (1 + np.exp(-s)), (targets.numpy() > 0).astype(float)
+    expected = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
+    assert binary_cross_entropy(drawn["student"], targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_half_precision_logits_give_a_float32_loss(drawn: dict[str, Tensor]) -> None:
+    model = Fixed(drawn["student"]).bfloat16()
+    for rule in (objective("ce", 0.1), objective("ce", 0.1, distill="soft"), objective("bce", distill="hard")):
+        assert rule(model, IMAGES, drawn["targets"].float(), drawn["teacher"].half())["loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "weight", "own"),
+    [
+        ({"distill": "hard"}, 0.5, {}),
+        ({"distill": "token"}, 0.5, {}),
+        ({"distill": "soft"}, 0.1, {"temperature": 3.0, "per_class": False}),  # arXiv:2012.12877, section 6
+        # DeiT's code, its defaults
+        ({"distill": "soft", "distill_values": "official"}, 0.5, {"temperature": 1.0, "per_class": True}),
+        (
+            {"distill": "soft", "distill_weight": 0.9, "distill_temperature": 4.0},
+            0.9,
+            {"temperature": 4.0, "per_class": False},
+        ),
+    ],
+)
+def test_published_values_are_the_defaults(options: dict[str, Any], weight: float, own: dict[str, Any]) -> None:
+    rule = objective(**options)
+    assert (rule.weight, rule.distillation_options) == (weight, own)
+
+
+def test_chance_bounds_the_loss_of_equal_logits(drawn: dict[str, Tensor]) -> None:
+    """Check mixed labels and confident teachers; cross-entropies reach the bound."""
+    equal, images = Fixed(torch.zeros(B, K)), torch.zeros(B, 3, 2, 2)
+    for loss in ("ce", "bce"):
+        plain = objective(loss, 0.1)
+        assert plain(equal, images, drawn["targets"])["loss"].item() == pytest.approx(plain.chance(K), rel=1e-5)
+        for options in ({"distill": "hard"}, {"distill": "soft"}, {"distill": "soft", "distill_values": "official"}):
+            rule = objective(loss, **options)
+            for teacher in (drawn["teacher"], 1e4 * drawn["teacher"]):
+                value = rule(equal, images, drawn["targets"], teacher)["loss"]
+                assert value.item() <= rule.chance(K) * (1 + 1e-5)
+            assert value.item() == pytest.approx(rule.chance(K), rel=1e-3)  # this teacher has no doubts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalOptions:
+    gamma: float = 2.0
+    """Exponent of the modulating factor."""
+
+
+def focal(logits: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
+    """Return the focal loss (Lin et al. 2017, arXiv:1708.02002)."""
+    log_p = logits.float().log_softmax(1)
+    return -(targets * (1 - log_p.exp()) ** gamma * log_p).sum(1).mean()
+
+
+def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def chance(num_classes: int, *, gamma: float) -> float:
+        return (1 - 1 / num_classes) ** gamma * np.log(num_classes)
+
+    entry = Loss(help="focal loss", function=focal, chance=chance, options=FocalOptions)
+    monkeypatch.setitem(LOSSES, "focal", entry)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "focal: focal loss" in text
+    assert "--focal-gamma X Loss focal: Exponent of the modulating factor. [2.0]" in text
+    config = Config.build(**parse_arguments(options_parser("train", ""), ["--loss", "focal", "--focal-gamma", "3"]))
+    assert Config.from_dict(config.to_dict()) == config
+    rule = create_objective(config.optim)
+    equal = Fixed(torch.zeros(B, K))
+    targets = torch.eye(K)[torch.arange(B) % K]
+    assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx(rule.chance(K), rel=1e-5)
+    assert rule.chance(K) == pytest.approx(0.8**3 * np.log(K))
+    other = Config.build(loss_options={"focal_gamma": 3.0})
+    assert losses.create_objective(other.optim).loss is LOSSES["ce"]
+
+
+def test_unknown_losses_and_options_of_losses_are_input_errors() -> None:
+    for options, message in (
+        ({"loss": "cee"}, "--loss cee: expected one of ce, bce"),
+        ({"loss": "soft"}, "--loss soft: expected one of ce, bce"),
+        ({"loss_options": {"ce_gamma": 1}}, "unknown option --ce-gamma"),
+    ):
+        with pytest.raises(InputError, match=message):
+            create_objective(Config.build(**options).optim)
+    with pytest.raises(InputError, match="--distill ce: expected one of soft, hard, token"):
+        objective(distill="ce")

@@ -247,22 +247,26 @@ class DistillConfig:
     teacher: str | None = option(None, "path")
     """Teacher: a run folder, a weights file (.safetensors), or a pretrained timm model."""
     distill: str = "hard"
-    """Loss of the teacher's logits."""
+    """Loss of the teacher's outputs."""
     distill_values: Literal["paper", "official"] = "paper"
     """Defaults of soft distillation: the mean divergence per image with weight 0.1 at temperature 3 (paper), or divided
     by the number of classes too, with weight 0.5 at temperature 1 (official: DeiT's code)."""
     distill_weight: float | None = None
-    """Weight of the teacher's loss; the labels' loss has the rest; by default 0.5 for hard and token."""
+    """Weight of the teacher's loss; the labels' loss has the rest; by default 0.5 for hard and token. For features it
+    multiplies a term that is added to the labels' loss, by default 2.5."""
     distill_temperature: float | None = None
     """Temperature that both models' logits are divided by, for soft."""
     teacher_views: int = 0
-    """Number of augmented epochs to cycle through so that teacher logits can be cached; 0 draws new augmentations every
-    epoch."""
+    """Number of augmented epochs to cycle through so that the outputs of the teacher can be cached; 0 draws new
+    augmentations every epoch."""
 
     def __post_init__(self) -> None:
         require(self.teacher != "", "teacher", repr(self.teacher), "a run's folder, a weights file, or a timm model")
         weight, temperature = self.distill_weight, self.distill_temperature
-        require(weight is None or 0 < weight <= 1, "distill_weight", weight, "a share above 0, at most 1")
+        if self.distill == "features":
+            require(weight is None or 0 < weight < math.inf, "distill_weight", weight, "a factor above 0")
+        else:
+            require(weight is None or 0 < weight <= 1, "distill_weight", weight, "a share above 0, at most 1")
         if temperature is not None:
             require(0 < temperature < math.inf, "distill_temperature", temperature, "a temperature above 0")
         require(self.teacher_views >= 0, "teacher_views", self.teacher_views, "0 or more")

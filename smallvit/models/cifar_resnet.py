@@ -14,6 +14,7 @@ Axes: b batch, c d channels, h w input, i j output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -97,10 +98,16 @@ class CIFARResNet(nn.Module):
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Return the last feature map, a quarter of the image's side."""
+        return self.forward_intermediates(x)[0]
+
+    def forward_intermediates(
+        self, x: Float[Tensor, "b c h w"], indices: Sequence[int] | None = None, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the last feature map and those of all stages or some; only the latter with `intermediates_only`."""
         x = F.relu(self.bn1(self.conv1(x)))
-        for layers in (self.layer1, self.layer2, self.layer3):
-            x = layers(x)
-        return x
+        maps = [x := layers(x) for layers in (self.layer1, self.layer2, self.layer3)]
+        maps = maps if indices is None else [maps[index] for index in indices]
+        return maps if intermediates_only else (x, maps)
 
     def forward_head(self, x: Float[Tensor, "b d i j"], pre_logits: bool = False) -> Tensor:
         """Return the logits (b, num_classes) of a feature map, or the pooled features (b, d) with `pre_logits`."""

@@ -17,6 +17,7 @@ Axes: b batch, c channels, h w image, i j token grid, n tokens, e token width, d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,13 +152,28 @@ class T2TViT(nn.Module):
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n e"]:
         """Return the tokens after the last norm, the class token first."""
+        return self.forward_intermediates(x, [])[0]
+
+    def forward_intermediates(
+        self, x: Float[Tensor, "b c h w"], indices: Sequence[int] | None = None, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the tokens after the last norm, and the patch tokens after all blocks or some as maps (b, e, i, j).
+
+        Only the maps are returned with `intermediates_only`.
+        """
         x = self._run(self.tokens, x)
+        rows, taken = x.shape[2], range(len(self.blocks)) if indices is None else indices
         count = 1 + x.shape[2] * x.shape[3]
         pos_embed = self.pos_embed
         if count > pos_embed.shape[1]:
             pos_embed = sincos_1d(count, self.embed_dim).to(pos_embed)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), rearrange(x, "b e i j -> b (i j) e")], dim=1)
-        return self.norm(self._run(self.blocks, x + pos_embed[:, :count]))
+        x, maps = x + pos_embed[:, :count], []
+        for index in range(len(self.blocks)):
+            x = self._run(self.blocks[index : index + 1], x)
+            if index in taken:
+                maps.append(rearrange(x[:, 1:], "b (i j) e -> b e i j", i=rows))
+        return maps if intermediates_only else (self.norm(x), maps)
 
     def forward_head(self, x: Float[Tensor, "b n e"], pre_logits: bool = False) -> Tensor:
         """Return the logits (b, num_classes) of tokens, or the pooled features (b, e) with `pre_logits`."""

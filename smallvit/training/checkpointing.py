@@ -80,7 +80,7 @@ class Checkpointer:
             InputError: The checkpoint is damaged, or torchrun's processes see different ones.
         """
         setup = self.setup
-        saved = checkpoint.load_state(self.run / Run.STATE, setup.model, setup.optimizer, setup.average)
+        saved = checkpoint.load_state(self.run / Run.STATE, setup.trained, setup.optimizer, setup.average)
         if saved is not None:
             self._load_progress(saved)
         own = (self.state.images, self.steps_done)
@@ -241,13 +241,15 @@ class Checkpointer:
         run, setup, state = self.run, self.setup, self.state
         if state.step:
             self.mean_loss()
-        finite = torch.stack([local_tensor(parameter).isfinite().all() for parameter in setup.model.parameters()]).all()
+        finite = torch.stack(
+            [local_tensor(parameter).isfinite().all() for parameter in setup.trained.parameters()]
+        ).all()
         if setup.world.agree(int(not finite)):
             raise self._diverged("weights are no longer finite")
         state.scaler = setup.scaler.state_dict()
         state.losses = setup.world.total(self.losses[: state.step]).tolist()
         weights = checkpoint.snapshot(setup.eval_model) if not state.step else None
-        gathered = checkpoint.gather_state(setup.model, setup.optimizer, setup.average)
+        gathered = checkpoint.gather_state(setup.trained, setup.optimizer, setup.average)
         if setup.world.main:
             if self.best is not None:
                 metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])

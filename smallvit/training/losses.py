@@ -6,6 +6,7 @@ weight λ and temperature τ:
     soft     (1 − λ) L(s, y) + λ τ² KL(softmax(t/τ) ‖ softmax(s/τ))
     hard     (1 − λ) L(s, y) + λ CE(s, argmax t)
     token    as hard, but the second term takes the logits of the distillation head
+    features L(s, y) + λ Σ mean((up(F) − up(A f))²), feature maps F of the teacher and f of the student (`guidance`)
 
 L is the loss of the labels. A model with two heads gives both logits; the first term takes the class head's.
 torch is imported inside functions, so that the command line lists losses and their options without it.
@@ -16,7 +17,7 @@ Axes: b batch, k classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,24 @@ def hard_distillation(logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor
     return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
 
 
+def feature_guidance(
+    maps: Sequence[Float[Tensor, "b d i j"]], teacher_maps: Sequence[Float[Tensor, "b d k l"]]
+) -> Float[Tensor, ""]:
+    """Return the sum over stages of the mean squared difference of two feature maps, at the larger of their grids.
+
+    Source: locality guidance (Li et al. 2022, arXiv:2207.10026).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    total = torch.zeros((), device=maps[0].device)
+    for student, teacher in zip(maps, teacher_maps, strict=True):
+        grid = tuple(max(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+        student, teacher = (F.interpolate(each.float(), grid, mode="bilinear") for each in (student, teacher))
+        total = total + F.mse_loss(student, teacher)
+    return total
+
+
 def soft_chance(num_classes: int, *, temperature: float = 1.0, per_class: bool = False) -> float:
     """Return the largest soft distillation loss of equal logits: τ² log k."""
     return temperature**2 * math.log(num_classes) / (num_classes if per_class else 1)
@@ -86,7 +105,7 @@ class Loss:
     help: str
     function: Callable[..., Tensor]
     """Function of logits (b, k), targets (b, k) and the options; returns the mean over the batch. Targets are label
-    distributions, or the teacher's logits."""
+    distributions, or the teacher's logits; with `features`, both are lists of feature maps."""
     chance: Callable[..., float]
     """Function of the number of classes and the options: the largest loss of equal logits for all classes."""
     options: type | None = None
@@ -94,7 +113,11 @@ class Loss:
     label_smoothing: bool = False
     """Whether the function takes `label_smoothing`."""
     distillation: bool = False
-    """Whether the targets are a teacher's logits; chosen by --distill instead of --loss."""
+    """Whether the targets are a teacher's outputs; chosen by --distill instead of --loss."""
+    features: bool = False
+    """Whether the function compares feature maps; it is added to the labels' loss, which keeps its weight."""
+    weight: float = 0.5
+    """Default weight λ of a distillation loss."""
 
 
 LOSSES: dict[str, Loss] = {
@@ -127,6 +150,14 @@ LOSSES: dict[str, Loss] = {
         chance=math.log,
         distillation=True,
     ),
+    "features": Loss(
+        help="the teacher's feature maps: locality guidance by a CNN",
+        function=feature_guidance,
+        chance=lambda num_classes: 0.0,
+        distillation=True,
+        features=True,
+        weight=2.5,
+    ),
 }
 """All losses by name: values of --loss, and of --distill for those with a teacher."""
 
@@ -147,16 +178,25 @@ class Objective:
         model: Callable[..., Any],
         images: Float[Tensor, "b c h w"],
         targets: Float[Tensor, "b k"],
-        teacher_logits: Float[Tensor, "b k"] | None = None,
+        teacher_outputs: Float[Tensor, "b k"] | Sequence[Float[Tensor, "b d i j"]] | None = None,
     ) -> dict[str, Tensor]:
-        """Return loss and logits of the class head for a batch, in float32."""
+        """Return loss and logits of the class head for a batch, in float32.
+
+        Args:
+            teacher_outputs: The teacher's logits, or its feature maps if the distillation loss compares those.
+        """
         outputs = model(images)
         logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.loss.function(logits, targets, **self.options)
         if self.distillation is not None:
-            term = self.distillation.function(distilled, teacher_logits, **self.distillation_options)
-            loss = (1 - self.weight) * loss + self.weight * term
+            term = self.distillation.function(distilled, teacher_outputs, **self.distillation_options)
+            loss = self.label_weight * loss + self.weight * term
         return {"loss": loss, "logits": logits}
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of the labels' loss next to a distillation loss."""
+        return 1.0 if self.distillation.features else 1 - self.weight
 
     def chance(self, num_classes: int) -> float:
         """Return the largest loss of a model that gives all classes the same probability."""
@@ -164,7 +204,7 @@ class Objective:
         if self.distillation is None:
             return loss
         term = self.distillation.chance(num_classes, **self.distillation_options)
-        return (1 - self.weight) * loss + self.weight * term
+        return self.label_weight * loss + self.weight * term
 
 
 def create_objective(optim: OptimConfig, distill: DistillConfig | None = None) -> Objective:
@@ -180,7 +220,7 @@ def create_objective(optim: OptimConfig, distill: DistillConfig | None = None) -
     if distill is None or distill.teacher is None:
         return Objective(loss, options)
     term, extra = get_loss(distill.distill, distillation=True), _own_options(distill.distill, optim.loss_options)
-    weight, temperature, per_class = 0.5, 1.0, False
+    weight = term.weight
     if distill.distill == "soft":
         per_class = distill.distill_values == "official"
         weight, temperature = (0.5, 1.0) if per_class else (0.1, 3.0)

@@ -36,6 +36,7 @@ from smallvit.utils.hardware import LossScaler, batch_size, choose_dtype
 
 if TYPE_CHECKING:
     from smallvit.datasets.dataset import ImageDataset
+    from smallvit.training.guidance import GuidedModel
     from smallvit.training.teacher import Teacher
 
 
@@ -56,10 +57,12 @@ class Setup:
     spec: dict[str, Any]
     """Arguments of `create_model` that the model was created with."""
     model: nn.Module
+    trained: nn.Module
+    """What is trained: the model, within the layers that only its training needs (--distill features)."""
     replicated: nn.Module
-    """The model, with gradients averaged over torchrun's processes."""
+    """`trained`, with gradients averaged over torchrun's processes."""
     forward: Callable[..., Any]
-    """The replicated model that training calls, compiled if that saves time."""
+    """`replicated`, which training calls, compiled if that saves time."""
     compilation: hardware.Compilation
     operations: OperationCounts
     """Operations of one image's forward pass."""
@@ -237,9 +240,12 @@ def create_setup(
         model.set_distilled_training(config.distill.distill == "token")
     set_fused_attention(model, device.type, dtype)
     model, average = _move_model(model, config, device, world)
-    replicated = distributed.replicate(model, world, device)
+    trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
+    replicated = distributed.replicate(trained, world, device)
 
     optimizer = optim.create_optimizer(model, config.optim)
+    if trained is not model:
+        optimizer.add_param_group({"params": list(trained.projections.parameters())})
     return Setup(
         config=config.replace(data=dataset.source, streaming=streaming, compile=how),
         device=device,
@@ -248,6 +254,7 @@ def create_setup(
         batches=batches,
         spec=spec,
         model=model,
+        trained=trained,
         replicated=replicated,
         forward=compilation.wrap(replicated),
         compilation=compilation,
@@ -313,6 +320,16 @@ def _move_model(
         for each in [model] if average is None else [model, average.module]:
             distributed.shard(each, world, device)
     return model, average
+
+
+def _guide(model: nn.Module, config: Config, dataset: ImageDataset, teacher: Teacher) -> GuidedModel:
+    """Return the model within the layers that compare its feature maps with the teacher's."""
+    from smallvit.training.guidance import GuidedModel
+
+    if config.compute.fsdp:
+        raise InputError("--fsdp cannot be combined with --distill features; remove one")
+    guided = GuidedModel(model, dataset.img_size, dataset.in_chans, config.model.arch, teacher.channels)
+    return guided.to(next(model.parameters()).device)
 
 
 def _spec(config: Config, dataset: ImageDataset) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compute the logits of a teacher for the augmented and mixed images of its student.
+"""Compute the logits or feature maps of a teacher for the augmented and mixed images of its student.
 
 Images are resized and normalized for the teacher. It runs in evaluation mode without gradients.
 
@@ -7,7 +7,8 @@ Axes: b batch, c channels, h w image, k classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,14 @@ from smallvit.models import weights, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.profiling.flops import count_parameters
+from smallvit.training.guidance import FeatureExtractor
+from smallvit.training.losses import LOSSES
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import Compilation, autocast, choose_dtype, free_memory
 
 CACHE_DTYPE = torch.float16
-"""Dtype of cached logits."""
+"""Dtype of cached logits and feature maps."""
+Outputs = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,8 @@ class Teacher:
     """A trained model on the training device."""
 
     card: WeightsInfo
-    forward: Callable[[Tensor], Tensor]
-    """The model, compiled if the student is."""
+    forward: Callable[[Tensor], Outputs]
+    """The model, or what extracts its feature maps; compiled if the student is."""
     parameters: int
     img_size: int
     gain: Float[Tensor, "c 1 1"]
@@ -44,24 +48,30 @@ class Teacher:
     order: Tensor | None
     """Indices of the student's classes among the teacher's, if in another order."""
     dtype: torch.dtype
-    cache: dict[tuple[int, ...], Tensor] | None
-    """Logits by batch position, with --teacher-views."""
+    cache: dict[tuple[int, ...], list[Tensor]] | None
+    """Outputs by batch position, with --teacher-views."""
     fingerprint: str
     """Fingerprint of the weights: a student is resumed with the same teacher."""
+    channels: tuple[int, ...] = ()
+    """Channels of the feature maps; without any, the teacher gives logits."""
 
-    def __call__(self, images: Float[Tensor, "b c h w"], position: tuple[int, ...] = ()) -> Float[Tensor, "b k"]:
-        """Return logits for the student's images; `position` identifies a batch that is repeated."""
+    def __call__(self, images: Float[Tensor, "b c h w"], position: tuple[int, ...] = ()) -> Outputs:
+        """Return logits or feature maps for the student's images; `position` identifies a batch that is repeated."""
         if self.cache is None:
-            return self._compute_logits(images)
-        if position not in self.cache:
-            self.cache[position] = self._compute_logits(images).to("cpu", CACHE_DTYPE)
-        return self.cache[position].to(images.device, torch.float32)
+            outputs = self._compute_outputs(images)
+        else:
+            if position not in self.cache:
+                self.cache[position] = [each.to("cpu", CACHE_DTYPE) for each in self._compute_outputs(images)]
+            outputs = [each.to(images.device, torch.float32) for each in self.cache[position]]
+        return outputs if self.channels else outputs[0]
 
-    def _compute_logits(self, images: Tensor) -> Tensor:
+    def _compute_outputs(self, images: Tensor) -> list[Tensor]:
         with torch.inference_mode(), autocast(images.device, self.dtype):
-            logits = self.forward(self.adapt_images(images)).float()
-            logits = logits if self.order is None else logits[:, self.order]
-        return logits.clone()  # not an inference tensor: the loss's graph keeps it
+            outputs = self.forward(self.adapt_images(images))
+            outputs = [each.float() for each in (outputs if self.channels else [outputs])]
+            if self.order is not None:
+                outputs = [logits[:, self.order] for logits in outputs]
+        return [each.clone() for each in outputs]  # not inference tensors: the loss's graph keeps them
 
     def adapt_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c y z"]:
         """Resize and normalize the student's images for the teacher."""
@@ -73,7 +83,8 @@ class Teacher:
     def describe(self) -> str:
         """Return a one-line description."""
         arch = self.card.spec["arch"]
-        cached = ", logits cached" if self.cache is not None else ""
+        what = "feature maps" if self.channels else "logits"
+        cached = f", {what} cached" if self.cache is not None else ""
         return f"{self.card.name}: {arch}, {self.parameters:,} parameters, sees {self.img_size} pixels{cached}"
 
 
@@ -83,19 +94,25 @@ def create_teacher(
     """Create the teacher that a configuration names.
 
     Args:
-        views: Images per epoch and process, of which logits may be cached.
+        views: Images per epoch and process, of which outputs may be cached.
 
     Raises:
-        InputError: No such model, or one with other classes or channels, or that has seen test images.
+        InputError: No such model, or one with other channels, that has seen test images, or does not have the same
+            classes (for logits) or three feature maps.
     """
     distill = config.distill
     card = weights_info.read_weights_info(distill.teacher, "--teacher")
-    order = _require_fit(card, config, dataset)
-    _require_memory(distill.teacher_views, views, len(dataset.class_names))
+    features = LOSSES[distill.distill].features
+    order = _require_fit(card, config, dataset, same_classes=not features)
     model = weights.load_trained_model(card)
     parameters = count_parameters(model)
-    size = card.spec["img_size"]
-    dtype = choose_dtype(device, config.compute.amp, model, card.spec["in_chans"], size)
+    size, in_chans = card.spec["img_size"], card.spec["in_chans"]
+    dtype = choose_dtype(device, config.compute.amp, model, in_chans, size)
+    shapes: Sequence[tuple[int, ...]] = [(len(dataset.class_names),)]
+    if features:
+        model = FeatureExtractor(model, size, in_chans, f"--teacher {card.name}", spread=False)
+        shapes = model.shapes
+    _require_memory(distill.teacher_views, views, sum(math.prod(shape) for shape in shapes))
     model = prepare_for_inference(model.requires_grad_(False), device, dtype)
     mean, std = dataset.statistics(device)
     teacher_mean, teacher_std = (torch.tensor(values, device=device)[:, None, None] for values in (card.mean, card.std))
@@ -107,18 +124,21 @@ def create_teacher(
         gain=std / teacher_std,
         offset=(mean - teacher_mean) / teacher_std,
         order=None if order == list(range(len(order))) else torch.tensor(order, device=device),
+        channels=tuple(shape[0] for shape in shapes) if features else (),
         dtype=dtype,
         cache={} if distill.teacher_views else None,
         fingerprint=weights_info.compute_fingerprint(card),
     )
 
 
-def _require_fit(card: WeightsInfo, config: Config, dataset: ImageDataset) -> list[int]:
-    """Check that a teacher fits the dataset; return the indices of the student's classes among its own."""
+def _require_fit(card: WeightsInfo, config: Config, dataset: ImageDataset, *, same_classes: bool) -> list[int]:
+    """Check that a teacher fits the dataset; return the indices of the student's classes among its own, if the same."""
     if card.spec is None:
         raise card.error("its file does not name the model; give a run's folder or weights")
     weights.check_channels(card, dataset)
     leakage.check_test_split(card, dataset, config.data)
+    if not same_classes:
+        return []
     classes = card.class_names or ()
     if odd := set(classes) ^ set(dataset.class_names):
         raise card.error(
@@ -128,9 +148,9 @@ def _require_fit(card: WeightsInfo, config: Config, dataset: ImageDataset) -> li
     return [classes.index(name) for name in dataset.class_names]
 
 
-def _require_memory(epochs: int, views: int, classes: int) -> None:
-    needed = epochs * views * classes * CACHE_DTYPE.itemsize
+def _require_memory(epochs: int, views: int, values: int) -> None:
+    needed = epochs * views * values * CACHE_DTYPE.itemsize
     if needed > free_memory() / 2:
         raise InputError(
-            f"--teacher-views {epochs}: caching the logits needs {needed / 2**30:.1f} GiB; give fewer views"
+            f"--teacher-views {epochs}: caching the teacher's outputs needs {needed / 2**30:.1f} GiB; give fewer views"
         )

@@ -190,7 +190,7 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     with record_function("optimizer"):
         setup.scaler.unscale_(optimizer)
         if config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+            nn.utils.clip_grad_norm_(setup.trained.parameters(), config.optim.clip_grad)
         applied = setup.scaler.step(optimizer)
     if setup.average is not None:
         with record_function("moving average"):
@@ -204,7 +204,7 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
     """Accumulate the gradients of a batch's mean loss; return this process's share of that loss.
 
     Args:
-        position: Augmentation epoch and step of the batch, by which teacher logits are cached.
+        position: Augmentation epoch and step of the batch, by which the teacher's outputs are cached.
     """
     optim, world = setup.config.optim, setup.world
     size = setup.batches.sampling.size
@@ -214,10 +214,10 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
     )
     for number, (part, part_targets) in enumerate(parts, 1):
         with record_function("teacher"):
-            teacher_logits = None if setup.teacher is None else setup.teacher(part, (*position, number))
+            teacher_outputs = None if setup.teacher is None else setup.teacher(part, (*position, number))
         with distributed.sync_last_backward(setup.replicated, last=number == len(parts)):
             with record_function("forward"), hardware.autocast(setup.device, setup.dtype):
-                outputs = setup.objective(setup.forward, part, part_targets, teacher_logits)
+                outputs = setup.objective(setup.forward, part, part_targets, teacher_outputs)
             loss = outputs["loss"] * (len(part) / size)
             with record_function("backward"):
                 setup.scaler.scale(loss * world.size).backward()  # gradients are averaged over the processes

@@ -161,13 +161,13 @@ def test_with_all_of_the_weight_a_teacher_that_is_wrong_is_believed(tmp_path: Pa
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    ask = Teacher._compute_logits
+    ask = Teacher._compute_outputs
 
-    def counted(self: Teacher, images: Tensor) -> Tensor:
+    def counted(self: Teacher, images: Tensor) -> list[Tensor]:
         calls.append(len(images))
         return ask(self, images)
 
-    monkeypatch.setattr(Teacher, "_compute_logits", counted)
+    monkeypatch.setattr(Teacher, "_compute_outputs", counted)
     return calls
 
 

@@ -121,15 +121,18 @@ def test_weights_files_hold_the_student_alone_and_a_resumed_run_gives_the_same_b
 
 
 @pytest.mark.slow
-def test_all_architectures_learn_from_a_timm_cnn(tmp_path: Path) -> None:
-    folder = train.train(Config.build(arch="resnet10t", out=str(tmp_path / "cnn"), **TINY)).folder
+def test_students_of_all_families_learn_from_a_timm_cnn(tmp_path: Path) -> None:
+    options = TINY | {"batch_size": 16, "train_fraction": 0.05}
+    folder = train.train(Config.build(arch="test_resnet", out=str(tmp_path / "cnn"), **options)).folder
     failed = []
-    for arch in ("vit+spt+lsa", "deit_tiny_patch16_224", "cait", "pit+spt", "swin", "t2t", "resnet20"):
-        setup = guided(folder, arch=arch)
+    for arch in ("vit96+spt+lsa", "deit_tiny_patch16_224", "cait", "pit+spt", "swin", "t2t", "resnet20"):
+        setup = guided(folder, arch=arch, **options)
+        before = {name: value.clone() for name, value in setup.trained.projections.state_dict().items()}
         images, targets = next(setup.batches.epoch(0))
-        losses = [train_step(setup, 0, step, images, targets).item() for step in range(len(setup.batches))]
-        if not losses[-1] < losses[0]:
-            failed.append((arch, losses))
+        loss = train_step(setup, 0, 0, images, targets)
+        after = setup.trained.projections.state_dict()
+        if not loss.isfinite() or any(torch.equal(value, before[name]) for name, value in after.items()):
+            failed.append(arch)
     assert not failed
 
 

@@ -162,7 +162,7 @@ class T2TViT(nn.Module):
         Only the maps are returned with `intermediates_only`.
         """
         x = self._run(self.tokens, x)
-        rows, taken = x.shape[2], range(len(self.blocks)) if indices is None else indices
+        rows, selected = x.shape[2], range(len(self.blocks)) if indices is None else indices
         count = 1 + x.shape[2] * x.shape[3]
         pos_embed = self.pos_embed
         if count > pos_embed.shape[1]:
@@ -171,7 +171,7 @@ class T2TViT(nn.Module):
         x, maps = x + pos_embed[:, :count], []
         for index in range(len(self.blocks)):
             x = self._run(self.blocks[index : index + 1], x)
-            if index in taken:
+            if index in selected:
                 maps.append(rearrange(x[:, 1:], "b (i j) e -> b e i j", i=rows))
         return maps if intermediates_only else (self.norm(x), maps)
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from smallvit.cli import hints
 from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse
 from smallvit.config.config import Config
 from smallvit.config.options import DataConfig
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     """Draw the attention, and print a table of the layers and the files written."""
     options = parse(parser(), argv)
     name, images, compare, out = (options.pop(each) for each in ("name", "images", "compare", "out"))
+    hints.require_run("smallvit attend", argv, name, images)
     for option in SPLIT_OPTIONS if images else ():
         if option in options:
             raise InputError(f"{flag(option)} has no effect with image files; remove it")

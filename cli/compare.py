@@ -11,12 +11,16 @@ from typing import Any
 from smallvit.cli.parser import Parser, options_parser, parse
 from smallvit.config import spec
 from smallvit.config.config import Config, option_names, option_types
+from smallvit.datasets.catalog import require_data
+from smallvit.models.architectures import require_name
 from smallvit.utils.errors import InputError, flag, require
+from smallvit.utils.files import is_path
 
 DESCRIPTION = """\
 Compare models: accuracy over seeds, parameters, speed and memory, as a table and a picture.
 
   smallvit compare --data cifar100 --arch vit --arch vit+spt+lsa --arch resnet56 --epochs 30 --seeds 3
+  smallvit compare vit vit+spt+lsa --data DIR
   smallvit compare --arch vit --ablation --epochs 50 --seeds 2
   smallvit compare --arch vit --arch vit,lr=3e-3 --images-seen 100000
   smallvit compare RUN RUN ...
@@ -42,7 +46,7 @@ def parser() -> Parser:
 
 def _add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("compare", "What to compare.")
-    group.add_argument("runs", nargs="*", metavar="RUN", help="Folders of finished runs; nothing is trained.")
+    group.add_argument("runs", nargs="*", metavar="RUN", help="Finished runs to compare; or rows, as with --arch.")
     group.add_argument("--arch", action="append", default=[], metavar="ROW", help=f"A row to train: {spec.SPEC_FORM}.")
     group.add_argument("--ablation", action="store_true", help="Each row without plugins, with each, and with both.")
     group.add_argument("--seeds", type=int, default=1, metavar="N", help="Runs per row, starting at --seed. [1]")
@@ -60,6 +64,11 @@ def main(argv: list[str]) -> int:
         if argument.startswith("--") and name in option_types() and name != "arch":
             spec.require_shared_option(name)
     options = parse(parser(), argv)
+    rows = [each for each in options["runs"] if not is_path(each)]
+    options["runs"] = [each for each in options["runs"] if is_path(each)]
+    if rows and options["runs"]:
+        raise InputError(f"{rows[0]} is a row to train, {options['runs'][0]} an existing run; give one kind only")
+    options["arch"] += rows
     command = shlex.join(["smallvit", "compare", *argv])
     return _compare_runs(options, command) if options["runs"] else _compare_rows(options, command)
 
@@ -67,15 +76,19 @@ def main(argv: list[str]) -> int:
 def _compare_rows(options: dict[str, Any], command: str) -> int:
     own = {name: options.pop(name) for name in ("runs", "arch", "ablation", "seeds", "common", "images_seen", "speed")}
     if not own["arch"]:
-        raise InputError("nothing to compare: give --arch ROW for each row, or folders of runs; see --help")
+        raise InputError("nothing to compare: give rows, such as vit vit+spt+lsa, or folders of runs; see --help")
     require(own["seeds"] >= 1, "seeds", own["seeds"], "at least 1")
     require(own["images_seen"] is None or own["images_seen"] >= 1, "images_seen", own["images_seen"], "at least 1")
     if own["images_seen"] is not None and "epochs" in options:
         raise InputError("--images-seen and --epochs: give only one of them")
     rows = [spec.parse_spec(text) for text in own["arch"]]
+    for row in rows:
+        with row.named():
+            require_name(row.arch)
     if own["ablation"]:
         rows = [variant for row in rows for variant in spec.expand_ablation(row)]
     config = Config.build(**options)
+    require_data(config.data.data)
     first = options.pop("seed", 0)
     out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", _data_name(config.data.data)))))
 
@@ -107,7 +120,7 @@ def _compare_runs(options: dict[str, Any], command: str) -> int:
             )
     for run in options["runs"]:
         if not os.path.isdir(os.path.expanduser(run)):
-            raise InputError(f"{run}: no such run folder; to train a row, give --arch {run}")
+            raise InputError(f"{run}: no such run folder")
 
     from smallvit.experiments import compare
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
@@ -16,8 +17,10 @@ from rich.text import Text
 from smallvit.cli.parser import Parser, field_docs
 from smallvit.config.model import ModelConfig
 from smallvit.config.spec import format_value
+from smallvit.models.architectures import timm_names
 from smallvit.plugins import PLUGINS, Plugin
 from smallvit.utils.errors import InputError, flag, suggest
+from smallvit.utils.tables import MAX_COLUMNS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +55,8 @@ ARCHS = {
     "vit96": "ViT, 6 blocks, width 96. arXiv:2010.11929",
 } | {f"resnet{depth}": f"CIFAR's ResNet, {depth} layers. arXiv:1512.03385" for depth in (20, 32, 44, 56, 110)}
 """Our architectures, with sources."""
+OTHER_TABLES = {"architectures": "archs", "models": "archs", "datasets": "data", "augmentations": "aug"}
+"""Other words for tables."""
 
 
 def parser() -> Parser:
@@ -65,10 +70,13 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Print one table."""
     options = parser().parse_args(argv)
-    if options.what not in TABLES:
-        expected = f"expected one of {', '.join(TABLES)}{suggest(options.what, TABLES)}"
-        raise InputError(f"smallvit list {options.what}: {expected}")
-    Console().print(TABLES[options.what](options.pattern))
+    what = OTHER_TABLES.get(options.what, options.what)
+    if what not in TABLES:
+        raise InputError(f"smallvit list {what}: expected one of {', '.join(TABLES)}{suggest(what, TABLES)}")
+    table, console = TABLES[what](options.pattern), Console()
+    wide = console.options.update(width=MAX_COLUMNS)
+    console.width = max(console.width, Measurement.get(console, wide, table).minimum)  # words are not cut
+    console.print(table)
     return 0
 
 
@@ -88,16 +96,19 @@ def match_names(pattern: str | None, names: Iterable[str]) -> list[str]:
 
 def archs(pattern: str | None) -> Group:
     """List our architectures; with a pattern, also timm's that match."""
+    match_names(pattern, [*ARCHS, *timm_names()])  # before torch is imported
+
     import timm
     import torch
 
     from smallvit.models.factory import create_model
     from smallvit.profiling.flops import count_parameters
 
-    timm_names = timm.list_models()
-    names = match_names(pattern, [*ARCHS, *timm_names] if pattern else ARCHS)
+    models = timm.list_models()
+    names = match_names(pattern, [*ARCHS, *models] if pattern else ARCHS)
     caption = "ours for 10 classes; timm's with their own image sizes and classes. --init: has pretrained weights"
-    table = Table("--arch", "px", "parameters", "plugins", "--init", caption=caption)
+    titles = ("--arch", "px", "parameters", "plugins", "--init")
+    table = Table(*(Column(title, no_wrap=title != "plugins") for title in titles), caption=caption)
     for name in track(names, "building", console=Console(stderr=True), transient=True):
         with torch.device("meta"):
             if name in ARCHS:
@@ -109,7 +120,7 @@ def archs(pattern: str | None) -> Group:
         table.add_row(name, str(size), f"{count_parameters(model):,}", plugins, "yes" if pretrained else "no")
     notes = [f"{name}: {ARCHS[name]}" for name in names if name in ARCHS]
     if pattern is None:
-        notes.append(f"and {len(timm_names):,} of timm {timm.__version__}: see smallvit list archs 'deit*'")
+        notes.append(f"and {len(models):,} of timm {timm.__version__}: see smallvit list archs 'deit*'")
     return Group(table, *notes)
 
 
@@ -130,7 +141,7 @@ def plugins(pattern: str | None) -> Group:
     shared = ("plugin_init", "dist_token", "dist_average")
     options = {each.name: each for each in fields(ModelConfig) if "plugin" in each.metadata or each.name in shared}
     names = match_names(pattern, options)
-    table = Table("flag", "default", "")
+    table = Table(Column("flag", no_wrap=True), "default", "")
     for name in names:
         table.add_row(flag(name), format_value(options[name].default), Text(sentences[name]))
     listed = {options[name].metadata.get("plugin") for name in names}
@@ -152,7 +163,8 @@ def data(pattern: str | None) -> Group:
     """List the data sets with their sizes and sources."""
     from smallvit.datasets.catalog import DATASETS
 
-    table, sources = Table("--data", "classes", "pixels", "train", "test", "download", "--aug"), []
+    titles = ("--data", "classes", "pixels", "train", "test", "download", "--aug")
+    table, sources = Table(*(Column(title, no_wrap=title != "download") for title in titles)), []
     for name in match_names(pattern, DATASETS):
         entry = DATASETS[name]
         sizes = [archive.size for archive in entry.archives]
@@ -167,7 +179,7 @@ def aug(pattern: str | None) -> Table:
     """List the augmentation presets with their values at 32 px, and those that differ at 224 px."""
     from smallvit.datasets.presets import OFF, PRESETS, preset
 
-    table = Table("--aug", "32 px", "224 px")
+    table = Table(Column("--aug", no_wrap=True), "32 px", "224 px")
     for name in match_names(pattern, PRESETS):
         small, large = (preset(name, size) for size in (32, 224))
         table.add_row(name, format_values(changes(OFF, small)), format_values(changes(small, large)))
@@ -179,7 +191,7 @@ def recipes(pattern: str | None) -> Table:
     from smallvit.config.config import Config
     from smallvit.config.recipes import RECIPES
 
-    table = Table("--recipe", "", "values", "--data imagenet")
+    table = Table(Column("--recipe", no_wrap=True), "", "values", "--data imagenet")
     for name in match_names(pattern, RECIPES):
         recipe = RECIPES[name]
         small, large = (

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from smallvit.cli import hints
 from smallvit.config import recipes
 from smallvit.config.config import Config, apply_regularization, option_names
 from smallvit.config.model import expand_arch
@@ -26,7 +27,7 @@ from smallvit.config.options import REGULARIZATION
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
 from smallvit.training.losses import LOSSES
-from smallvit.utils.errors import InputError, is_utf8, require, suggest
+from smallvit.utils.errors import InputError, is_utf8, require
 
 DEFAULTS_FROM = {
     "recipe": ("NAME", "A recipe by name: lee2021, deit, ... (see smallvit list recipes)."),
@@ -53,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser that keeps line breaks, accepts flags in any position, and raises one-line InputErrors.
 
     Raises:
-        InputError: an unknown flag (the nearest is named), a value of the wrong type, an argument that is missing.
+        InputError: an unknown flag (what was meant is named), a value of the wrong type, an argument that is missing.
     """
 
     def __init__(self, prog: str, description: str) -> None:
@@ -73,17 +74,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
         self.usage = self._synopsis()  # now, as flags among other arguments make argparse forget these for a while
+        self._args = args
         options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = suggest(unknown[0].split("=")[0], flags)
-            raise InputError(f"unknown argument {unknown[0]!r}{hint}; see {self.prog} --help")
+            raise InputError(hints.explain_unknown(self.prog, self._actions, args, unknown))
         out = getattr(options, "out", None) or ""
         require(is_utf8(out), "out", ascii(out), "a name in UTF-8; choose another")  # now, not when all is computed
         return options
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        raise InputError(hints.explain_error(self.prog, self._actions, self._args, message))
 
 
 def options_parser(
@@ -162,7 +162,7 @@ def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
     The values of arguments that are not options are included.
 
     Raises:
-        InputError: an unknown flag or recipe (the closest is named), a value of the wrong type, an unusable file.
+        InputError: an unknown flag or recipe (what was meant is named), a value of the wrong type, an unusable file.
     """
     options = expand_arch(vars(parser.parse_args(argv)))
     own = {name: options.pop(name) for name in [*options] if name.startswith(f"{LOSS_OPTIONS}.")}

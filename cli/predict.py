@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from smallvit.cli import hints
 from smallvit.cli.parser import Parser
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
 from smallvit.utils.errors import InputError, require
@@ -61,12 +63,13 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Classify the images and write predictions as they are computed."""
     options = parser().parse_args(argv)
+    hints.require_run("smallvit predict", argv, options.run, options.images, folders=True)
     path, form = _resolve_output(options)
     require(options.top >= 1, "top", options.top, "at least 1")
     require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
     limit = options.max_megapixels
     require(0 < limit <= 1000, "max_megapixels", limit, "above 0, at most 1000")
-    names = _read_names(options.images)
+    names = _read_names(options.images, options.run)
 
     from smallvit.models.weights_info import read_weights_info
 
@@ -128,13 +131,14 @@ def _resolve_output(options: Namespace) -> tuple[Path | None, str]:
     return check_output_file(options.out, f".{form}", overwrite=options.overwrite), form
 
 
-def _read_names(arguments: list[str]) -> list[str]:
+def _read_names(arguments: list[str], run: str) -> list[str]:
     """Return the files and folders of the arguments and of standard input."""
+    use = f"use {shlex.join(['smallvit', 'predict', run])} IMAGE ..., with files or folders"
     if not arguments and (sys.stdin is None or sys.stdin.isatty()):
-        raise InputError("no images; give files or folders, or - to read names from standard input")
+        raise InputError(f"no images; {use}, or - to read names from standard input")
     lines = () if sys.stdin is None or "-" not in (arguments or ["-"]) else sys.stdin.buffer
     read = [os.fsdecode(line).rstrip("\r\n") for line in lines]
     names = [name for each in arguments or ["-"] for name in (filter(None, read) if each == "-" else [each])]
     if not names:
-        raise InputError("no images: standard input is empty")
+        raise InputError(f"no images: standard input is empty; {use}")
     return names

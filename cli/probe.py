@@ -75,4 +75,4 @@ def create_table(results: dict[str, Any]) -> Table:
 
 def _add_name(parser: Parser) -> None:
     what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
-    parser.add_argument("name", metavar="NAME", help=what)
+    parser.add_argument("name", metavar="RUN", help=what)

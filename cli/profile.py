@@ -15,8 +15,10 @@ from smallvit.cli.parser import Parser, options_parser, parse
 from smallvit.config import spec
 from smallvit.config.config import Config
 from smallvit.config.model import ARCH, ModelConfig
+from smallvit.models import weights_info
+from smallvit.models.architectures import require_name
 from smallvit.utils.errors import InputError, require
-from smallvit.utils.files import check_output_folder
+from smallvit.utils.files import check_output_folder, is_path
 
 DESCRIPTION = """\
 Measure parameters, operations, memory, latency and throughput of models side by side.
@@ -85,6 +87,13 @@ def main(argv: list[str]) -> int:
     model = {each.name: given.pop(each.name) for each in fields(ModelConfig) if each.name in given}
     if model:
         own["rows"] = [*own["rows"], spec.format_label(model.pop("arch", ARCH), model)]
+    for text in own["rows"]:  # before torch is imported
+        if is_path(text):
+            weights_info.read_weights_info(text, "profile")
+            continue
+        row = spec.parse_spec(text)
+        with row.named():
+            require_name(row.arch)
     compute = Config.build(**given).compute
     for name in ("img_size", "batch_sizes", "growth", "classes"):
         for value in [own[name]] if name == "classes" else own[name] or []:

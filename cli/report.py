@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smallvit.cli.parser import Parser, options_parser
 from smallvit.config.config import Config
-from smallvit.runs.run import Run
+from smallvit.runs.run import Run, read_config
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import check_output_file
 
@@ -38,14 +38,15 @@ def main(argv: list[str]) -> int:
     config = Config.build(device=getattr(given, "device", "auto"))
     folders = [Path(os.path.expanduser(run)) for run in given.runs]
     out = given.out or (os.path.join(folders[0], Run.REPORT) if len(folders) == 1 else Run.REPORT)
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise InputError(f"{folder}: given twice")
+        read_config(folder)  # before torch is imported
 
     from rich.console import Console
 
     from smallvit.report import html, run_summary
 
-    for folder in folders:
-        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
-            raise InputError(f"{folder}: given twice")
     runs = [run_summary.read_run_summary(folder) for folder in folders]
     path = check_output_file(out, ".html", overwrite=given.overwrite)
     if given.compute:

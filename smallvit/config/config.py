@@ -25,6 +25,7 @@ from smallvit.config.options import (
     OptimConfig,
     RunConfig,
 )
+from smallvit.config.other_names import suggest_option
 from smallvit.utils.errors import InputError, flag, is_utf8, require, suggest
 
 
@@ -67,7 +68,7 @@ class Config:
         options = expand_arch(options)
         for name, value in options.items():
             if name not in types:
-                raise InputError(f"unknown option {name!r}{suggest(name, types)}")
+                raise InputError(f"unknown option {name!r}{suggest_option(name, {each: each for each in types})}")
             group, kind = types[name]
             groups[group][name] = _checked(name, value, kind)
         return cls(**{group: option_groups()[group](**values) for group, values in groups.items()})

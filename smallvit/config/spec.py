@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args, get_origin
 from smallvit.config import recipes
 from smallvit.config.config import Config, option_names, option_types
 from smallvit.config.model import BINARYVIT_PARTS, is_binaryvit, split_arch
+from smallvit.config.other_names import suggest_option
 from smallvit.plugins import PLUGINS
 from smallvit.utils import files
-from smallvit.utils.errors import InputError, flag, suggest
+from smallvit.utils.errors import InputError, flag
 
 SPEC_FORM = "ARCH[+PLUGIN]...[,option=value]..."
 STARRED = {"binary_downsampling": False}
@@ -161,7 +162,8 @@ def _value(row: str, name: str, text: str) -> Any:
     """Parse the value of an option."""
     types = option_types()
     if name not in types or name == "arch":
-        raise InputError(f"row {row}: no such option as {name!r}{suggest(name, [*types, 'recipe'])}")
+        hint = suggest_option(name, {each: each for each in (*types, "recipe") if each != "arch"})
+        raise InputError(f"row {row}: no such option as {name!r}{hint}")
     group, kind = types[name]
     if name == "epochs":
         raise InputError(f"row {row}: a comparison has one budget; give --epochs or --images-seen, for all rows")

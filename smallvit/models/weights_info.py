@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from smallvit.config.options import DataConfig
 from smallvit.datasets.catalog import DATASETS
+from smallvit.models.architectures import timm_names
 from smallvit.runs.run import Run, read_options
-from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.errors import InputError, first_line, suggest
 from smallvit.utils.files import PICKLED, SUFFIX, is_path, read_safetensors
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def read_weights_info(name: str, option: str) -> WeightsInfo:
             safetensors, or a model has no pretrained weights.
     """
     if not is_path(name):
+        model = name.removesuffix(PRETRAINED).partition(".")[0]
+        if model not in (names := timm_names()):
+            run = os.path.join("runs", name)
+            hint = f" (did you mean {run!r}?)" if os.path.isdir(run) else suggest(model, names)
+            raise InputError(f"{option} {name}: no such file, folder or timm model{hint}")
         from smallvit.models import weights  # timm imports torch
 
         return weights.read_timm_info(name, option)

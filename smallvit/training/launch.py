@@ -13,7 +13,7 @@ from typing import Any
 
 from smallvit.config.config import Config, apply_regularization, option_names
 from smallvit.config.model import ALIASES, ARCH, ModelConfig, flatten_spec
-from smallvit.datasets.catalog import DATASETS, require_data
+from smallvit.datasets.catalog import DATASETS, is_hub_source, require_data
 from smallvit.models import weights_info
 from smallvit.models.architectures import OURS, require_multiple, require_name
 from smallvit.models.weights_info import WeightsInfo
@@ -56,6 +56,9 @@ def warn_ineffective(config: Config) -> None:
         for name in config.optim.loss_options
         if losses[name] not in chosen
     ]
+    downloaded = is_hub_source(config.data.data) or getattr(DATASETS.get(config.data.data), "archives", ())
+    if config.data.data_dir is not None and not downloaded:
+        ineffective.append(("data_dir", "a data set that is downloaded; give a folder of images by --data"))
     for name, needed in ineffective:
         warn(f"{flag(name)} has no effect without {needed}")
 

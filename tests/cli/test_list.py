@@ -50,6 +50,18 @@ def test_a_pattern_lists_timm_models(smallvit: Command) -> None:
     assert cells["deit_tiny_patch16_224"] == ["224", f"{size:,}", "SPT, LSA, binary, FFN, Stem, XSA, token", "yes"]
 
 
+def test_names_are_whole_at_any_width(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = "swinv2_cr_tiny_ns*"
+    for columns in ("30", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        for words, names in {("architectures",): ARCHS, ("models", theirs): timm.list_models(theirs)}.items():
+            code, out, _ = smallvit("list", *words)
+            assert (code, "…" in out) == (0, False)
+            assert rows(out).keys() - {""} == set(names)
+        code, out, _ = smallvit("list", "datasets")
+        assert ("…" in out, rows(out).keys() - {""}) == (False, set(DATASETS))
+
+
 def test_a_pattern_may_match_ours_and_timms(smallvit: Command) -> None:
     cells = rows(smallvit("list", "archs", "resnet1[18]*")[1])
     assert {"resnet110", "resnet18"} <= set(cells)

@@ -279,7 +279,8 @@ def test_interrupt_during_import_of_torch_exits_at_once(tmp_path: Path, delay: f
         "except KeyboardInterrupt:\n    print('swallowed', flush=True)\n    time.sleep(1800)\n"
     )
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from smallvit.cli import main; sys.exit(main(['probe', 'x']))"
+        "import sys; sys.path.insert(0, sys.argv[1]); from smallvit.cli import main; "
+        "sys.exit(main(['probe', 'resnet18']))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -50,9 +50,9 @@ def test_flags_set_the_fields_of_their_name() -> None:
     ("arguments", "message"),
     [
         (["--epochs", "-3"], "--epochs -3: expected at least 1"),
-        (["--epochs", "x"], "--epochs: invalid int value: 'x'"),
-        (["--epochs"], "--epochs: expected one argument"),
-        (["--epoch", "3"], "unknown argument '--epoch' (did you mean '--epochs'?)"),
+        (["--epochs", "x"], "--epochs x: expected a whole number"),
+        (["--epochs"], "--epochs N: the value is missing. Passes over the training images."),
+        (["--epoch", "3"], "--epoch: no such option (did you mean '--epochs'?)"),
         (["--aug", "basci"], "(did you mean 'basic'?)"),
         (["--lr", "0"], "--lr 0.0: expected a learning rate above 0"),
         (["--lr", "nan"], "--lr nan"),

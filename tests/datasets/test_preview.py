@@ -71,7 +71,7 @@ def test_show_writes_a_picture_once(image_folder: Path, tmp_path: Path, streamin
     [
         (["show", "--out", "x.jpg"], "expected a name that ends in .png"),
         (["show", "--out", "nowhere/x.png"], "no such folder"),
-        (["show", "--epochs", "3"], "unknown argument '--epochs'"),
+        (["show", "--epochs", "3"], "--epochs: no such option"),
         (["show", "--auto-augment", "rand-m9-inc7", "--out", "never.png"], "--auto-augment rand-m9-inc7: expected"),
         (["list", "dta"], "did you mean 'data'?"),
         (["list"], "WHAT"),

@@ -469,9 +469,9 @@ def test_bad_input_exits_with_one_line(trained_run: Path, images: Path, smallvit
     os.rename(undecodable / "dark", os.fsencode(undecodable) + b"/d\xff")
     cases = [
         (["runs/none"], "eval runs/none: no such file or folder"),
-        ([], "the following arguments are required: RUN"),
-        ([trained_run, "--epochs", 3], "unknown argument '--epochs'"),
-        ([trained_run, "--balanced"], "unknown argument '--balanced'"),
+        ([], "RUN is missing; use smallvit eval"),
+        ([trained_run, "--epochs", 3], "--epochs: no such option"),
+        ([trained_run, "--balanced"], "--balanced: no such option"),
         ([trained_run, "--split", "tests"], "expected one of train, val, test, all (did you mean 'test'?)"),
         ([trained_run, "--split", "val", "--val-fraction", 0], "--split val: digits has no such images"),
         ([trained_run, "--split-seed", 1], "add --split-seed 0 as in training"),

@@ -182,8 +182,8 @@ def test_another_programs_file_is_probed_by_its_architecture(
     ("arguments", "message"),
     [
         (["runs/none"], "probe runs/none: no such file or folder"),
-        ([], "the following arguments are required: NAME"),
-        (["RUN", "--epochs", "3"], "unknown argument '--epochs'"),
+        ([], "RUN is missing; use smallvit probe"),
+        (["RUN", "--epochs", "3"], "--epochs: no such option"),
         (["RUN", "--arch", "vit"], "remove --arch"),
         (["RUN", "--split-seed", "1"], "add --split-seed 0 as in training"),
         (["RUN", "--data", "FOLDER"], "takes images with 1 channels, those of images have 3"),

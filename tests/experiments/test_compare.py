@@ -102,6 +102,13 @@ def records(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_rows_need_no_flag(smallvit: Command, monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> None:
+    monkeypatch.setattr(grid.PlannedRun, "check", lambda _: None)
+    monkeypatch.setattr(grid, "train", lambda _, folder: trained.append(folder.name) or 1)
+    smallvit("compare", "vit", "vit+spt,lr=0.003", "--arch", "vit+lsa", *FLAGS)
+    assert trained == ["vit+lsa-seed0", "vit-seed0", "vit+spt,lr=0.003-seed0"]
+
+
 def test_the_csv_matches_the_summaries(compared: Path) -> None:
     rows = records(compared)
     assert [record["model"] for record in rows] == ["vit", "vit+spt+lsa,lr=0.003"]
@@ -209,7 +216,7 @@ def test_a_row_that_diverges_does_not_stop_the_others(smallvit: Command, trained
 
 BAD = {
     "architecture": (["--arch", "vti"], "row vti: --arch vti: no such architecture (did you mean 'vit'?)"),
-    "option": (["--arch", "vit,ler=3"], "no such option as 'ler' (did you mean 'lr'?)"),
+    "option": (["--arch", "vit,warmup-ration=3"], "no such option as 'warmup_ration' (did you mean 'warmup_ratio'?)"),
     "value": (["--arch", "vit,lr=fast"], "row vit,lr=fast: lr=fast: expected a number"),
     "range": (["--arch", "vit,lr=-1"], "row vit,lr=-1.0: --lr -1.0: expected a learning rate above 0"),
     "choice": (["--arch", "vit,aug=bsic"], "did you mean 'basic'?"),
@@ -252,7 +259,7 @@ def test_bad_input_is_refused_before_training(smallvit: Command, trained: list[s
 
 @pytest.mark.slow
 def test_help_and_invalid_flags_load_no_torch() -> None:
-    for arguments in (["compare", "--help"], ["compare", "--lr", "1"], ["compare", "--arch", "vit,ler=3"]):
+    for arguments in (["compare", "--help"], ["compare", "--lr", "1"], ["compare", "--arch", "vit,warmup-ration=3"]):
         check = (
             f"import sys\nfrom smallvit.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
             "sys.exit('torch' in sys.modules)"
@@ -368,7 +375,7 @@ def test_rows_of_one_model_are_labeled_by_their_differences(smallvit: Command, m
         (lambda b: (b / Run.SUMMARY).unlink(), "not finished; continue it with smallvit train --resume"),
         (lambda b: (b / Run.SUMMARY).write_text('{"test_top1": 3.0}'), "'test_images' is missing"),
         (lambda b: (b / Run.CONFIG).unlink(), "not the folder of a run"),
-        (shutil.rmtree, "no such run folder; to train a row, give --arch"),
+        (shutil.rmtree, "no such run folder"),
     ],
 )
 def test_incomparable_runs_are_rejected(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from smallvit.cli import hints
 from smallvit.cli.parser import Parser
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
-from smallvit.utils.errors import InputError, require
+from smallvit.utils.errors import InputError, group_errors, require
 from smallvit.utils.files import atomic_write, check_output_file
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ and skipped. The exit code is 0 if at least one file could be read, else 2.
 See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")
-MAX_NAMED = 3
-"""Unreadable files that are named."""
 
 
 def parser() -> Parser:
@@ -78,12 +76,14 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from smallvit.datasets.listing import describe_kinds
     from smallvit.evaluation import predict
     from smallvit.evaluation.predictor import load_predictor
 
     arguments = {"arch": options.arch, "img_size": options.img_size, "device": options.device, "amp": options.amp}
     model = load_predictor(options.run, "predict", **arguments)
-    images, settings = predict.list_images(names), {"top": options.top, "flip": options.flip}
+    ignored: list[str] = []
+    images, settings = predict.list_images(names, ignored), {"top": options.top, "flip": options.flip}
     predictions = predict.predict_images(model, images, max_megapixels=options.max_megapixels, **settings)
     failed: list[Prediction] = []
     notes: Counter[str] = Counter()
@@ -105,13 +105,14 @@ def main(argv: list[str]) -> int:
             Progress(console=console, transient=True, disable=quiet) as bar,
         ):
             predict.write_predictions(collect(), file, form, model.class_names, options.top)
-        named = [f"{predict.escape_unprintable(each.path)} ({each.error})" for each in failed[:MAX_NAMED]]
-        more = f" and {len(failed) - MAX_NAMED:,} more" if len(failed) > MAX_NAMED else ""
-        unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: {', '.join(named)}{more}"
+        named = group_errors((each.path, each.error) for each in failed)
+        unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: {named}"
         if len(failed) == len(images):
             raise InputError(unreadable)
     for note, count in notes.items():
         print(f"{count:,} of {len(images):,} images have {note}", file=sys.stderr)
+    if ignored:
+        print(f"ignored: {describe_kinds(ignored)}", file=sys.stderr)
     if failed:
         print(unreadable, file=sys.stderr)
     if path is not None:

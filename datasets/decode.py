@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,15 +31,17 @@ from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS
 from smallvit.datasets.gray import PHOTOMETRIC, WHITE_IS_ZERO, GrayRanges, kind_of, to_levels
-from smallvit.datasets.listing import Listing
+from smallvit.datasets.listing import HEIF_REMEDY, HEIF_SUFFIXES, Listing, image_suffixes, register_heif
 from smallvit.utils.cores import usable_cores
-from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.errors import InputError, first_line, group_errors
 from smallvit.utils.files import atomic_write
 from smallvit.utils.hardware import require_memory
 
 CACHE_VERSION = 5
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
+HEIF_BRAND = re.compile(rb"(?s).{4}ftyp(?:(avi[fs])|he[iv][cmsx]|mif1|msf1)")
+"""First bytes of AVIF and HEIC files, which may have any suffix."""
 NO_RANGES = GrayRanges()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
 
@@ -49,9 +51,9 @@ def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Im
     """Open an image file and check its size; Pillow's errors on damaged files pass through.
 
     Raises:
-        ValueError: the image has more megapixels than `max_megapixels`.
+        ValueError: the image has more megapixels than `max_megapixels`, or needs pillow-heif.
     """
-    with Image.open(file) as image:
+    with _open(file) as image:
         width, height = image.size
         if width * height > 1e6 * max_megapixels:
             raise ValueError(
@@ -61,6 +63,20 @@ def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Im
         if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and kind_of(image) is not None:
             image.info[WHITE_IS_ZERO] = True  # Pillow inverts images of 8 bits only
         yield image
+
+
+def _open(file: str | BinaryIO) -> Image.Image:
+    register_heif()  # here too, for files that were not listed and for worker processes
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with open(file, "rb") if isinstance(file, str) else nullcontext(file) as opened:
+            opened.seek(0)
+            brand = HEIF_BRAND.match(opened.read(12))
+        kind = "avif" if brand and brand[1] else "heic"
+        if brand is None or f".{kind}" in image_suffixes():
+            raise
+        raise ValueError(f"{kind.upper()}; to read it: {HEIF_REMEDY}") from None
 
 
 def decode_image(
@@ -150,7 +166,8 @@ def decode_cached(
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
     """
     require_memory(len(files), 3, size)
-    key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}"
+    heif = "".join(sorted(HEIF_SUFFIXES & image_suffixes()))  # their errors are cached, too
+    key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}"
     name = hashlib.sha256(f"{files.root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
     cache = cache_folder() / f"images-{name}.safetensors"
     cached = _read_cache(cache, key)
@@ -195,9 +212,8 @@ def run_in_threads(
 
 def describe_errors(files: Listing, errors: dict[int, str]) -> str:
     """Return a line that names the first files that cannot be decoded."""
-    named = [f"{repr(files.paths[index])[1:-1]} ({errors[index]})" for index in sorted(errors)[:3]]
-    more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
-    return f"{len(errors)} of {len(files)} images cannot be decoded: {', '.join(named)}{more}"
+    named = group_errors((files.paths[index], errors[index]) for index in sorted(errors))
+    return f"{len(errors)} of {len(files)} images cannot be decoded: {named}"
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from zipfile import ZipFile
 
 from PIL import Image
 
-from smallvit.utils.errors import InputError, is_utf8
+from smallvit.utils.errors import MAX_NAMED, InputError, is_utf8
 
 SPLITS = ("train", "val", "test")
 ALIASES = {
@@ -27,12 +28,15 @@ ALIASES = {
 """Words for splits in the names of folders: Train, validation, train_set, seg_test, test-images, ..."""
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow opens but does not decode itself."""
+HEIF_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".hif"})
+"""Images of phones and cameras that Pillow reads with pillow-heif only; AVIF since Pillow 11.3."""
+HEIF_REMEDY = "pip install 'smallvit[heif]'"
+SYSTEM_FILES = {"__macosx", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+"""Files and folders that macOS, Linux and Windows create, in lower case."""
 RUN_CONFIG, RUN_OPTIONS = "config.json", {"arch", "data", "epochs"}
 """File in the folder of a smallvit run, and some of the options in it."""
 COMPARED = "compare.md"
 """File in a folder of runs that `smallvit compare` wrote."""
-MAX_NAMED = 3
-"""Number of ignored folders that a note lists."""
 
 Sample = tuple[str, int, str]
 """Name, class number and split of an image."""
@@ -190,7 +194,10 @@ def _list_samples(splits: dict[str, Folder], class_names: tuple[str, ...], sourc
             images = each.images()
             if images and name not in number:
                 raise InputError(f"--data {source}: class folder {each.name} does not exist in {splits[first].name}/")
-            samples += [(image, number[name], split) for image in images]
+            readable = list(filter(is_readable, images))
+            if images and not readable:
+                raise InputError(f"--data {source}: {each.name}/ has no images except {describe_kinds(images)}")
+            samples += [(image, number[name], split) for image in readable]
         if len(samples) == before and folder.folders:
             raise InputError(f"--data {source}: {folder.name}/ has no images; add some or remove it")
     return samples
@@ -270,18 +277,28 @@ def _is_run(folder: Folder, read_text: Callable[[str], str]) -> bool:
 
 
 def _describe_ignored(root: Folder, used: set[str]) -> list[str]:
-    """Return notes on images that are not used, by folder, and on other files in folders, by suffix."""
+    """Return notes on images that are not used, by folder, and on other files in folders, by kind."""
     images: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
+    others: list[str] = []
     for name in root.walk():
         folder, slash, _ = name.removeprefix(root.top).partition("/")
-        if is_image(name) and name not in used:
+        if is_readable(name) and name not in used:
             images[f"in {root.top}{folder}/" if slash else "next to the class folders"] += 1
-        elif not is_image(name) and slash:
-            kinds[PurePosixPath(name).suffix.lower() or "without a suffix"] += 1
+        elif not is_readable(name) and (slash or is_image(name)):
+            others.append(name)
     notes = _shorten([f"{count:,} image{'s' * (count > 1)} {where}" for where, count in images.items()])
-    counted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    return notes + [f"files that Pillow does not read as images: {counted}"] * bool(kinds)
+    return notes + [describe_kinds(others)] * bool(others)
+
+
+def describe_kinds(names: Iterable[str]) -> str:
+    """Return how many files there are of each kind, the most frequent first, and how to read HEIC and AVIF."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    counts = []
+    for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])):
+        label, plural = kind[1:].upper(), "s" * (count > 1)
+        remedy = f" (to read {label}: {HEIF_REMEDY})" * (kind in HEIF_SUFFIXES)
+        counts.append(f"{count:,} {label} file{plural}{remedy}" if kind else f"{count:,} file{plural} without a suffix")
+    return ", ".join(counts)
 
 
 def _shorten(names: list[str]) -> list[str]:
@@ -289,8 +306,18 @@ def _shorten(names: list[str]) -> list[str]:
 
 
 @cache
+def register_heif() -> None:
+    """Let Pillow read HEIC if pillow-heif is installed, once per process."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener(thumbnails=False)  # else Image.draft() decodes an embedded thumbnail in place of the image
+
+
+@cache
 def image_suffixes() -> frozenset[str]:
     """Return the file name suffixes that Pillow decodes, in lower case."""
+    register_heif()
     return frozenset(
         suffix
         for suffix, kind in Image.registered_extensions().items()
@@ -299,13 +326,18 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image."""
+    """Return whether a file name has the suffix of an image, also of one that only pillow-heif reads."""
+    return is_readable(name) or os.path.splitext(name)[1].lower() in HEIF_SUFFIXES
+
+
+def is_readable(name: str) -> bool:
+    """Return whether a file name has the suffix of an image that can be decoded."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden, or created by macOS in archives or by Linux on disks."""
-    return name.startswith(".") or name in ("__MACOSX", "lost+found")
+    """Return whether a file or folder is hidden, or created by an operating system."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def require_utf8(names: list[str], source: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from smallvit.datasets.augment import Augment
 from smallvit.datasets.dataset import Files
 from smallvit.datasets.factory import create_dataset
 from smallvit.datasets.sampler import DRAWS
-from smallvit.utils.errors import collapse_whitespace
+from smallvit.utils.errors import collapse_whitespace, escape_undecodable
 from smallvit.utils.plots import draw_grid
 
 ROWS, VIEWS = 8, 7
@@ -22,10 +24,14 @@ ROWS, VIEWS = 8, 7
 def draw_augmented(config: Config) -> Image.Image:
     """Draw eight training images with seven augmented views each; captions are the labels and their weights.
 
+    Notes on the data are printed to standard error.
+
     Raises:
         InputError: the data or the augmentation is unusable.
     """
     dataset = create_dataset(config.data)
+    for note in dataset.notes:
+        print(escape_undecodable(note), file=sys.stderr)
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     order = np.random.default_rng(config.run.seed).permutation(len(dataset.train))[:ROWS]
     images = dataset.train.subset(order)

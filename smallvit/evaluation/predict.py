@@ -33,6 +33,7 @@ from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.evaluation.predictor import Predictor, load_predictor
 from smallvit.models import weights
 from smallvit.utils.cores import usable_cores
+from smallvit.utils.errors import escape_unprintable
 
 WORDNET_ID = re.compile(r"n\d{8}")
 """Names of ImageNet's classes in files and in timm."""
@@ -122,14 +123,19 @@ def predict_images(
                 yield prediction if each is None else replace(prediction, classes=next(classes))
 
 
-def list_images(images: Iterable[ImageInput]) -> list[ImageInput]:
+def list_images(images: Iterable[ImageInput], ignored: list[str] | None = None) -> list[ImageInput]:
     """Replace folders by the image files below them, sorted and without hidden ones.
 
     Folders without images, and those that cannot be listed, are kept, so that they are reported as unreadable.
+
+    Args:
+        images: Files, folders, Pillow images or arrays.
+        ignored: Collects the files of folders that are no images.
     """
     listed: list[ImageInput] = []
+    others: list[str] = [] if ignored is None else ignored
     for image in images:
-        listed += _list_folder(image) if isinstance(image, str | Path) and os.path.isdir(image) else [image]
+        listed += _list_folder(image, others) if isinstance(image, str | Path) and os.path.isdir(image) else [image]
     return listed
 
 
@@ -190,11 +196,6 @@ def write_predictions(
             print(escape_unprintable(each.path), *cells, sep="  ", file=file)
 
 
-def escape_unprintable(text: str) -> str:
-    """Escape characters that do not print on one line."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
 @lru_cache(maxsize=1)
 def _wordnet_words() -> dict[str, str]:
     """Return the first word for each of ImageNet's classes, by its id."""
@@ -203,12 +204,14 @@ def _wordnet_words() -> dict[str, str]:
     return {name: words.partition(",")[0] for name, words in pairs}
 
 
-def _list_folder(folder: str | Path) -> list[str]:
+def _list_folder(folder: str | Path, ignored: list[str]) -> list[str]:
     images: list[str] = []
     errors: list[OSError] = []
     for current, subfolders, names in os.walk(folder, onerror=errors.append):
         subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-        images += [os.path.join(current, name) for name in sorted(names) if is_image(name) and not is_hidden(name)]
+        for name in sorted(names):
+            if not is_hidden(name):
+                (images if is_image(name) else ignored).append(os.path.join(current, name))
     return [*images, *(error.filename for error in errors)] or [str(folder)]
 
 

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterable
 from datetime import timedelta
 
+MAX_NAMED = 3
+"""Number of files, folders or errors that a message names."""
+
 
 class InputError(ValueError):
     """Invalid user input. Its one-line message names the argument, the problem and the remedy."""
@@ -28,6 +31,25 @@ class PeerExitedError(TrainingError):
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def escape_unprintable(text: str) -> str:
+    """Escape characters that do not print on one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def group_errors(errors: Iterable[tuple[str, str]]) -> str:
+    """Return the first files of the first errors: "a.png, b.png (truncated), c.png, d.png, e.png and 4 more (empty)"."""
+    files: dict[str, list[str]] = {}
+    for path, reason in errors:
+        files.setdefault(reason, []).append(escape_unprintable(path))
+    shown = list(files.items())[:MAX_NAMED]
+    named = [f"{', '.join(paths[:MAX_NAMED])}{_more(len(paths) - MAX_NAMED)} ({reason})" for reason, paths in shown]
+    return ", ".join(named) + _more(sum(map(len, files.values())) - sum(len(paths) for _, paths in shown))
+
+
+def _more(count: int) -> str:
+    return f" and {count:,} more" if count > 0 else ""
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -30,9 +30,9 @@ def draw_augmented(config: Config) -> Image.Image:
         InputError: the data or the augmentation is unusable.
     """
     dataset = create_dataset(config.data)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     for note in dataset.notes:
         print(escape_undecodable(note), file=sys.stderr)
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     order = np.random.default_rng(config.run.seed).permutation(len(dataset.train))[:ROWS]
     images = dataset.train.subset(order)
     images = images.sample(ROWS) if isinstance(images, Files) else images

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers run in parallel: one thread e
 
 import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from smallvit.cli import main
+from smallvit.datasets import listing
 from smallvit.runs import curves
 
 TRAINED_RUN = ["--arch", "vit", "--spt", "--lsa", "--data", "digits", "--epochs", "2", "--batch-size", "32"]
@@ -97,6 +99,19 @@ def image_folder(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Pat
     for level, name in ((40, "dark"), (128, "gray"), (220, "light")):
         write_images(tmp_path / "images" / name, 20, level)
     return tmp_path / "images"
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninstall pillow-heif, as far as the process can tell."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    for cached in (listing.register_heif, listing.image_suffixes):
+        cached.cache_clear()
+    yield
+    for cached in (listing.register_heif, listing.image_suffixes):
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def escape_unprintable(text: str) -> str:
 
 
 def group_errors(errors: Iterable[tuple[str, str]]) -> str:
-    """Return the first files of the first errors: "a.png, b.png (truncated), c.png, d.png, e.png and 4 more (empty)"."""
+    """Return the first files of the first errors: "a.png (truncated), b.png, c.png, d.png and 4 more (empty)"."""
     files: dict[str, list[str]] = {}
     for path, reason in errors:
         files.setdefault(reason, []).append(escape_unprintable(path))

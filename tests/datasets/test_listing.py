@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -161,12 +162,39 @@ def test_a_config_of_another_program_is_no_run(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_said_by_kind_and_count(tmp_path: Path) -> None:
-    odd = {"ant/a.heic": b"", "ant/b.HEIC": b"", "bee/notes.txt": b"", "bee/README": b"", "labels.csv": b""}
-    for listing in both(tmp_path, classes() | odd | {"1.png": IMAGE, "2.gif": IMAGE}):
+    odd = {"ant/a.mov": b"", "ant/b.MOV": b"", "bee/notes.txt": b"", "bee/README": b"", "labels.csv": b""}
+    system = {"ant/Thumbs.db": b"", "ant/.DS_Store": b"", "bee/desktop.ini": b""}
+    for listing in both(tmp_path, classes() | odd | system | {"1.png": IMAGE, "2.gif": IMAGE}):
         assert left_out(listing) == (
-            "ignored: 2 images next to the class folders; "
-            "files that Pillow does not read as images: 2 .heic, 1 .txt, 1 without a suffix"
+            "ignored: 2 images next to the class folders; 2 MOV files, 1 file without a suffix, 1 TXT file"
         )
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_heic_files_are_skipped_with_the_remedy_where_pillow_heif_is_missing(tmp_path: Path) -> None:
+    for listing in both(tmp_path, classes() | {"ant/a.heic": b"", "ant/sub/b.HEIC": b"", "bee/c.mov": b""}):
+        assert len(listing) == 4
+        assert left_out(listing) == ("ignored: 2 HEIC files (to read HEIC: pip install 'smallvit[heif]'), 1 MOV file")
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_a_class_of_heic_files_is_an_error_where_pillow_heif_is_missing(tmp_path: Path) -> None:
+    remedy = re.escape("/ has no images except 1 HEIC file (to read HEIC: pip install 'smallvit[heif]')") + "$"
+    heic = {"cat/0.heic": b""}
+    for number, (files, folder) in enumerate(
+        [
+            (classes() | heic, "cat"),
+            (heic | {"ant/0.png": IMAGE}, "cat"),
+            ({"photos/cat/0.heic": b"", "photos/ant/0.png": IMAGE}, "photos/cat"),
+            ({"ant/0.heic": b"", **heic}, "ant"),
+            (classes("train/") | {"test/ant/0.png": IMAGE, "test/bee/0.heic": b""}, "test/bee"),
+            (classes("train/") | {"val/ant/0.heic": b""}, "val/ant"),
+        ]
+    ):
+        with pytest.raises(InputError, match=f": {folder}{remedy}"):
+            list_folder(unpack(tmp_path / str(number), files))
+        with pytest.raises(InputError, match=f": {folder}{remedy}"):
+            list_zip(pack(tmp_path / f"{number}.zip", files))
 
 
 @pytest.mark.filterwarnings("ignore:.*image format is deprecated:DeprecationWarning")

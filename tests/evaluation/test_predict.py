@@ -32,6 +32,7 @@ from smallvit.models.checkpoint import load_weights, save_weights, snapshot
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ["--epochs", "2", "--batch-size", "32", "--aug", "none", "--device", "cpu", "--amp", "off"]
 PIXELS = (load_digits().images * 255 / 16).round().astype(np.uint8)
+IGNORED = "ignored: 1 TXT file\n"
 HEADER = ["path", "class_1", "probability_1", "class_2", "probability_2"]
 
 
@@ -81,7 +82,7 @@ def rows(text: str) -> list[dict]:
 def test_predictions_are_the_loaded_models_own(color: Path, photos: Path, smallvit: Command, flip: bool) -> None:
     arguments = ["--flip"] if flip else []
     code, out, err = smallvit("predict", color, photos, "--format", "jsonl", *arguments, "--amp", "off")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, IGNORED)
     model = package.load_model(color)
     config = resolve_model_data_config(model)
     to_tensor = create_transform(**config)  # timm's own preprocessing, from the run's own metadata
@@ -132,7 +133,9 @@ def test_a_folder_a_list_and_standard_input_are_answered_alike(
         "sub/c.webp",
         "sub/deeper/d.bmp",
     ]
-    predictions = [smallvit("predict", color, *given, "--format", "csv") for given in ([photos], paths)]
+    code, out, err = smallvit("predict", color, photos, "--format", "csv")
+    assert err == IGNORED
+    predictions = [(code, out, ""), smallvit("predict", color, *paths, "--format", "csv")]
     for given in (["-"], []):
         standard_input("\n".join(paths) + "\r\n\n")
         predictions.append(smallvit("predict", color, *given, "--format", "csv"))
@@ -170,7 +173,8 @@ def test_files_that_cannot_be_read_are_named_and_passed_over(color: Path, photos
     code, out, err = smallvit("predict", color, *names, "--format", "jsonl")
     assert code == 0
     assert err.startswith(f"5 of 6 images cannot be read: {broken[0]} (")
-    assert err.endswith(" and 2 more\n")
+    same = f"{broken[1]}, {photos / 'notes.txt'} (cannot identify image file)"
+    assert err.endswith(f"), {same}, {broken[2]} (No such file or directory) and 1 more\n")
     assert len(err.splitlines()) == 1
     result = rows(out)
     assert [row["path"] for row in result] == [str(name) for name in names]
@@ -190,6 +194,20 @@ def test_where_nothing_can_be_read_there_is_no_prediction(color: Path, photos: P
     assert (code, out) == (2, "")
     assert err == f"smallvit: 1 of 1 images cannot be read: {photos / 'notes.txt'} (cannot identify image file)\n"
     assert not out_file.exists()
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_heic_files_are_named_with_the_remedy(color: Path, photos: Path, smallvit: Command) -> None:
+    heic = [photos / f"{name}.heic" for name in "wxyz"]
+    for file in heic:
+        file.write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+    remedy = "(HEIC; to read it: pip install 'smallvit[heif]')\n"
+    code, out, err = smallvit("predict", color, heic[0])
+    assert (code, out, err) == (2, "", f"smallvit: 1 of 1 images cannot be read: {heic[0]} {remedy}")
+    code, out, err = smallvit("predict", color, photos, "--format", "csv")
+    assert (code, len(out.splitlines())) == (0, 5)
+    first = ", ".join(map(str, heic[:3]))
+    assert err == f"{IGNORED}4 of 8 images cannot be read: {first} and 1 more {remedy}"
 
 
 @pytest.mark.parametrize("name", ["a, b.png", 'say "cheese".png', "two\nlines.png", "größe.png", "a:cat:[b].png"])
@@ -397,7 +415,7 @@ def test_folders_that_cannot_be_listed_are_named(
         code, out, err = smallvit("predict", color, photos, "--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 4
-    assert err == f"1 of 4 images cannot be read: {locked} (Permission denied)\n"
+    assert err == f"{IGNORED}1 of 4 images cannot be read: {locked} (Permission denied)\n"
 
 
 def test_imagenets_classes_are_shown_in_words(photos: Path, tmp_path: Path, smallvit: Command) -> None:
@@ -436,7 +454,7 @@ def test_pixels_that_are_no_numbers_are_a_broken_image(
     Image.fromarray(pixels).save(photos / "c.tiff")
     code, _, err = smallvit("predict", color, photos)
     message = "pixels that are infinite or NaN"
-    assert (code, err) == (0, f"1 of 5 images cannot be read: {photos / 'c.tiff'} ({message})\n")
+    assert (code, err) == (0, f"{IGNORED}1 of 5 images cannot be read: {photos / 'c.tiff'} ({message})\n")
 
 
 def test_images_are_read_up_to_a_limit(color: Path, photos: Path, smallvit: Command) -> None:

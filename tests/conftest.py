@@ -104,6 +104,7 @@ def image_folder(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Pat
 @pytest.fixture
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Uninstall pillow-heif, as far as the process can tell."""
+    Image.init()  # all formats are registered before the list of them is replaced
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])

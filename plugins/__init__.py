@@ -5,7 +5,7 @@
     smallvit.patch(model, spt=True, lsa=True)
 
 Plugins change leaf modules only: attention layers, patch embeddings, poolings and mergings of patches, linear layers.
-Forward passes and parameter names of timm stay unchanged.
+Forward passes of timm stay unchanged, and so do parameter names, except in layers that are replaced.
 """
 
 from smallvit.plugins.base import Plugin, PluginConfig

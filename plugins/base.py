@@ -3,8 +3,8 @@
 A plugin `x` is two files and an entry of `smallvit.plugins.PLUGINS`:
 
     x.py        a frozen `PluginConfig` and a `Plugin`; imports no torch, since the command line reads it
-    x_timm.py   the layer, and the functions that `Plugin` documents: sites, apply, describe; and remove, patched,
-                new_keys unless all changed layers are `leaf.Adapter`s of the class `ADAPTER`
+    x_timm.py   the layer, and the functions that `Plugin` documents: sites, apply, describe, describe_loss; and remove,
+                patched, new_keys unless all changed layers are `leaf.Adapter`s of the class `ADAPTER`
 
 Command-line options, run names, `vit+x`, `describe`, checkpoints, exports and model cards follow from these.
 """
@@ -119,6 +119,10 @@ class Plugin:
     def describe(self, layer: nn.Module) -> str:
         """Return in a few words what was changed in a layer."""
         return self._module.describe(layer)
+
+    def describe_loss(self, layer: nn.Module) -> str | None:
+        """Return what removing the plugin from a layer loses, as a noun phrase; None if the outputs stay the same."""
+        return self._module.describe_loss(layer)
 
     def new_keys(self, layer: nn.Module) -> set[str]:
         """Return the keys of a changed layer's state dict that checkpoints of the base model do not have."""

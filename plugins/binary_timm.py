@@ -114,6 +114,12 @@ def describe(layer: Binary) -> str:
     return f"one-bit {' and '.join(parts)} in linear layers and mergings"
 
 
+def describe_loss(layer: Binary) -> str:
+    """Return the bits, and the norms and activations that were added with them."""
+    added = ", with the norms, shortcuts and activations that came with them" if layer.dressed else ""
+    return f"{describe(layer)} (weights are in full precision again){added}"
+
+
 def is_attention(layer: nn.Module) -> bool:
     """Return whether a layer attends by a softmax over tokens."""
     kinds = tuple(kind for kind, adapter in Binary.adapters.items() if issubclass(adapter, BinaryAttending))

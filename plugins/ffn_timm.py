@@ -125,12 +125,16 @@ class DepthwiseConv(nn.Dropout):
         y = F.gelu(self.norm(self.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
         return x + y if self.config.residual else y
 
+    @property
+    def last(self) -> nn.Module:
+        """The last layer with weights: while they are zero, the residual branch returns zero."""
+        return self.norm if self.config.norm else self.conv
+
     @torch.no_grad()
     def zero(self) -> None:
         """Let the residual branch return zero."""
-        layer = self.norm if self.config.norm else self.conv
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
 
 class Reweighting(Derived):
@@ -191,6 +195,13 @@ def describe(layer: nn.Module) -> str:
     return (
         f"depthwise 3x3 convolution {form} the hidden features{', with batch norm' if config.norm else ''}{reweighted}"
     )
+
+
+def describe_loss(layer: nn.Module) -> str | None:
+    """Return the convolution, unless it adds zero."""
+    conv, last = layer.drop1, layer.drop1.last
+    kept = not conv.config.residual or isinstance(layer, Reweighting) or last.weight.any() or last.bias.any()
+    return "the depthwise convolutions with their weights" if kept else None
 
 
 def new_keys(layer: nn.Module) -> set[str]:

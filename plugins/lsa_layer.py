@@ -31,6 +31,9 @@ from smallvit.plugins.leaf import Adapter, is_plain
 from smallvit.plugins.lsa import LSAConfig
 from smallvit.plugins.sdpa import add_bias, attend
 
+QUERIES = {"qkv": 3, "qk": 2, "q": 1, "q_proj": 1}
+"""Layers that compute queries, and the number of equal parts of their outputs, of which queries are the first."""
+AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 HIDDEN = -1e4
 """What a mask adds to scores that shall not count, at most; some write this, some the least number, some −∞."""
 
@@ -91,6 +94,10 @@ class Locality(Adapter):
     """Whether queries are the keys; class attention has one query, and no diagonal."""
     fusable: ClassVar[bool] = True
     """Whether the layer's call of the fused kernel keeps its heads unchanged."""
+    foldable: ClassVar[bool] = True
+    """Whether the scores are proportional to the outputs of a layer in `QUERIES`, and nothing else depends on them."""
+    heads_first: ClassVar[bool] = False
+    """Whether these outputs are split into heads before they are split into queries, keys and values."""
 
     temperature: nn.Parameter | None
     diagonal_weight: Tensor | None
@@ -160,6 +167,43 @@ class Locality(Adapter):
     @fused_attn.setter
     def fused_attn(self, fused: bool) -> None:
         self.__dict__["fused_attn"] = self.fuses = fused
+
+    def folds(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Return views of parameters and the factors that give the same scores at timm's scale; None if none do.
+
+        They are the rows of weight and bias that compute the queries. An affine norm behind those is shared by the
+        heads, so that its factors must be equal.
+        """
+        if self.temperature is None or self.temperature.is_meta:
+            return []
+        factor = self.temperature.detach() / torch.full_like(self.temperature, self.constant)
+        if torch.allclose(factor, torch.ones_like(factor), rtol=0, atol=1e-6):
+            return []
+        rows = self.query_rows()
+        if (factor == factor[0]).all():
+            factor = factor[:1]
+        if not rows or any(len(factor) not in (1, len(each)) for each in rows):
+            return None
+        return [(each, factor.view(-1, *[1] * (each.ndim - 1))) for each in rows]
+
+    def query_rows(self) -> list[Tensor]:
+        """Return views of the parameters that scale the queries, (h, ...), or (1, ...) if heads share them."""
+        norm = getattr(self, "q_norm", None)
+        if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
+            return [each[None] for each in norm.parameters(recurse=False)] if not any(norm.children()) else []
+        for name, parts in QUERIES.items() if self.foldable else ():
+            layer = getattr(self, name, None)
+            layer = getattr(layer, "bn", layer)  # in timm's pairs of a product and a batch norm
+            kind = layer.before if isinstance(layer, Adapter) else type(layer)
+            if kind in AFFINE and is_plain(layer, type(layer)):
+                h, own = self.temperature.numel(), [each for each in (layer.weight, layer.bias) if each is not None]
+                if self.heads_first:
+                    width = getattr(self, "key_dim", None) or self.dim_head
+                    return [each.unflatten(0, (self.num_heads, -1))[:, :width] for each in own]
+                bias = getattr(self, "q_bias", None)  # in BEiT and EVA
+                rows = [each.unflatten(0, (parts, h, -1))[0] for each in own]
+                return rows if bias is None else [*rows, bias.unflatten(0, (h, -1))]
+        return []
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.hide(None, x, *args, **kwargs)

@@ -53,14 +53,9 @@ for _kind in (
     models.convit.MHSA,
     models.convit.GPSA,
     models.davit.WindowAttention,
-    models.efficientformer.Attention,
     models.efficientformer_v2.Attention2d,
     models.fastvit.Attention,
-    models.levit.Attention,
-    models.maxxvit.AttentionCl,
-    models.maxxvit.Attention2d,
     models.metaformer.Attention,
-    models.tiny_vit.Attention,
     models.tnt.Attention,
     models.twins.LocallyGroupedAttn,
     models.visformer.Attention,
@@ -71,6 +66,12 @@ for _module, _name in (("lowformer", "ConvAttention"), ("cpubone", "ConvAttentio
     if hasattr(models, _module):  # not in older versions of timm
         adapt(getattr(getattr(models, _module), _name))
 
+# Heads are split before queries, keys and values
+for _kind in (models.efficientformer.Attention, models.levit.Attention, models.tiny_vit.Attention):
+    adapt(_kind, heads_first=True)
+for _kind in (models.maxxvit.AttentionCl, models.maxxvit.Attention2d):
+    adapt(_kind, heads_first=property(lambda self: self.head_first))
+
 # Heads share an axis with images, or are computed one after the other: one temperature for the layer
 for _kind in (
     models.vision_transformer_sam.Attention,
@@ -78,7 +79,7 @@ for _kind in (
     models.efficientvit_msra.CascadedGroupAttention,
     models.shvit.SHSA,
 ):
-    adapt(_kind, temperature_per_head=False)
+    adapt(_kind, temperature_per_head=False, foldable=False)
 
 # Two maps per head
 for _kind in (layers.diff_attention.DiffAttention, models.vision_transformer.DiffParallelScalingBlock):
@@ -113,7 +114,7 @@ def refuse_pooled_keys(layer: models.mvitv2.MultiScaleAttention) -> str | None:
     return None if q == k else "its keys are pooled more than its queries"
 
 
-adapt(models.mvitv2.MultiScaleAttention, refuse_pooled_keys)
+adapt(models.mvitv2.MultiScaleAttention, refuse_pooled_keys, foldable=False)
 
 
 # The diagonal is masked after the heads are mixed, so that no infinity is mixed
@@ -223,6 +224,24 @@ def metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return the learned temperatures."""
     learned = temperatures(model)
     return {"temperatures": learned} if learned else {}
+
+
+@torch.no_grad()
+def remove(model: nn.Module, layer: Locality) -> None:
+    """Turn a layer back into timm's, with queries multiplied by what the temperatures learned if that is exact."""
+    for rows, factor in layer.folds() or ():
+        rows.mul_(factor)
+    layer.release()
+
+
+def describe_loss(layer: Locality) -> str | None:
+    """Return the mask, unless its strength is 0, and temperatures that the queries cannot take."""
+    lost = []
+    if layer.masked and (layer.diagonal_weight is None or layer.diagonal_weight != 1):
+        lost.append("the mask of the diagonal (tokens attend to themselves again)")
+    if layer.folds() is None:
+        lost.append("the learned temperatures")
+    return " and ".join(lost) or None
 
 
 def describe(layer: Locality) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -36,6 +40,9 @@ def patch(
     Layers that are patched already stay unchanged, so patching twice has no effect. Plugins are applied in the order
     of `PLUGINS`: pass those that are to be combined in one call.
 
+    Create the optimizer afterwards: one that exists already does not train the new parameters, and a `UserWarning` says
+    so.
+
     Args:
         init: "paper": new parameters start as published. "preserve": the outputs of a trained model do not change
             at first. The weights of SPT's shifted views start at zero, without a norm, and tokens attend to themselves
@@ -64,28 +71,54 @@ def patch(
     patterns = _Patterns(*((each,) if isinstance(each, str) else tuple(each) for each in (include, exclude)))
     for name, config in configs.items():
         _select(model, PLUGINS[name], config, init, patterns)  # raises before anything has changed
+    before = list(model.parameters())
+    has_optimizer = _have_optimizer(before)
     for name, config in configs.items():
         for site in _select(model, PLUGINS[name], config, init, patterns):
             PLUGINS[name].apply(model, site, config, init)
+    known = set(map(id, before))
+    if has_optimizer and (new := [name for name, each in model.named_parameters() if id(each) not in known]):
+        warnings.warn(
+            f"an optimizer of this {type(model).__name__} was created before patching and does not train its "
+            f"{len(new)} new parameters ({_first(new)}); create the optimizer after patching",
+            stacklevel=2,
+        )
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Remove all plugins from a model, in place, and return it; a model without plugins stays unchanged.
 
-    Layers keep the weights that they learned while patched. Layers that SPT replaced with init="paper" come back with
-    the weights from before, since SPT's do not fit them.
+    Layers keep the weights that they learned while patched, and queries are multiplied by what LSA's temperatures
+    learned. Layers that a plugin replaced return with the weights from before, since the new ones do not fit them. If
+    the outputs change, a `UserWarning` names what is lost.
+
+    Args:
+        strict: raise instead of warning, and leave the model unchanged.
 
     Raises:
-        ValueError: a layer has its own `forward`, is packed, or was patched before it had weights.
+        ValueError: a layer has its own `forward`, is packed, or was patched before it had weights; or, if `strict`, the
+            outputs would change.
     """
-    for _, name, layer in patched_layers(model):
+    lost: dict[str, list[str]] = {}
+    for plugin, name, layer in patched_layers(model):
         if (reason := own_forward(name, layer)) is not None:
             raise ValueError(f"cannot unpatch this {type(model).__name__}: {reason}, then unpatch")
         if (reason := getattr(layer, "irreversible", None)) is not None:
             raise ValueError(f"cannot unpatch this {type(model).__name__}: {name}: {reason}")
         if (old := original(layer)) is not None and _is_on_meta(old) and not _is_on_meta(model):
             raise ValueError(f"{type(old).__name__} was patched before it had weights: there are none to restore")
+        if not _is_on_meta(model) and (loss := PLUGINS[plugin].describe_loss(layer)) is not None:
+            lost.setdefault(loss, []).append(name)
+    if lost:
+        losses = "; ".join(f"{loss}, in {_first(names)}" for loss, names in lost.items())
+        message = (
+            f"unpatching changes the outputs of this {type(model).__name__}. It loses {losses}. "
+            f"Keep it patched, or train it again afterwards"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     while patched := list(patched_layers(model)):  # again, since a restored layer may contain patched ones
         for plugin, _, layer in reversed(patched):
             PLUGINS[plugin].remove(model, layer)
@@ -149,6 +182,25 @@ def _select(model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, 
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(f"{patterns} match no layer for {plugin.title}; expected a pattern of {listed}")
     return chosen
+
+
+def _have_optimizer(parameters: list[nn.Parameter]) -> bool:
+    """Return whether an optimizer holds any of a model's parameters.
+
+    Parameters do not refer to it, so all objects are searched, in about 0.1 s. This is skipped if nothing but the list
+    and one module refers to each parameter.
+    """
+    (alone,) = map(sys.getrefcount, [nn.Parameter(torch.empty(0))])
+    if all(count <= alone + 1 for count in map(sys.getrefcount, parameters)):
+        return False
+    ids = set(map(id, parameters))
+    optimizers = (each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer))
+    groups = (group for each in optimizers for group in getattr(each, "param_groups", ()))
+    return any(id(parameter) in ids for group in groups for parameter in group["params"])
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _is_on_meta(module: nn.Module) -> bool:

@@ -145,6 +145,13 @@ def describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__} for more channels"
 
 
+def describe_loss(layer: nn.Module) -> str | None:
+    """Return the trained weights of the shifted views, or all weights of a layer that replaced another."""
+    if isinstance(layer, ShiftedViews):
+        return "the trained weights of the shifted views" if layer.shifted.any() else None
+    return "shifted patch tokenization with its weights (timm's layers return with the weights they had before)"
+
+
 def new_keys(layer: nn.Module) -> set[str]:
     """Return the key of the shifted views, or all of a layer that replaced another."""
     return {"shifted"} if isinstance(layer, ShiftedViews) else set(layer.state_dict())

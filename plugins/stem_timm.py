@@ -88,6 +88,11 @@ def describe(layer: ConvStem) -> str:
     return f"{len(channels)} convolutions of stride 2, channels {', '.join(map(str, channels))}"
 
 
+def describe_loss(layer: ConvStem) -> str:
+    """Return the whole stem."""
+    return "the convolutional stem with its weights (timm's patch embedding returns with the weights it had before)"
+
+
 def new_keys(layer: ConvStem) -> set[str]:
     """Return all keys of a stem."""
     return set(layer.state_dict())

@@ -96,6 +96,11 @@ def describe(layer: nn.Module) -> str:
     return "outputs have no component along the token's own value"
 
 
+def describe_loss(layer: nn.Module) -> str:
+    """Return the whole change, which has no parameters."""
+    return "exclusive self-attention (outputs have a component along the token's own value again)"
+
+
 def new_keys(layer: nn.Module) -> set[str]:
     """Return no keys: there are no parameters."""
     return set()

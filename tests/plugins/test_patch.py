@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -112,6 +114,109 @@ def test_unpatch_keeps_attention_weights_learned_while_patched() -> None:
     smallvit.unpatch(model)
     assert model.blocks[0].attn.qkv.weight.eq(0.5).all()
     assert model.blocks[1].attn.proj.bias is None
+
+
+LOSSES = [
+    ({"spt": True}, "patch_embed.proj", "weights they had before"),
+    ({"lsa": True}, "blocks.0.attn and 1 more", "the mask of the diagonal"),
+    ({"ffn": True}, "blocks.0.mlp and 1 more", "the depthwise convolutions"),
+    ({"stem": True}, "patch_embed.proj", "the convolutional stem"),
+    ({"xsa": True}, "blocks.0.attn and 1 more", "exclusive self-attention"),
+    ({"binary": True}, "blocks.0.attn and 1 more", "one-bit queries, keys, values and attention maps"),
+]
+
+
+@each(LOSSES, "plugins", "names", "loss")
+def test_unpatch_names_what_is_lost_or_refuses(plugins: dict, names: str, loss: str) -> None:
+    model = smallvit.patch(MODELS["vit"]().eval(), **plugins)
+    expected, state = model(images()), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"changes the outputs of this VisionTransformer.*{loss}") as refused:
+        smallvit.unpatch(model, strict=True)
+    assert f", in {names}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert torch.equal(model(images()), expected)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="unpatching changes") as caught:
+        smallvit.unpatch(model)
+    assert [str(each.message) for each in caught] == [str(refused.value)]
+    assert caught[0].filename == __file__
+    assert not torch.allclose(model(images()), expected)
+
+
+def test_unpatch_warns_once_of_all_that_was_trained_with_preserve() -> None:
+    model = smallvit.patch(MODELS["vit"]().eval(), spt=True, lsa=True, ffn=True, init="preserve")
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    smallvit.set_lsa_strength(model, 0.5)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="unpatching changes") as caught:
+        smallvit.unpatch(model)
+    assert len(caught) == 1
+    for loss in ("the trained weights of the shifted views", "the mask", "the depthwise convolutions"):
+        assert loss in str(caught[0].message)
+    expected = twin(images())
+    torch.testing.assert_close(smallvit.unpatch(twin, strict=True)(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+@each([LSAConfig(mask=False), LSAConfig(mask=False, temperature="layer"), LSAConfig()], "config")
+def test_without_a_mask_unpatching_keeps_the_logits_of_a_trained_model(model: nn.Module, config: LSAConfig) -> None:
+    shared_norm = not isinstance(model.blocks[0].attn.q_norm, nn.Identity)  # one norm cannot hold several temperatures
+    if shared_norm and config.temperature == "head":
+        return
+    smallvit.patch(model, lsa=config, init="preserve")
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images()), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    temperature = model.blocks[0].attn.temperature
+    assert (temperature - 8**-0.5).abs().max() > 1e-4
+    expected = model(images())
+    smallvit.unpatch(model, strict=True)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_temperatures_of_layers_that_are_not_plain_are_lost() -> None:
+    model = smallvit.patch(MODELS["vit"](), lsa=LSAConfig(mask=False), include="blocks.0.*")
+    nn.utils.parametrizations.weight_norm(model.blocks[0].attn.qkv)
+    smallvit.unpatch(copy.deepcopy(model), strict=True)
+    with torch.no_grad():
+        model.blocks[0].attn.temperature.mul_(2)
+    with pytest.raises(ValueError, match=r"It loses the learned temperatures, in blocks\.0\.attn\. Keep it patched"):
+        smallvit.unpatch(model, strict=True)
+
+
+def test_temperatures_of_one_bit_layers_become_those_of_full_precision() -> None:
+    plain = smallvit.patch(MODELS["vit"]().eval(), lsa=LSAConfig(mask=False))
+    with torch.no_grad():
+        for block in plain.blocks:
+            block.attn.temperature.mul_(torch.tensor([0.5, 1.0, 2.0]))
+    model = smallvit.patch(copy.deepcopy(plain), binary=True)
+    smallvit.unpatch(model)
+    torch.testing.assert_close(model(images()), plain(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_patch_warns_of_an_optimizer_that_does_not_train_what_is_new() -> None:
+    model, other = MODELS["vit"](), MODELS["vit"]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(action="error"):
+        smallvit.patch(other, spt=True)
+        smallvit.patch(model, lsa=LSAConfig(temperature="fixed"), include="blocks.0.*")  # has no parameters
+    with pytest.warns(UserWarning, match="optimizer") as caught:
+        smallvit.patch(model, spt=True)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        "an optimizer of this VisionTransformer was created before patching and does not train its 4 new parameters "
+        "(patch_embed.proj.norm.weight and 3 more); create the optimizer after patching"
+    )
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert id(model.patch_embed.proj.proj.weight) not in trained
+    del optimizer
+    gc.collect()
+    with warnings.catch_warnings(action="error"):
+        smallvit.patch(model, lsa=True, include="blocks.1.*")
 
 
 def test_only_new_parameters_get_new_names() -> None:

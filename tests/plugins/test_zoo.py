@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -72,6 +73,13 @@ WHERE = {
     },
 }
 """Which layers change, in models where some of their kind do not, or there are several."""
+
+UNFOLDED = {
+    *("vit qk-norm", "gemma4"),  # all heads share the norm of the queries
+    *("vit parallel scaling", "vit differential block", "vit sam", "efficientvit msra", "mvit v2"),
+    *("mvit v2, class token", "shvit", "botnet", "lowformer", "cpubone", "cpubone, transposed"),
+}
+"""Models whose temperatures cannot be multiplied into the queries."""
 
 every_case = sweep(CASES)
 
@@ -192,12 +200,32 @@ def test_gradients_reach_all_that_they_reach_in_the_plain_model_and_all_that_is_
 @each(["paper", "preserve"], "init")
 def test_unpatching_gives_back_the_model_bit_by_bit(name: str, plugin: str, init: str) -> None:
     plain, model = build(name), patched(name, plugin, init)
-    assert smallvit.unpatch(model) is model
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        assert smallvit.unpatch(model) is model
+    assert [str(each.message)[:30] for each in caught] == ["unpatching changes the outputs"] * (init == "paper")
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [(key, type(layer)) for key, layer in model.named_modules()] == [
         (key, type(layer)) for key, layer in plain.named_modules()
     ]
     assert torch.equal(logits(model, name), plain_logits(name))
+
+
+@sweep(LSA, quick={"vit", "vit qk-norm", "vit sam", "cait", "pit", "swin", "swin v2", "beit", "maxvit", "levit"})
+def test_unpatching_keeps_learned_temperatures_or_says_that_it_cannot(name: str) -> None:
+    model = smallvit.patch(build(name), lsa=True, init="preserve")
+    learned = [layer.temperature for layer in model.modules() if isinstance(layer, Locality)]
+    learned = [temperature for temperature in learned if temperature is not None]
+    with torch.no_grad():
+        for temperature in learned:
+            temperature.mul_(torch.linspace(0.5, 2.5, len(temperature)) if len(temperature) > 1 else 2)
+    before = logits(model, name)
+    assert not learned or (before - plain_logits(name)).abs().max() > 1e-4
+    if name in UNFOLDED:
+        with pytest.raises(ValueError, match="loses the learned temperatures, in"):
+            smallvit.unpatch(model, strict=True)
+        assert torch.equal(logits(model, name), before)
+    else:
+        assert_near(logits(smallvit.unpatch(model, strict=True), name), before)
 
 
 @every_case

@@ -23,6 +23,7 @@ RUN is a run folder, a weights file, or a timm model with pretrained weights. Fo
 pt2 a torch.export program, timm a folder for timm.create_model("local-dir:FOLDER", pretrained=True), hub the same with
 a model card, packed a weights file for smallvit with eight one-bit weights per byte. Models that timm cannot build
 alone need `import smallvit.models.timm_registry` first. Exports accept any batch size and go to RUN/export or --out.
+All but packed come with preprocess.py, which preprocesses images with Pillow and NumPy alone.
 If a model cannot be exported, or its logits differ, the exit code is 2 and no file is written; if only --push fails,
 the exit code is 2 and the export is kept.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         readme = None
         if options.format == "hub":
             readme = render_model_card(model, Path(os.path.expanduser(options.run)), options.license, options.push)
-        message = export.export_model(model, options.format, path, readme=readme)
+        message = export.export_model(model, options.format, path, readme=readme, overwrite=options.overwrite)
     print(path)
     if message is not None:
         print(message)

@@ -2,7 +2,8 @@
 
 EXIF orientation is applied, gray values of more than 8 bits are scaled (see `gray`), transparent pixels become white,
 and every mode becomes RGB. The shorter side is resized to the image size (bilinear, antialiased), then the center is
-cropped. Warnings of Pillow are harmless or followed by an error, so they are silenced.
+cropped. For speed, large JPEG files are decoded at a fraction of their size; `smallvit predict` decodes them whole.
+Warnings of Pillow are harmless or followed by an error, so they are silenced.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from smallvit.utils.errors import InputError, first_line, group_errors
 from smallvit.utils.files import atomic_write
 from smallvit.utils.hardware import require_memory
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
 HEIF_BRAND = re.compile(rb"(?s).{4}ftyp(?:(avi[fs])|he[iv][cmsx]|mif1|msf1)")
@@ -95,12 +96,27 @@ def decode_image(
 def convert_image(image: Image.Image, size: int, ranges: GrayRanges = NO_RANGES) -> UInt8[np.ndarray, "3 size size"]:
     """Convert an image of any mode and orientation to RGB, resize its shorter side to `size`, and crop the center."""
     image.draft("RGB", (size, size))  # large JPEGs: decode at a fraction of the size
-    image = to_rgb(ImageOps.exif_transpose(image), ranges)
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(resize(to_rgb(ImageOps.exif_transpose(image), ranges), size)).transpose(2, 0, 1)
+
+
+def resize(
+    image: Image.Image, size: int, *, interpolation: str = "bilinear", crop_pct: float = 1.0, crop_mode: str = "center"
+) -> Image.Image:
+    """Resize an image and crop the center exactly as timm's transform for evaluation does.
+
+    Args:
+        size: Height and width of the result in pixels.
+        interpolation: Name of a Pillow filter.
+        crop_pct: `size` divided by the shorter side before the crop.
+        crop_mode: "center" keeps the aspect ratio, "squash" does not.
+    """
+    scale, resampling = int(size / crop_pct), Image.Resampling[interpolation.upper()]
+    width, height = (scale if crop_mode == "squash" else int(scale * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if width * height > 100 * size**2:  # a thin line, too large when resized: equal but for rounding
+        x, y = image.width / width, image.height / height
+        return image.resize((size, size), resampling, box=(left * x, top * y, (left + size) * x, (top + size) * y))
+    return image.resize((width, height), resampling).crop((left, top, left + size, top + size))
 
 
 def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:

@@ -23,11 +23,11 @@ from typing import TextIO
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
-from smallvit.datasets.decode import convert_image, describe_decode_error, open_image
+from smallvit.datasets.decode import describe_decode_error, open_image, resize, to_rgb
 from smallvit.datasets.gray import GrayRanges, kind_of
 from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.evaluation.predictor import Predictor, load_predictor
@@ -151,7 +151,7 @@ def readable_names(names: Sequence[str]) -> tuple[str, ...]:
 def decode(
     model: Predictor, image: ImageInput, max_megapixels: float = MAX_MEGAPIXELS
 ) -> tuple[UInt8[np.ndarray, "c s s"], str | None]:
-    """Decode an image for a model as in training on folders; one channel is the luma of the colors.
+    """Decode an image for a model, large JPEGs at their full size; one channel is the luma of the colors.
 
     Returns:
         The pixels, and how gray values of more than 8 bits were scaled, if the image has any.
@@ -162,10 +162,9 @@ def decode(
     else:
         opened = nullcontext(Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy())
     with opened as file:
-        pixels, kind = convert_image(file, model.img_size, ranges), kind_of(file)
-    if model.in_chans == 1:
-        pixels = np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
-    return pixels, None if kind is None else ranges.note(kind)
+        rgb, kind = to_rgb(ImageOps.exif_transpose(file), ranges), kind_of(file)
+    pixels = resize(rgb.convert("L") if model.in_chans == 1 else rgb, model.img_size, **model.info.resizing)
+    return np.atleast_3d(pixels).transpose(2, 0, 1), None if kind is None else ranges.note(kind)
 
 
 def write_predictions(

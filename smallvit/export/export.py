@@ -8,7 +8,8 @@ packed  a weights file for smallvit with eight one-bit weights per byte
 
 ONNX files and programs take normalized images, float32 (batch, channels, height, width) with any batch size, and return
 logits (batch, classes). They contain the metadata of `verify.build_metadata`. Packed files have the metadata of the
-run's weights file and are marked as packed; `plugins.pack` describes the format.
+run's weights file and are marked as packed; `plugins.pack` describes the format. All formats but packed come with
+preprocess.py, which turns image files into inputs of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from torch import Tensor, nn
 
 from smallvit.evaluation.predictor import Predictor
 from smallvit.export import timm_folder
-from smallvit.export.verify import build_metadata, example_images, read_own_metadata, verify_logits
+from smallvit.export.verify import (
+    build_metadata,
+    example_images,
+    read_own_metadata,
+    render_preprocess,
+    verify_logits,
+)
 from smallvit.models.checkpoint import load_model, save_weights, snapshot
 from smallvit.models.weights_info import PACKED
 from smallvit.plugins.binary_packing import pack, packed_layers
@@ -43,7 +50,9 @@ METADATA = "metadata.json"
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "packed": ".packed.safetensors"}
 """Default suffixes of formats that are a single file; the others are folders."""
 README = "README.md"
-FOLDER_FILES = (README, timm_folder.CONFIG, timm_folder.WEIGHTS)
+PREPROCESS = "preprocess.py"
+"""Name of the module that preprocesses images, in the folder of every export but packed weights."""
+FOLDER_FILES = (README, PREPROCESS, timm_folder.CONFIG, timm_folder.WEIGHTS)
 
 
 def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool) -> Path:
@@ -72,7 +81,9 @@ def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool) ->
     return check_output_file(str(path), "." + SUFFIXES[form].rpartition(".")[2], overwrite=overwrite)
 
 
-def export_model(model: Predictor, form: str, path: Path, *, readme: str | None = None) -> str | None:
+def export_model(
+    model: Predictor, form: str, path: Path, *, readme: str | None = None, overwrite: bool = False
+) -> str | None:
     """Export a model, which must be on the CPU in fp32; return a message for the user, if any.
 
     Args:
@@ -80,18 +91,43 @@ def export_model(model: Predictor, form: str, path: Path, *, readme: str | None 
         form: The format.
         path: The file or folder to write; other files in the folder stay.
         readme: The model card for the format "hub".
+        overwrite: Replace preprocess.py of an earlier export.
 
     Raises:
-        InputError: the model cannot be exported, or its outputs differ in the new format.
+        InputError: the model cannot be exported, its outputs differ in the new format, or there is another
+            preprocess.py.
     """
-    writers = {"onnx": write_onnx, "pt2": write_pt2, "packed": write_packed}
+    if form == "packed":
+        return write_packed(model, path)
+    preprocess = render_preprocess(model)
+    writers = {"onnx": write_onnx, "pt2": write_pt2}
+    check_preprocess((path.parent if form in writers else path) / PREPROCESS, preprocess, overwrite=overwrite)
     if form in writers:
-        return writers[form](model, path)
+        writers[form](model, path)
+        write_text(path.with_name(PREPROCESS), preprocess)
+        return None
     with atomic_update(path, list_outputs) as partial:
         timm_folder.write_folder(model, partial)
+        write_text(partial / PREPROCESS, preprocess)
         if readme is not None:
             write_text(partial / README, readme)
     return None
+
+
+def check_preprocess(path: Path, text: str, *, overwrite: bool) -> None:
+    """Check that preprocess.py can be written: it is missing, the same, or of an earlier export that is replaced.
+
+    Raises:
+        InputError: the file there is not by smallvit, or describes another export and is not to be replaced.
+    """
+    if not os.path.lexists(path):
+        return
+    existing = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    remedy = "choose another folder with --out"
+    if not existing.startswith(text.partition(",")[0]):
+        raise InputError(f"{path}: not written by smallvit export; rename it, or {remedy}")
+    if existing != text and not overwrite:
+        raise InputError(f"{path}: belongs to another export; {remedy}, or replace it with --overwrite")
 
 
 def list_outputs(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from smallvit.utils.files import atomic_write, write_text
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 DEFAULTS = asdict(ArchOptions())
-COPIED = ("interpolation", "crop_pct", "crop_mode", "license", "origin_url", "paper_ids", "paper_name")
+COPIED = ("license", "origin_url", "paper_ids", "paper_name")
 """Fields of timm's configuration that its pretrained weights keep."""
 
 
@@ -104,9 +104,7 @@ def _pretrained_cfg(model: Predictor, own: timm.models.PretrainedCfg | None) -> 
     config = {
         "input_size": [model.in_chans, model.img_size, model.img_size],
         "fixed_input_size": fixed,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
+        **info.resizing,
         "mean": list(info.mean),
         "std": list(info.std),
         "num_classes": info.spec["num_classes"],

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from jinja2 import Environment
 from torch import Tensor, nn
 
 import smallvit
-from smallvit.datasets.gray import GrayRanges
+from smallvit.datasets.gray import FULL, GrayRanges
 from smallvit.evaluation.predictor import Predictor
 from smallvit.models.weights_info import ENTRY
 from smallvit.plugins.binary_layers import BinaryAttending, BinaryProduct
 from smallvit.utils.errors import first_line
 from smallvit.utils.files import read_safetensors
 
+TEMPLATE = Path(__file__).with_name("preprocess.py.jinja")
 TOLERANCE = 1e-4
 """Maximum difference of fp32 logits: absolute, or relative to the largest logit of a batch if that is above 1."""
 BATCH_SIZES = (1, 5)
@@ -106,12 +109,31 @@ def describe_preprocessing(model: Predictor) -> str:
     """Describe in a sentence how images become inputs of a model."""
     mode = "RGB" if model.in_chans == 3 else "grayscale (ITU-R 601 luma)"
     size, ranges = model.img_size, model.info.gray_ranges or GrayRanges()
+    resized, interpolation = int(size / model.info.resizing["crop_pct"]), model.info.resizing["interpolation"]
+    is_squashed = model.info.resizing["crop_mode"] == "squash"
+    sides = f"image to {resized} x {resized} pixels" if is_squashed else f"shorter side to {resized} pixels"
     scaled = "".join(f"scale {line}; " for line in ranges.describe("the range of the training images"))
     return (
         f"Rotate the image by its EXIF orientation, {scaled}blend transparency onto white, convert to {mode}; resize "
-        f"the shorter side to {size} pixels (bilinear, antialiased) and crop the central {size} x {size}; then "
+        f"the {sides} ({interpolation}, antialiased) and crop the central {size} x {size}; then "
         f"(pixels / 255 - mean) / std per channel, as float32 (batch, {model.in_chans}, {size}, {size}). The softmax "
         "of the logits gives the class probabilities."
+    )
+
+
+def render_preprocess(model: Predictor) -> str:
+    """Return the source of a module that preprocesses images for a model with Pillow and NumPy alone."""
+    resizing, ranges = model.info.resizing, model.info.gray_ranges or GrayRanges()
+    return Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text("utf-8")).render(
+        size=model.img_size,
+        channels=model.in_chans,
+        resized=int(model.img_size / resizing["crop_pct"]),
+        squash=resizing["crop_mode"] == "squash",
+        interpolation=resizing["interpolation"],
+        mean=list(model.info.mean),
+        std=list(model.info.std),
+        integer=ranges.integer or FULL["integer"],
+        floating=ranges.floating or FULL["floating"],
     )
 
 

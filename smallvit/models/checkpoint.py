@@ -26,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from smallvit.models.factory import create_model
-from smallvit.models.weights_info import ENTRY, FORMAT, PACKED, unwrap
+from smallvit.models.weights_info import ENTRY, FORMAT, PACKED, RESIZING, unwrap
 from smallvit.utils.distributed import distribute_like, full_tensor
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import atomic_write
@@ -139,8 +139,7 @@ def to_pretrained_cfg(metadata: dict[str, Any]) -> dict[str, Any]:
         "mean": tuple(data["mean"]),
         "std": tuple(data["std"]),
         "label_names": tuple(data["class_names"]),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
+        **RESIZING,
     }
 
 

@@ -28,6 +28,7 @@ from torch import nn
 from smallvit.config.spec import LEE2021_ABLATION
 from smallvit.models.architectures import LEE2021
 from smallvit.models.factory import create_model
+from smallvit.models.weights_info import RESIZING
 from smallvit.plugins.resize import set_input_size
 
 NAMES = {
@@ -45,8 +46,7 @@ default_cfgs = generate_default_cfgs(
             "num_classes": 1000,
             "input_size": (3, 32, 32),
             "fixed_input_size": arch != "t2t",
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
+            **RESIZING,
             "mean": (0.5, 0.5, 0.5),
             "std": (0.5, 0.5, 0.5),
             "first_conv": None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smallvit.models import checkpoint, factory, weights_info
 from smallvit.models.architectures import LEE2021
-from smallvit.models.weights_info import PRETRAINED, WeightsInfo, read_shapes
+from smallvit.models.weights_info import PRETRAINED, RESIZING, WeightsInfo, read_shapes
 from smallvit.plugins.patch import misfit
 from smallvit.utils.errors import InputError, first_line, suggest
 from smallvit.utils.files import SUFFIX
@@ -231,6 +231,7 @@ def _add_pretrained_cfg(info: WeightsInfo, cfg: PretrainedCfg) -> WeightsInfo:
         spec=spec | {"patch_size": None, "fit": False},
         mean=tuple(cfg.mean),
         std=tuple(cfg.std),
+        resizing={name: getattr(cfg, name) for name in RESIZING},
     )
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of names saved from DataParallel or DistributedDataParallel, and from torch.compile."""
 PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.conv.weight")
 POSITION_EMBEDDINGS = ("pos_embed", "patch_embed.pos_embed")
+RESIZING = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+"""How images of other sizes are resized in training, in timm's terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class WeightsInfo:
     """Name of the data set that the model was trained on."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    resizing: Mapping[str, Any] = field(default_factory=lambda: RESIZING)
+    """How images are resized for the model; timm's weights have their own interpolation and crop."""
     training_data: dict[str, Any] | None = None
     """Fingerprint of the training data and its test split, see `ImageDataset.describe_training_data`."""
     gray_ranges: GrayRanges | None = None

@@ -97,7 +97,7 @@ def test_predictions_are_the_loaded_models_own(color: Path, photos: Path, smallv
         order = expected.argsort(descending=True).tolist()
         assert [each["name"] for each in row["classes"]] == [config_names(model)[number] for number in order]
         given = torch.tensor([each["probability"] for each in row["classes"]])
-        torch.testing.assert_close(given, expected[order], atol=0.03, rtol=0)  # 8-bit rounding, JPEG drafts
+        torch.testing.assert_close(given, expected[order], atol=1e-3, rtol=0)
         assert given.diff().le(0).all()
 
 

@@ -143,7 +143,7 @@ def test_timm_loads_the_folder(exports: Path, run: Path, images: Tensor, form: s
         assert_same(model(images), predict(run, images))
     assert preprocessing(model) == preprocessing(package.load_model(run))
     assert list(model.pretrained_cfg["label_names"]) == list("0123456789")
-    assert {file.name for file in (exports / form).iterdir()} - {"README.md"} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (exports / form).iterdir()} | {"README.md"} == set(FOLDER_FILES)
 
 
 def test_smallvit_loads_the_exported_weights(exports: Path, run: Path, images: Tensor) -> None:
@@ -304,7 +304,7 @@ def test_local_paths_are_not_exported(image_folder: Path, tmp_path: Path, smallv
     assert smallvit("train", "--data", image_folder, *arguments, "--out", tmp_path / "own")[0] == 0
     assert smallvit("export", tmp_path / "own", "--format", "hub")[0] == 0
     texts = [file.read_bytes() for file in (tmp_path / "own" / "export" / "hub").iterdir()]
-    assert len(texts) == 3
+    assert len(texts) == 4
     assert all(str(tmp_path).encode() not in text for text in texts)
     assert b"--data images" in b"".join(texts)
 
@@ -320,7 +320,7 @@ def test_earlier_exports_are_replaced_with_overwrite_only(run: Path, tmp_path: P
     (out / "thesis.tex").write_text("years of work")
     (out / "README.md").write_text("of an earlier export")
     assert export("--overwrite")[0] == 0
-    assert {file.name for file in out.iterdir()} == {"thesis.tex", "config.json", "model.safetensors"}
+    assert {file.name for file in out.iterdir()} == {"thesis.tex", "preprocess.py", "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("form", [pytest.param("pt2", marks=pytest.mark.slow), "timm"])

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "exporting.md"
 @torch.no_grad()
 def make_sensitive(model: nn.Module, channels: int = 3) -> nn.Module:
     """Change the classifier such that probabilities depend on pixels, and are equal for a mean gray image."""
-    model.get_classifier().weight *= 6
+    model.get_classifier().weight *= 12
     model.get_classifier().bias -= model.eval()(torch.zeros(1, channels, *model.patch_embed.img_size))[0]
     return model
 
@@ -47,7 +47,7 @@ def make_sensitive(model: nn.Module, channels: int = 3) -> nn.Module:
 def write_weights(path: Path, channels: int) -> str:
     """Write an untrained model as the weights file of a run."""
     torch.manual_seed(0)
-    spec = {"arch": "vit", "img_size": 32, "in_chans": channels, "num_classes": len(NAMES)}
+    spec = {"arch": "test_vit", "img_size": 32, "patch_size": 4, "in_chans": channels, "num_classes": len(NAMES)}
     data = {"name": "x", "class_names": NAMES, "mean": [0.48, 0.45, 0.4][:channels], "std": [0.2, 0.21, 0.22][:channels]}
     save_weights(path, snapshot(make_sensitive(create_model(**spec), channels)), {"model": spec, "data": data})
     return str(path)
@@ -102,7 +102,7 @@ def by_name(classes: list[tuple[str, float]]) -> Tensor:
     return torch.tensor([probability for _, probability in sorted(classes)], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("channels", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_predict_timm_and_preprocess_agree(
     channels: int, images: dict[str, tuple[str, Image.Image]], tmp_path: Path, smallvit: Command
 ) -> None:
@@ -119,15 +119,15 @@ def test_predict_timm_and_preprocess_agree(
         loaded = module.load_image(path)
         described = rgb if channels == 3 else rgb.convert("L")
         assert loaded.size == rgb.size, name
-        levels = np.abs(np.asarray(loaded, int) - np.asarray(described, int)).max()
-        assert levels <= (1 if name == "alpha.png" else 0), name  # Pillow blends in integers
+        difference = np.asarray(ImageChops.difference(loaded, described)).max()
+        assert difference <= (name == "alpha.png"), name  # Pillow blends in integers
         by_module = probabilities(model, module.preprocess(path))
         by_timm = probabilities(model, transform(loaded)[None])
         by_command = by_name([(each["name"], each["probability"]) for each in row["classes"]])
         for other in (by_timm, by_command, own):
             torch.testing.assert_close(by_module, other, atol=1e-3, rtol=0, msg=name)
         flipped = module.preprocess(ImageOps.mirror(loaded))  # an image instead of a file
-        assert (probabilities(model, flipped) - by_module).abs().max() > 5e-3, name  # the comparison shows something
+        assert (probabilities(model, flipped) - by_module).abs().max() > 2e-3, name  # the comparison shows something
 
 
 def test_the_shortcuts_of_decoding_would_be_noticed(
@@ -209,7 +209,7 @@ def test_programs_run_on_preprocessed_images(
         for logits in (session.run(["logits"], {"images": x})[0], program(torch.tensor(x)).detach()):
             actual = torch.as_tensor(logits)[0].softmax(dim=0)
             torch.testing.assert_close(actual, by_name(own.classes), atol=1e-3, rtol=0, msg=path)
-    (snippet,) = re.findall(r"```python\n(import json, onnxruntime\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(import json, numpy as np, onnxruntime\n.*?)```", PAGE.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "photo.jpg").write_bytes(Path(paths[0]).read_bytes())

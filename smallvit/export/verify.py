@@ -124,16 +124,20 @@ def describe_preprocessing(model: Predictor) -> str:
 def render_preprocess(model: Predictor) -> str:
     """Return the source of a module that preprocesses images for a model with Pillow and NumPy alone."""
     resizing, ranges = model.info.resizing, model.info.gray_ranges or GrayRanges()
-    return Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text("utf-8")).render(
-        size=model.img_size,
-        channels=model.in_chans,
-        resized=int(model.img_size / resizing["crop_pct"]),
-        squash=resizing["crop_mode"] == "squash",
-        interpolation=resizing["interpolation"],
-        mean=list(model.info.mean),
-        std=list(model.info.std),
-        integer=ranges.integer or FULL["integer"],
-        floating=ranges.floating or FULL["floating"],
+    return (
+        Environment(trim_blocks=True, keep_trailing_newline=True)
+        .from_string(TEMPLATE.read_text("utf-8"))
+        .render(
+            size=model.img_size,
+            channels=model.in_chans,
+            resized=int(model.img_size / resizing["crop_pct"]),
+            squash=resizing["crop_mode"] == "squash",
+            interpolation=resizing["interpolation"],
+            mean=list(model.info.mean),
+            std=list(model.info.std),
+            integer=ranges.integer or FULL["integer"],
+            floating=ranges.floating or FULL["floating"],
+        )
     )
 
 

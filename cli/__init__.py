@@ -13,7 +13,7 @@ from types import FrameType
 
 from smallvit import __version__
 from smallvit.utils.cores import set_openmp_defaults
-from smallvit.utils.errors import DivergedError, InputError, PeerExitedError, TrainingError, suggest
+from smallvit.utils.errors import DivergedError, InputError, PeerExitedError, TrainingError, print_message, suggest
 
 VERBS = {
     "train": "train a model and write its run folder",
@@ -103,13 +103,13 @@ def _run(argv: list[str]) -> int:
             raise InputError(f"unknown verb {argv[0]!r}{suggest(argv[0], VERBS)}; see smallvit --help")
         return import_module(f"smallvit.cli.{argv[0]}").main(argv[1:])
     except InputError as error:
-        print(f"{prefix} {error}", file=sys.stderr)
+        print_message(f"{prefix} {error}")
         return 2
     except BrokenPipeError:
         raise
     except (TrainingError, OSError) as error:
         if not rank or not isinstance(error, DivergedError | PeerExitedError):  # torchrun's first process reports
-            print(f"{prefix} {error}", file=sys.stderr)
+            print_message(f"{prefix} {error}")
         return 1
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "number", 2)

@@ -40,8 +40,6 @@ def main(argv: list[str]) -> int:
     name = options.pop("name")
     own: dict[str, Any] = {each: options.pop(each) for each in OWN}
 
-    from rich.console import Console
-
     from smallvit.datasets.catalog import require_data
     from smallvit.models import weights_info
 
@@ -49,10 +47,11 @@ def main(argv: list[str]) -> int:
     require_data(config.data.data)
 
     from smallvit.evaluation import artifacts, evaluator  # import torch
+    from smallvit.utils.terminal import create_console
 
     folder = artifacts.resolve_output(name, config.data.data, own["split"], own["out"])
     record = evaluator.evaluate_run(name, config, **own, command=shlex.join(["smallvit", "eval", *argv]))
-    artifacts.print_metrics(record, Console(soft_wrap=True))
+    artifacts.print_metrics(record, create_console())
     print()
     if folder is None:
         print("no files written, since this is not a run folder; add --out to write them")

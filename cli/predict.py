@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from smallvit.cli import hints
 from smallvit.cli.parser import Parser
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
-from smallvit.utils.errors import InputError, group_errors, require
+from smallvit.utils.errors import InputError, group_errors, print_message, require
 from smallvit.utils.files import atomic_write, check_output_file
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def main(argv: list[str]) -> int:
     read_weights_info(options.run, "predict")  # before torch is imported
 
     from rich.console import Console
-    from rich.progress import Progress
 
     from smallvit.datasets.listing import describe_kinds
     from smallvit.evaluation import predict
     from smallvit.evaluation.predictor import load_predictor
+    from smallvit.utils.terminal import create_progress
 
     arguments = {"arch": options.arch, "img_size": options.img_size, "device": options.device, "amp": options.amp}
     model = load_predictor(options.run, "predict", **arguments)
@@ -96,13 +96,12 @@ def main(argv: list[str]) -> int:
                 notes[prediction.note] += 1
             yield prediction
 
-    console = Console(stderr=True)
-    quiet = not console.is_terminal or (path is None and sys.stdout.isatty())
+    on_screen = path is None and sys.stdout.isatty()
     text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with nullcontext() if path is None else atomic_write(path) as partial:
         with (
             nullcontext(sys.stdout) if partial is None else open(partial, "w", **text) as file,
-            Progress(console=console, transient=True, disable=quiet) as bar,
+            create_progress(Console(stderr=True), disable=on_screen) as bar,
         ):
             predict.write_predictions(collect(), file, form, model.class_names, options.top)
         named = group_errors((each.path, each.error) for each in failed)
@@ -110,11 +109,11 @@ def main(argv: list[str]) -> int:
         if len(failed) == len(images):
             raise InputError(unreadable)
     for note, count in notes.items():
-        print(f"{count:,} of {len(images):,} images have {note}", file=sys.stderr)
+        print_message(f"{count:,} of {len(images):,} images have {note}")
     if ignored:
-        print(f"ignored: {describe_kinds(ignored)}", file=sys.stderr)
+        print_message(f"ignored: {describe_kinds(ignored)}")
     if failed:
-        print(unreadable, file=sys.stderr)
+        print_message(unreadable)
     if path is not None:
         print(path)
     return 0

@@ -105,10 +105,8 @@ def main(argv: list[str]) -> int:
     if own["overwrite"] and out is None:
         raise InputError("--overwrite has no effect without --out; add --out DIR")
 
-    from rich.console import Console
-
     from smallvit.profiling import profile
-    from smallvit.utils import tables
+    from smallvit.utils.terminal import create_console, print_table
 
     plan = profile.ProfileConfig(
         rows=profile.parse_rows(own["rows"] or list(ROWS), own["classes"]),
@@ -120,11 +118,10 @@ def main(argv: list[str]) -> int:
         seconds=own["seconds"],
     )
     results = profile.run_profile(plan) | {"command": shlex.join(["smallvit", "profile", *argv])}
-    table, notes = profile.create_table(results), profile.list_notes(results)
+    notes = profile.list_notes(results)
     written = [] if out is None else _write(results, notes, out)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    tables.fit_console(console, table)
-    console.print(table)
+    console = create_console()
+    print_table(console, profile.list_cells(results), wrap_header=True)
     console.print()
     for note in notes:
         console.print(note)

@@ -43,14 +43,13 @@ def main(argv: list[str]) -> int:
             raise InputError(f"{folder}: given twice")
         read_config(folder)  # before torch is imported
 
-    from rich.console import Console
-
     from smallvit.report import html, run_summary
+    from smallvit.utils.terminal import create_console
 
     runs = [run_summary.read_run_summary(folder) for folder in folders]
     path = check_output_file(out, ".html", overwrite=given.overwrite)
     if given.compute:
-        moved, console = getattr(given, "data", None), Console(stderr=True)
+        moved, console = getattr(given, "data", None), create_console(stderr=True)
         device = config.compute.device
         runs = [run_summary.complete_summary(run, device, console, moved) if run.computable else run for run in runs]
     html.write_report(runs, path)

@@ -73,9 +73,8 @@ def main(argv: list[str]) -> int:
     out = Path(os.path.expanduser(flags.pop("out", default)))
     first, count = flags.pop("seed", 0), own["seeds"] or experiment.seeds
 
-    from rich.console import Console
-
     from smallvit.experiments import reproduce
+    from smallvit.utils.terminal import create_console
 
     plan = reproduce.Plan(
         name=own["name"],
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> int:
         collection=None if own["record"] is None else Path(os.path.expanduser(own["record"])),
     )
     try:
-        finished = reproduce.reproduce(plan, Console(highlight=False, markup=False, soft_wrap=True))
+        finished = reproduce.reproduce(plan, create_console())
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
         raise

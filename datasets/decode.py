@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +37,7 @@ from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError, first_line, group_errors
 from smallvit.utils.files import atomic_write
 from smallvit.utils.hardware import require_memory
+from smallvit.utils.terminal import track
 
 CACHE_VERSION = 6
 """Increased when decoding changes, so that older caches are not used."""
@@ -222,7 +222,7 @@ def run_in_threads(
 
     chunks = [indices[start : start + 64] for start in range(0, len(indices), 64)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for _ in track(pool.map(run, chunks), description, total=len(chunks), transient=True):
+        for _ in track(pool.map(run, chunks), description, len(chunks)):
             pass
     return errors
 

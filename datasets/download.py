@@ -16,12 +16,12 @@ from urllib.request import url2pathname
 import pooch
 import requests
 from rich.console import Console
-from rich.progress import open as open_with_progress
 from tqdm import tqdm
 
 from smallvit.datasets.catalog import DATASETS, Archive
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import LOCK, atomic_folder, atomic_write, locked
+from smallvit.utils.terminal import create_progress
 
 RETRIES = 2
 """Further attempts after a download failed."""
@@ -153,9 +153,9 @@ def unpack_gzip(archive: Path, file: Path) -> None:
 @contextmanager
 def open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
     """Open a tar file, with a progress bar that follows reading."""
-    description, console = f"unpacking {archive.name}", Console(stderr=True)
     with (
-        open_with_progress(archive, "rb", description=description, console=console, transient=True) as raw,
+        create_progress(Console(stderr=True)) as progress,
+        progress.open(archive, "rb", description=f"unpacking {archive.name}") as raw,
         tarfile.open(fileobj=raw) as tar,
     ):
         yield tar

@@ -39,6 +39,7 @@ from smallvit.utils import files, hardware
 from smallvit.utils.errors import InputError, require, suggest
 from smallvit.utils.files import atomic_update, check_output_folder
 from smallvit.utils.hardware import autocast
+from smallvit.utils.terminal import create_console, create_progress
 
 STATISTICS = ("uniform_entropy", "uniform_distance", "entropy", "distance")
 """Statistics of each head of a layer; those of uniform attention are the same for all heads."""
@@ -106,7 +107,7 @@ def attend(
     require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}{suggest(split, SPLITS)}")
     require(count >= 1, "count", count, "at least 1")
     check_output_folder(out, overwrite=overwrite)
-    console = console or Console(stderr=True)
+    console = console or create_console(stderr=True)
     models = _create_predictors(names, config)
     data, examples = None, []
     for model in models:
@@ -118,7 +119,7 @@ def attend(
             dataset = _load_dataset(model, config, split, console)
             data = data or dataset.name
             examples.append(examples_from_split(dataset, split, count, output))
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with create_progress(console) as bar:
         task = bar.add_task("analyzing", total=sum(map(len, examples)))
         analyzed = [analyze_attention(*pair, lambda: bar.advance(task)) for pair in zip(models, examples, strict=True)]
         described = [_describe(*each) for each in zip(models, examples, analyzed, strict=True)]
@@ -273,7 +274,7 @@ def _load_dataset(model: Predictor, config: Config, split: str, console: Console
 
 
 def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, emoji=False, highlight=False)
 
 
 # Models and files

@@ -25,7 +25,8 @@ from smallvit.runs.run import Run
 from smallvit.utils.errors import collapse_whitespace
 from smallvit.utils.files import atomic_update, is_path
 from smallvit.utils.plots import draw_grid, save_figure
-from smallvit.utils.tables import rich_table, write_csv
+from smallvit.utils.tables import write_csv
+from smallvit.utils.terminal import print_table
 
 METRICS, CLASSES, CONFUSION, PREDICTIONS = "metrics.json", "classes.csv", "confusion.csv", "predictions.csv"
 CONFUSION_FIGURE, RELIABILITY, MISTAKES = "confusion.png", "reliability.png", "mistakes.png"
@@ -187,12 +188,12 @@ def print_metrics(record: dict[str, Any], console: Console) -> None:
     for line in _format_headline(record):
         show(line)
     console.print()
-    console.print(rich_table(_class_rows(record["classes"])))
+    print_table(console, _class_rows(record["classes"]))
     for line in _format_confusions(record):
         show(line)
     if record["robustness"] is not None:
         console.print()
-        console.print(rich_table(_robustness_rows(record["robustness"], record["top1"])))
+        print_table(console, _robustness_rows(record["robustness"], record["top1"]))
     if (comparison := record["comparison"]) is not None:
         console.print()
         accuracies = (

@@ -34,6 +34,7 @@ from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError, escape_undecodable, require, suggest
 from smallvit.utils.files import check_output_folder
+from smallvit.utils.terminal import create_console, create_progress
 
 CHOICES = (*SPLITS, "all")
 """Values of --split."""
@@ -165,12 +166,12 @@ def evaluate_run(
         check_output_folder(folder, "--out", overwrite=overwrite)
     hardware.pick_device(config.compute.device)
     digest = weights_info.compute_sha256(infos[0])
-    console = console or Console(stderr=True)
+    console = console or create_console(stderr=True)
     tasks = _create_tasks(name, infos, config, split)
     for note in list(_list_notes(tasks, config)):  # all checks come before the first line
-        console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False)
     corruptions: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with create_progress(console) as progress:
         results = tasks[0].compute_outputs([None, *corruptions] if robustness else [None], progress, flip=flip)
         others = [task.compute_outputs([None], progress, flip=flip)[None] for task in tasks[1:]]
     outputs, dataset, predictor = results[None], tasks[0].dataset, tasks[0].predictor

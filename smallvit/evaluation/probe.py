@@ -17,7 +17,6 @@ import numpy as np
 import sklearn
 import torch
 from jaxtyping import Float, Int64
-from rich.console import Console
 from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -36,6 +35,7 @@ from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import batch_size
+from smallvit.utils.terminal import create_console, create_progress
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidates of C, the inverse regularization strength of the linear classifier."""
@@ -70,12 +70,12 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     size = config.data.img_size or info.spec["img_size"]
     dataset = datasets.create_dataset(replace(config.data, img_size=size), ranges=info.gray_ranges)
     weights.check_channels(info, dataset)
-    console = Console(stderr=True)
+    console = create_console(stderr=True)
     for warning in leakage.check_test_split(info, dataset, config.data):
-        console.print(warning, markup=False, highlight=False)
+        console.print(warning)
     predictor = create_predictor(info, size, config.compute.device, config.compute.amp)
     device, dtype = predictor.device, predictor.dtype
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with create_progress(console) as progress:
         splits = extract_splits(
             predictor.model, replace(dataset, mean=info.mean, std=info.std), device, dtype, progress
         )

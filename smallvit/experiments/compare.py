@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from smallvit.config.options import ComputeConfig
 from smallvit.experiments import plots
 from smallvit.experiments.grid import Grid, plan_runs
@@ -18,11 +16,9 @@ from smallvit.runs.aggregate import AggregatedRun
 from smallvit.utils import hardware, tables
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import write_text
+from smallvit.utils.terminal import create_console, print_table
 
 MARKDOWN, CSV, PICTURE = "compare.md", "compare.csv", "compare.png"
-
-
-CONSOLE = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def compare_rows(grid: Grid, output: Output) -> bool:
     planned = plan_runs(grid)
     for run in {run.row.label: run for run in planned if not run.is_finished}.values():
         run.check()
-    console = Console(**CONSOLE)
+    console = create_console()
     failed = [run for n, run in enumerate(planned, 1) if not run.train(f"[{n}/{len(planned)}]", console)]
     rows = []
     for row in grid.rows:
@@ -77,10 +73,9 @@ def _report(rows: Sequence[AggregatedRun], output: Output, recipes: dict[str, st
     speeds, note = _measure(finished, output) if output.speed and finished else ({}, "Inference: not measured")
     records = [row.record(speeds.get(row.label, {})) for row in rows]
     lines = [*aggregate.describe_conditions(rows, recipes, note), f"Command: {output.command}"]
-    console, table = Console(**CONSOLE), tables.rich_table(aggregate.comparison_rows(records), wrap_header=True)
+    console = create_console()
     console.print()
-    tables.fit_console(console, table)
-    console.print(table)
+    print_table(console, aggregate.comparison_rows(records), wrap_header=True)
     for line in lines:
         console.print(line)
     if output.out is not None:
@@ -92,7 +87,7 @@ def _measure(rows: Sequence[AggregatedRun], output: Output) -> tuple[dict[str, d
     """Return the speed of each row by its label, and a note on how it was measured."""
     device = hardware.pick_device(output.compute.device)
     models = [checkpoint.load_model(row.runs[0].folder) for row in rows]
-    console = Console(stderr=True, **CONSOLE)
+    console = create_console(stderr=True)
     labels = ", ".join(row.label for row in rows)
     console.print(f"measuring inference speed of {labels}: up to about {len(rows) * benchmark.SECONDS:.0f} s")
     speeds = benchmark.measure_speed(models, device, output.compute.amp, benchmark.SECONDS)

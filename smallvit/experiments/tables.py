@@ -12,6 +12,7 @@ from smallvit.experiments.catalog import Trial, get_experiment
 from smallvit.experiments.records import Record, group_by_trial
 from smallvit.utils import tables
 from smallvit.utils.tables import MISSING, Spread
+from smallvit.utils.terminal import print_table
 
 NOT_MEASURED = "not yet measured"
 
@@ -157,10 +158,8 @@ def print_results(name: str, budget: float, labels: Sequence[str], records: Iter
     results = [result for result in collect_results(name, budget, records) if result.trial.label in labels]
     published = any(result.trial.published for result in results)
     columns = [column for column in TERMINAL_COLUMNS if column != "published" or published]
-    table = tables.rich_table(table_rows(columns, results))
-    tables.fit_console(console, table)
     console.print()
-    console.print(table)
+    print_table(console, table_rows(columns, results))
     notes = ["Test top-1: mean ± standard deviation over seeds; gain: difference from the baseline in points"]
     if published:
         notes.append(f"Published: {'; '.join(list_sources(results))}; gain in parentheses")

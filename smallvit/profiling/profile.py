@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 from smallvit.config import spec as specs
@@ -29,6 +26,7 @@ from smallvit.profiling.benchmark import ROUNDS, SECONDS, Stopwatch, Timing, sum
 from smallvit.profiling.memory import run_if_memory_allows
 from smallvit.utils import files, hardware, tables
 from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.terminal import create_console, track
 
 IMG_SIZE = 32
 """Image size of rows that are not runs."""
@@ -40,8 +38,6 @@ GROWTH_ROUNDS = 5
 MIN_STEP_BATCH = 2
 """Images of the smallest training step; some batch norms cannot train on one image."""
 MODEL_OPTIONS = {option.name for option in fields(ModelConfig)}
-
-T = TypeVar("T")
 
 
 # Rows
@@ -246,7 +242,7 @@ class Bench:
             step_batch: Batch size of the training step, which is measured on GPUs only; None measures none.
         """
         records, timings = [], []
-        for model in _track(models, "warming up and memory"):
+        for model in track(models, "warming up and memory"):
             watch = self.load(model)
             timings.append({name: self.start_timing(watch, *batch) for name, batch in batches.items()})
             arguments = watch.model, *model.input_size[:2], self.device, self.dtype
@@ -293,20 +289,20 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
     """
     device = hardware.pick_device(config.device)
     pairs = [(row, size) for row in config.rows for size in config.img_sizes or [row.own_size or IMG_SIZE]]
-    models = [row.at(size) for row, size in _track(pairs, "creating models")]
+    models = [row.at(size) for row, size in track(pairs, "creating models")]
     growing: list[ModelAtSize] = []
     if config.growth is not None:
-        growing = [model for row in _track(config.rows, "counting") for model in row.grow(config.growth)]
+        growing = [model for row in track(config.rows, "counting") for model in row.grow(config.growth)]
     dtypes = {hardware.choose_dtype(device, config.amp, model.build(), *model.input_size[:2]) for model in models}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     bench = Bench(device=device, dtype=dtype, seconds=config.seconds)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = create_console(stderr=True)
     limit = (len(models) + len(growing)) * config.seconds
     labels = ", ".join(row.label for row in config.rows)
     console.print(f"measuring {labels}: up to about {limit:.0f} s (--seconds {config.seconds:g})")
     batches = {"latency_ms": (1, True), **{f"images_per_second_{n}": (n, False) for n in config.batch_sizes}}
     step_batch = max(MIN_STEP_BATCH, *config.batch_sizes)
-    records = bench.measure(models, batches, _track(range(ROUNDS), "time"), step_batch)
+    records = bench.measure(models, batches, track(range(ROUNDS), "time"), step_batch)
     growth = {} if config.growth is None else {"growth": _measure_growth(growing, config.batch_sizes[0], bench)}
     return {
         "rows": records,
@@ -331,11 +327,6 @@ def _measure_growth(models: Sequence[ModelAtSize], batch: int, bench: Bench) -> 
         records += bench.measure(same_size, {"ms_per_image": (batch, True)}, range(GROWTH_ROUNDS))
     labels = list(dict.fromkeys(model.label for model in models))
     return sorted(records, key=lambda record: labels.index(record["model"]))
-
-
-def _track(items: Sequence[T], description: str) -> Iterable[T]:
-    console = Console(stderr=True)
-    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 # Tables
@@ -368,11 +359,6 @@ def list_cells(profile: dict[str, Any]) -> list[list[str]]:
     """Return the header and cells of a profile of `run_profile`."""
     columns = get_columns(profile)
     return [list(columns.values()), *([_format_cell(row, name) for name in columns] for row in profile["rows"])]
-
-
-def create_table(profile: dict[str, Any]) -> Table:
-    """Create a profile's table for the terminal."""
-    return tables.rich_table(list_cells(profile), wrap_header=True)
 
 
 def format_markdown(profile: dict[str, Any], notes: Sequence[str], figure: str | None) -> str:

@@ -64,7 +64,8 @@ class Checkpointer:
     @property
     def position(self) -> str:
         """Epochs and steps done, in words."""
-        return f"epoch {self.state.epoch}" + (f" and {self.state.step} steps" if self.state.step else "")
+        number, step = self.state.epoch + bool(self.state.step), self.state.step
+        return f"epoch {number} of {self.setup.config.optim.epochs}" + (f", step {step}" if step else "")
 
     @property
     def seconds(self) -> float:

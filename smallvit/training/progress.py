@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from smallvit.utils.errors import format_duration
 
@@ -21,14 +21,12 @@ class TrainingProgress:
     def __init__(self, console: Console, steps: int, epochs: int) -> None:
         self.console, self.steps, self.epochs = console, steps, epochs
         self.accuracy = ""
-        self.started, self.first_step, self.last_line = time.monotonic(), 0, time.monotonic()
+        self.first: tuple[float, int] | None = None
+        self.last_line = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=console.quiet or not console.is_terminal,
@@ -45,39 +43,45 @@ class TrainingProgress:
         self.bar.stop()
 
     def begin(self, done: int) -> None:
-        """Start the clock; `done` steps were completed before the run was resumed."""
-        self.first_step, self.started = done, time.monotonic()
+        """Show that `done` steps were completed before the run was resumed."""
         self.bar.update(self.task, completed=done)
 
     def step(self, done: int, loss: float, images_per_second: float) -> None:
         """Show the progress after `done` steps; `loss` is the epoch's mean so far."""
-        label, figures = self._show((done - 1) * self.epochs // self.steps + 1, done, loss, images_per_second)
+        shown = self._show((done - 1) * self.epochs // self.steps + 1, done, loss, images_per_second)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
-            self.line(f"{label}  {done}/{self.steps} steps  {figures}  {self._left(done)}")
+            label, figures, left = shown
+            self.line(f"{label}  {done}/{self.steps} steps  {figures}{left}")
 
     def epoch(self, figures: dict[str, Any]) -> None:
         """Print an epoch's metrics in one line."""
         done = figures["epoch"] * self.steps // self.epochs
         validated = figures["val_top1"] is not None
         self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  " if validated else ""
-        self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
+        label, _, left = self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(
-            f"epoch {figures['epoch']}/{self.epochs}  loss {figures['train_loss']:.3f}  "
+            f"{label}  loss {figures['train_loss']:.3f}  "
             + (f"val loss {figures['val_loss']:.3f}  {self.accuracy}" if validated else "")
-            + f"{figures['images_per_second']:,.0f} images/s  {self._left(done)}"
+            + f"{figures['images_per_second']:,.0f} images/s"
+            + ("" if self.console.is_terminal else left)  # the bar shows it
         )
 
-    def _show(self, number: int, done: int, loss: float, images_per_second: float) -> tuple[str, str]:
-        label = f"epoch {number}/{self.epochs}"
+    def _show(self, number: int, done: int, loss: float, images_per_second: float) -> tuple[str, str, str]:
+        label, left = f"epoch {number}/{self.epochs}", self._left(done)
         figures = f"loss {loss:.3f}  {self.accuracy}{images_per_second:,.0f} images/s"
-        self.bar.update(self.task, completed=done, description=label, figures=figures)
-        return label, figures
+        self.bar.update(self.task, completed=done, description=label, figures=figures + left)
+        return label, figures, left
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False)
         self.last_line = time.monotonic()
 
     def _left(self, done: int) -> str:
-        per_step = (time.monotonic() - self.started) / max(1, done - self.first_step)
-        return f"{format_duration(per_step * (self.steps - done))} left"
+        """Return the time left, by the speed since the first call: what precedes it may be another process's steps, and
+        the first step, which may compile the model."""
+        now = time.monotonic()
+        started, first = self.first = self.first or (now, done)
+        if done == first:
+            return ""
+        return f"  {format_duration((now - started) / (done - first) * (self.steps - done))} left"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from smallvit.utils import distributed, hardware
 from smallvit.utils.distributed import World
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import LossScaler, batch_size, choose_dtype
+from smallvit.utils.terminal import print_indented
 
 if TYPE_CHECKING:
     from smallvit.datasets.dataset import ImageDataset
@@ -144,21 +146,21 @@ class Setup:
 
     def print_overview(self, console: Console) -> None:
         """Print data, model, initial weights, teacher and device, in a few lines."""
-        data = self.dataset
+        data, show = self.dataset, partial(print_indented, console)
         sizes = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in ("train", "val", "test"))
-        console.print(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
+        show(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
         for note in (*data.notes, *self.warnings()):
-            console.print(f"       {note}")
+            show(f"       {note}")
         arch, patch_size, fit = (self.spec[name] for name in ("arch", "patch_size", "fit"))
-        console.print(f"model  {factory.describe_choice(arch, data.img_size, patch_size, fit=fit)}")
-        console.print(f"       {describe(self.model)}".replace("\n", "\n       "))
+        show(f"model  {factory.describe_choice(arch, data.img_size, patch_size, fit=fit)}")
+        show(f"       {describe(self.model)}".replace("\n", "\n       "))
         for note in self.initial.notes:
-            console.print(f"init   {note}")
+            show(f"init   {note}")
         if self.teacher is not None:
-            console.print(f"teacher {self.teacher.describe()}")
+            show(f"teacher {self.teacher.describe()}")
         how = hardware.COMPILATION_NOTES[self.config.compute.compile]
         many = f"{self.world.size} processes, each with " if self.world.size > 1 else ""
-        console.print(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
+        show(f"device {many}{self.device}: {hardware.describe_hardware(self.device)}, {self.precision}{how}")
 
     def warnings(self) -> Iterator[str]:
         """Yield what a user may not expect of the sizes of images, batches and splits, a line each."""

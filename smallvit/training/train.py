@@ -29,6 +29,7 @@ from smallvit.training.progress import TrainingProgress
 from smallvit.training.setup import Setup, create_setup
 from smallvit.utils import distributed, hardware
 from smallvit.utils.signals import SignalHandler
+from smallvit.utils.terminal import create_console
 
 if TYPE_CHECKING:
     from smallvit.runs.trackers import Trackers
@@ -56,7 +57,7 @@ def fit(run: Run) -> TrainResult:
     """Train in an open run folder, from the start or from its last checkpoint."""
     with distributed.init_distributed() as world:
         run.follow(*world.send((run.folder, run.config)))
-        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.main)
+        console = create_console(quiet=not world.main)
         if (summary := world.send(run.read_summary() if world.main else None)) is not None:
             console.print(f"{run.folder} is finished already")
             return print_result(TrainResult(run.folder, summary), console)
@@ -82,7 +83,7 @@ def fit(run: Run) -> TrainResult:
         ):
             checkpointer = Checkpointer(run, setup, signals, display)
             if checkpointer.restore():
-                console.print(f"resume after {checkpointer.position} of {epochs}")
+                console.print(f"resume after {checkpointer.position}")
                 if (start := config.optim.sched_start_epoch) and checkpointer.state.epoch >= start:
                     console.print(f"resume schedule {config.optim.sched} again since epoch {start + 1}, without warmup")
             state = checkpointer.state
@@ -311,11 +312,11 @@ def print_result(result: TrainResult, console: Console) -> TrainResult:
     chosen = f"last of {epochs} epochs"
     if top1 is not None:
         chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
-    console.print(
-        f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen}, "
-        f"trained in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s)"
-    )
-    for what, name in (("weights", Run.BEST), ("curves", Run.CURVES), ("summary", Run.SUMMARY)):
-        console.print(f"{what:8} {folder / name}")
-    console.print(f"next     smallvit eval {folder}  |  report {folder}  |  predict {folder} IMAGES")
+    console.print(f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen})")
+    console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")
+    lines = {"weights": folder / Run.BEST, "curves": folder / Run.CURVES, "summary": folder / Run.SUMMARY}
+    lines |= {"next": f"smallvit eval {folder}", "": f"smallvit report {folder}"}
+    lines |= {" ": f"smallvit predict {folder} IMAGES"}
+    for label, line in lines.items():
+        console.print(f"{label:8} {line}", soft_wrap=True)  # whole, to be copied
     return result

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -84,10 +86,21 @@ def require(condition: bool, option: str, value: object, expected: str) -> None:
         raise InputError(f"{flag(option)} {value}: expected {expected}")
 
 
+WORDS = {"break_long_words": False, "break_on_hyphens": False}
+"""Arguments of textwrap that keep names and paths whole."""
+
+
+def print_message(message: str) -> None:
+    """Print one line to standard error; a terminal wraps it at words."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        message = textwrap.fill(message, shutil.get_terminal_size().columns, **WORDS)
+    print(message, file=sys.stderr)
+
+
 def warn(message: str) -> None:
     """Print a one-line warning to standard error, in the first of torchrun's processes only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"smallvit: warning: {message}", file=sys.stderr)
+        print_message(f"smallvit: warning: {message}")
 
 
 def is_utf8(text: str) -> bool:

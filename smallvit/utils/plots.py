@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 
 from smallvit.utils.files import atomic_write
+from smallvit.utils.terminal import create_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def _find_fonts(needed: frozenset[str]) -> tuple[FontEntry, ...]:
         named = ", ".join(f"{each} (U+{ord(each):04X})" for each in new[:3])
         more = f" and {len(new) - 3:,} more" if len(new) > 3 else ""
         line = f"no installed font has {named}{more}: pictures show boxes; install one, e.g. Noto Sans CJK"
-        Console(stderr=True).print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        create_console(stderr=True).print(line)
     return tuple(chosen)
 
 

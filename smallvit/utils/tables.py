@@ -1,4 +1,4 @@
-"""Format tables for the terminal, Markdown and CSV, and means with their spread."""
+"""Format tables for Markdown and CSV, and means with their spread."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
 from smallvit.utils.files import write_text
 
-MAX_COLUMNS = 1000
-"""Columns of a table in the terminal."""
 MISSING = "–"
 """Cell without a value."""
 
@@ -40,28 +32,6 @@ class Spread:
     def __format__(self, spec: str) -> str:
         """Format as "mean ± std", both by a number's format."""
         return format(self.mean, spec) + ("" if self.std is None else f" ± {self.std:{spec.lstrip('+')}}")
-
-
-def rich_table(rows: Sequence[Sequence[str]], *, wrap_header: bool = False) -> Table:
-    """Return a table for the terminal. The first row is the header; the first column is left-aligned.
-
-    Args:
-        rows: Cells of the header and of each row.
-        wrap_header: Break each title after its first word.
-    """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for number, title in enumerate(rows[0]):
-        title = title.replace(" ", "\n", 1) if wrap_header else title
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def fit_console(console: Console, table: Table) -> None:
-    """Widen a console to a table, so that no number is cut off."""
-    width = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).maximum
-    console.width = max(console.width, width)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

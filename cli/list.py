@@ -8,9 +8,9 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
-from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from smallvit.config.spec import format_value
 from smallvit.models.architectures import timm_names
 from smallvit.plugins import PLUGINS, Plugin
 from smallvit.utils.errors import InputError, flag, suggest
-from smallvit.utils.tables import MAX_COLUMNS
+from smallvit.utils.terminal import MAX_WIDTH, track
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     if what not in TABLES:
         raise InputError(f"smallvit list {what}: expected one of {', '.join(TABLES)}{suggest(what, TABLES)}")
     table, console = TABLES[what](options.pattern), Console()
-    wide = console.options.update(width=MAX_COLUMNS)
+    wide = console.options.update(width=MAX_WIDTH)
     console.width = max(console.width, Measurement.get(console, wide, table).minimum)  # words are not cut
     console.print(table)
     return 0
@@ -106,10 +106,8 @@ def archs(pattern: str | None) -> Group:
 
     models = timm.list_models()
     names = match_names(pattern, [*ARCHS, *models] if pattern else ARCHS)
-    caption = "ours for 10 classes; timm's with their own image sizes and classes. --init: has pretrained weights"
-    titles = ("--arch", "px", "parameters", "plugins", "--init")
-    table = Table(*(Column(title, no_wrap=title != "plugins") for title in titles), caption=caption)
-    for name in track(names, "building", console=Console(stderr=True), transient=True):
+    table = _table("--arch", "px", Column("parameters", no_wrap=True), "plugins", "--init")
+    for name in track(names, "building"):
         with torch.device("meta"):
             if name in ARCHS:
                 model, size, pretrained = create_model(name, img_size=32, num_classes=10), 32, False
@@ -118,10 +116,16 @@ def archs(pattern: str | None) -> Group:
                 size = model.pretrained_cfg["input_size"][-1]
             plugins = ", ".join(available_plugins(model))
         table.add_row(name, str(size), f"{count_parameters(model):,}", plugins, "yes" if pretrained else "no")
-    notes = [f"{name}: {ARCHS[name]}" for name in names if name in ARCHS]
+    notes = ["ours for 10 classes; timm's with their own image sizes and classes. --init: has pretrained weights"]
+    notes += [f"{name}: {ARCHS[name]}" for name in names if name in ARCHS]
     if pattern is None:
         notes.append(f"and {len(models):,} of timm {timm.__version__}: see smallvit list archs 'deit*'")
-    return Group(table, *notes)
+    return Group(table, "", *notes)
+
+
+def _table(name: str, *columns: str | Column) -> Table:
+    """Return an empty table whose first column is never cut, as the other columns wrap."""
+    return Table(Column(name, no_wrap=True), *columns, box=box.MINIMAL, show_edge=False, pad_edge=False)
 
 
 def available_plugins(model: nn.Module) -> list[str]:
@@ -141,12 +145,12 @@ def plugins(pattern: str | None) -> Group:
     shared = ("plugin_init", "dist_token", "dist_average")
     options = {each.name: each for each in fields(ModelConfig) if "plugin" in each.metadata or each.name in shared}
     names = match_names(pattern, options)
-    table = Table(Column("flag", no_wrap=True), "default", "")
+    table = _table("flag", "default", "")
     for name in names:
         table.add_row(flag(name), format_value(options[name].default), Text(sentences[name]))
     listed = {options[name].metadata.get("plugin") for name in names}
     usage = [_usage(plugin) for plugin in PLUGINS.values() if plugin.name in listed]
-    return Group(table, *map(Text, [*usage, *([DISTILLATION] if "dist_token" in names else [])]))
+    return Group(table, "", *map(Text, [*usage, *([DISTILLATION] if "dist_token" in names else [])]))
 
 
 def _usage(plugin: Plugin) -> str:
@@ -163,8 +167,7 @@ def data(pattern: str | None) -> Group:
     """List the data sets with their sizes and sources."""
     from smallvit.datasets.catalog import DATASETS
 
-    titles = ("--data", "classes", "pixels", "train", "test", "download", "--aug")
-    table, sources = Table(*(Column(title, no_wrap=title != "download") for title in titles)), []
+    table, sources = _table("--data", "classes", "pixels", "train", "test", "download", "--aug"), []
     for name in match_names(pattern, DATASETS):
         entry = DATASETS[name]
         sizes = [archive.size for archive in entry.archives]
@@ -172,14 +175,14 @@ def data(pattern: str | None) -> Group:
         counts = (entry.num_classes, entry.img_size, entry.num_train, entry.num_test)
         table.add_row(name, *(f"{count:,}" for count in counts), download, entry.aug)
         sources.append(Text(f"{name}: {entry.citation}; {entry.license}"))
-    return Group(table, *sources)
+    return Group(table, "", *sources)
 
 
 def aug(pattern: str | None) -> Table:
     """List the augmentation presets with their values at 32 px, and those that differ at 224 px."""
     from smallvit.datasets.presets import OFF, PRESETS, preset
 
-    table = Table(Column("--aug", no_wrap=True), "32 px", "224 px")
+    table = _table("--aug", "32 px", "224 px")
     for name in match_names(pattern, PRESETS):
         small, large = (preset(name, size) for size in (32, 224))
         table.add_row(name, format_values(changes(OFF, small)), format_values(changes(small, large)))
@@ -191,7 +194,7 @@ def recipes(pattern: str | None) -> Table:
     from smallvit.config.config import Config
     from smallvit.config.recipes import RECIPES
 
-    table = Table(Column("--recipe", no_wrap=True), "", "values", "--data imagenet")
+    table = _table("--recipe", "", "values", "--data imagenet")
     for name in match_names(pattern, RECIPES):
         recipe = RECIPES[name]
         small, large = (
@@ -206,13 +209,13 @@ def experiments(pattern: str | None) -> Group:
     """List the experiments; with a pattern, also the rows of those that match."""
     from smallvit.experiments.catalog import EXPERIMENTS
 
-    table, rows = Table(Column("NAME", no_wrap=True), "rows", "seeds", "epochs", ""), []
+    table, rows = _table("NAME", "rows", "seeds", "epochs", ""), []
     for name in match_names(pattern, EXPERIMENTS):
         each = EXPERIMENTS[name]
         table.add_row(name, str(len(each.trials)), str(each.seeds), str(each.epochs), each.title)
         if pattern is not None:
             rows += [Text(f"{name} --rows {shlex.quote(trial.label)}") for trial in each.trials]
-    return Group(table, *rows)
+    return Group(table, "", *rows)
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

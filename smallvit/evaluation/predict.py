@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -175,7 +176,8 @@ def write_predictions(
     Args:
         predictions: The predictions.
         file: The file.
-        form: "table" (a line for each image), "csv" (pairs of class and probability) or "jsonl".
+        form: "table" (a line for each image, and one for each class where a terminal is too narrow), "csv" (pairs of
+            class and probability) or "jsonl".
         class_names: All classes of the model.
         top: Number of classes per image.
     """
@@ -192,7 +194,9 @@ def write_predictions(
             writer.writerow([each.path, *(cell for name, p in each.classes for cell in (name, f"{p:.{DIGITS}g}"))])
         elif each.error is None:
             cells = [f"{escape_unprintable(name):<{width}} {100 * p:5.1f} %" for name, p in each.classes]
-            print(escape_unprintable(each.path), *cells, sep="  ", file=file)
+            cells.insert(0, escape_unprintable(each.path))
+            too_wide = file.isatty() and len("  ".join(cells)) > shutil.get_terminal_size().columns
+            print(*cells, sep="\n    " if too_wide else "  ", file=file)
 
 
 @lru_cache(maxsize=1)

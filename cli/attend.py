@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DESCRIPTION = """\
-Draw the attention of a trained transformer: every layer and head, rollout, relevance, learned temperatures.
+Draw the attention of a trained transformer: every layer and head, rollout,
+relevance, learned temperatures.
 
   smallvit attend runs/vit-spt-lsa-cifar100
-  smallvit attend runs/vit-spt-lsa-cifar100 --compare runs/vit-cifar100 --count 6
+  smallvit attend runs/vit-spt-lsa-cifar100 --compare runs/vit-cifar100
   smallvit attend runs/vit-spt-lsa-cifar100 cat.jpg dog.jpg --out attention
   smallvit attend deit_tiny_patch16_224:pretrained cat.jpg --out attention
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights. Without image files, images are selected
-from the run's own test split, evenly over the classes. Writes overview.png, layers-<n>.png for each image, heads.png,
-temperatures.png (if temperatures are learned) and attention.json to RUN/attend or --out. The default folder for images
-other than the run's own test split is RUN/attend-files, RUN/attend-<split> or RUN/attend-<data>-<split>.
+RUN is a run folder, a weights file, or a timm model with pretrained weights.
+Without image files, images are selected from the run's own test split, evenly
+over the classes. Writes overview.png, layers-<n>.png for each image,
+heads.png, temperatures.png (if temperatures are learned) and attention.json to
+RUN/attend or --out. The default folder for images other than the run's own
+test split is RUN/attend-files, RUN/attend-<split> or
+RUN/attend-<data>-<split>.
 See also: smallvit eval, smallvit report; docs/attention.md.
 """
 FILE_OPTIONS = ("img_size", "max_megapixels")

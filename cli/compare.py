@@ -17,20 +17,23 @@ from smallvit.utils.errors import InputError, flag, require
 from smallvit.utils.files import is_path
 
 DESCRIPTION = """\
-Compare models: accuracy over seeds, parameters, speed and memory, as a table and a picture.
+Compare models: accuracy over seeds, parameters, speed and memory, as a table
+and a picture.
 
-  smallvit compare --data cifar100 --arch vit --arch vit+spt+lsa --arch resnet56 --epochs 30 --seeds 3
+  smallvit compare --data cifar100 --arch vit --arch vit+spt+lsa --epochs 30
   smallvit compare vit vit+spt+lsa --data DIR
   smallvit compare --arch vit --ablation --epochs 50 --seeds 2
   smallvit compare --arch vit --arch vit,lr=3e-3 --images-seen 100000
   smallvit compare RUN RUN ...
 
-Missing runs are trained one after the other; the same command resumes after an interruption.
-All rows share budget, data, splits and test. A row's own options override flags, and flags override a recipe;
-convolutional rows use the recipe cnn unless one is named.
+Missing runs are trained one after the other; the same command resumes after an
+interruption. All rows share budget, data, splits and test. A row's own options
+override flags, and flags override a recipe; convolutional rows use the recipe
+cnn unless one is named.
 
-Written to --out, by default compare/<data>: compare.md (table and picture), compare.csv, compare.png, and the folder
-of each run. With folders of runs, files are written only if --out is given.
+Written to --out, by default compare/<data>: compare.md (table and picture),
+compare.csv, compare.png, and the folder of each run. With folders of runs,
+files are written only if --out is given.
 Exit codes: 0 success, 1 a training failed, 2 invalid input, 130 interrupted.
 See also: smallvit train, smallvit profile, smallvit eval; docs/comparing.md.
 """

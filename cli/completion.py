@@ -10,20 +10,23 @@ from smallvit.cli.parser import Parser
 from smallvit.utils.errors import InputError, suggest
 
 DESCRIPTION = """\
-Print a script that completes smallvit's verbs, options, values, models and files in a shell.
+Print a script that completes smallvit's verbs, options, values, models and
+files in a shell.
 
-  smallvit completion bash > ~/.local/share/bash-completion/completions/smallvit
+  DIR=~/.local/share/bash-completion/completions
+  smallvit completion bash > $DIR/smallvit
   smallvit completion zsh > ~/.zfunc/_smallvit
 
-bash: the folder belongs to the package bash-completion, which loads the file on demand (create it with mkdir -p).
-Without the package, put the file anywhere and `source` it in ~/.bashrc.
+bash: the folder belongs to the package bash-completion, which loads the file
+on demand (create it with mkdir -p). Without the package, put the file anywhere
+and `source` it in ~/.bashrc.
 zsh: any folder of $fpath, set before compinit in ~/.zshrc:
 
   fpath=(~/.zfunc $fpath)
   autoload -Uz compinit && compinit
 
-Completion works in new shells. The script contains the names of timm's models and optimizers: print it again after an
-update.
+Completion works in new shells. The script contains the names of timm's models
+and optimizers: print it again after an update.
 """
 SHELLS = ("bash", "zsh")
 PATHS = ("RUN", "DIR", "FILE", "FOLDER", "IMAGE", "PATH")

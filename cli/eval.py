@@ -9,22 +9,26 @@ from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, opt
 from smallvit.config.config import Config
 
 DESCRIPTION = """\
-Evaluate a trained model: accuracy with confidence interval, per-class metrics, calibration, mistakes, robustness.
+Evaluate a trained model: accuracy with confidence interval, per-class metrics,
+calibration, mistakes, robustness.
 
   smallvit eval runs/vit-spt-lsa-digits
   smallvit eval runs/vit-spt-lsa-cifar100 --flip --robustness --overwrite
   smallvit eval runs/vit-spt-lsa-cifar100 --compare runs/vit-cifar100
-  smallvit eval runs/vit-spt-lsa-cifar100 --data photos --split all --out results
+  smallvit eval runs/vit-spt-lsa-cifar100 --data DIR --split all --out results
   smallvit eval vit_tiny_patch16_224:pretrained --data imagenet
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights. Without --data, the model is evaluated on
-the run's data with the run's data options; flags override them. The defaults in brackets apply to other data. Classes
-of other data are matched by name.
+RUN is a run folder, a weights file, or a timm model with pretrained weights.
+Without --data, the model is evaluated on the run's data with the run's data
+options; flags override them. The defaults in brackets apply to other data.
+Classes of other data are matched by name.
 
-Output files: metrics.json, classes.csv, confusion.csv, predictions.csv, confusion.png, reliability.png, mistakes.png.
-They are written to --out, by default RUN/eval/<split>, or RUN/eval/<data>-<split> for other data. Without a run folder
-nothing is written unless --out is given.
-See also: smallvit report, smallvit probe, smallvit predict; docs/evaluation.md.
+Output files: metrics.json, classes.csv, confusion.csv, predictions.csv,
+confusion.png, reliability.png, mistakes.png. They are written to --out, by
+default RUN/eval/<split>, or RUN/eval/<data>-<split> for other data. Without a
+run folder nothing is written unless --out is given.
+See also: smallvit report, smallvit probe, smallvit predict;
+docs/evaluation.md.
 """
 OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 

@@ -11,20 +11,24 @@ from smallvit.cli.parser import Parser
 from smallvit.utils.errors import InputError, require
 
 DESCRIPTION = """\
-Export a trained model for other programs, and verify that its logits are the same there.
+Export a trained model for other programs, and verify that its logits are the
+same there.
 
   smallvit export runs/vit-spt-lsa-cifar100 --format onnx
   smallvit export runs/vit-spt-lsa-cifar100 --format pt2 --out model.pt2
   smallvit export runs/vit-spt-lsa-cifar100 --format timm
   smallvit export runs/binaryvit-cifar100 --format packed
-  smallvit export runs/vit-spt-lsa-cifar100 --format hub --license mit --push OWNER/NAME
+  smallvit export runs/vit-spt-lsa-cifar100 --format hub --push OWNER/NAME
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights. Formats: onnx is a file for onnxruntime,
-pt2 a torch.export program, timm a folder for timm.create_model("local-dir:FOLDER", pretrained=True), hub the same with
-a model card, packed a weights file for smallvit with eight one-bit weights per byte. Models that timm cannot build
-alone need `import smallvit.models.timm_registry` first. Exports accept any batch size and go to RUN/export or --out.
-All but packed come with preprocess.py, which preprocesses images with Pillow and NumPy alone.
-If a model cannot be exported, or its logits differ, the exit code is 2 and no file is written; if only --push fails,
+RUN is a run folder, a weights file, or a timm model with pretrained weights.
+Formats: onnx is a file for onnxruntime, pt2 a torch.export program, timm a
+folder for timm.create_model("local-dir:FOLDER", pretrained=True), hub the same
+with a model card, packed a weights file for smallvit with eight one-bit
+weights per byte. Models that timm cannot build alone need `import
+smallvit.models.timm_registry` first. Exports accept any batch size and go to
+RUN/export or --out. All but packed come with preprocess.py, which preprocesses
+images with Pillow and NumPy alone. If a model cannot be exported, or its
+logits differ, the exit code is 2 and no file is written; if only --push fails,
 the exit code is 2 and the export is kept.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """

@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 DESCRIPTION = """\
-List architectures, recipes, experiments, data sets, plugins or augmentation presets with their values.
+List architectures, recipes, experiments, data sets, plugins or augmentation
+presets with their values.
 
-  smallvit list archs                  # our architectures and CIFAR's ResNets: parameters, plugins
-  smallvit list archs 'deit*'          # architectures by pattern, including timm's
-  smallvit list plugins                # plugins: options, sources, Python calls
-  smallvit list recipes 'deit*'        # values that two of the recipes set
-  smallvit list experiments            # experiments for smallvit reproduce
-  smallvit list data                   # data sets: sizes, sources, licenses
-  smallvit list aug                    # augmentation presets, value by value
+  smallvit list archs              # our architectures: parameters, plugins
+  smallvit list archs 'deit*'      # architectures by pattern, also timm's
+  smallvit list plugins            # plugins: options, sources, Python calls
+  smallvit list recipes 'deit*'    # values that two of the recipes set
+  smallvit list experiments        # experiments for smallvit reproduce
+  smallvit list data               # data sets: sizes, sources, licenses
+  smallvit list aug                # augmentation presets, value by value
 
-Tables are as wide as the terminal, or 80 columns in a file: COLUMNS=200 smallvit list recipes > recipes.txt.
+Tables are as wide as the terminal, or 80 columns in a file: COLUMNS=200
+smallvit list recipes > recipes.txt.
 See also: docs/models.md, docs/patching.md, docs/recipes.md, docs/data.md.
 """
 

@@ -11,9 +11,10 @@ import ast
 import contextlib
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -27,11 +28,11 @@ from smallvit.config.options import REGULARIZATION
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
 from smallvit.training.losses import LOSSES
-from smallvit.utils.errors import InputError, is_utf8, require
+from smallvit.utils.errors import WORDS, InputError, is_utf8, require
 
 DEFAULTS_FROM = {
-    "recipe": ("NAME", "A recipe by name: lee2021, deit, ... (see smallvit list recipes)."),
-    "config": ("FILE", "A run's config.json or its folder, whose options are repeated."),
+    "recipe": ("NAME", "Defaults of a recipe (see smallvit list recipes)."),
+    "config": ("FILE", "Defaults of a run: its config.json or folder."),
 }
 """Flags that replace the defaults of options: metavar and help."""
 
@@ -50,21 +51,47 @@ LOSS_OPTIONS = "loss_options"
 """The option of `Config` that holds the own options of losses."""
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that does not break names at hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, **WORDS)
+
+
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that keeps line breaks, accepts flags in any position, and raises one-line InputErrors.
+    """ArgumentParser with a short and a full help, flags in any position, and one-line InputErrors.
+
+    Args:
+        prog: The command.
+        description: First lines of the help.
+        details: More lines of the full help.
 
     Raises:
         InputError: an unknown flag (what was meant is named), a value of the wrong type, an argument that is missing.
     """
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-        )
+    def __init__(self, prog: str, description: str, details: str = "") -> None:
+        formatter = partial(_HelpFormatter, max_help_position=20)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=formatter)
+        self.details = details
+        self.rest: list[argparse._ArgumentGroup] = []
+        """Groups of which the short help shows the titles only."""
 
-    def format_help(self) -> str:
-        self.usage = self.usage or self._synopsis()
-        return super().format_help()
+    def format_help(self, *, full: bool = False) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage or self._synopsis(), (), ())
+        formatter.add_text(f"{self.description}{self.details if full else ''}")
+        for group in self._action_groups:
+            if full or group not in self.rest:
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        if self.rest and not full:
+            formatter.start_section("more options, shown by --help-all")
+            formatter.add_arguments(argparse.Action([], group.title, help=group.description) for group in self.rest)
+            formatter.end_section()
+        return formatter.format_help()
 
     def _synopsis(self) -> str:
         """Return the verb and the positional arguments; flags are listed below."""
@@ -86,42 +113,53 @@ class Parser(argparse.ArgumentParser):
         raise InputError(hints.explain_error(self.prog, self._actions, self._args, message))
 
 
+class _FullHelp(argparse.Action):
+    """Print the help with all options, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(parser.format_help(full=True), end="")
+        parser.exit()
+
+
 def options_parser(
     prog: str,
     description: str,
     only: Collection[str] | None = None,
     own: Callable[[Parser], None] | None = None,
     help_texts: Mapping[str, str] = MappingProxyType({}),
+    details: str = "",
 ) -> Parser:
-    """Create a parser with a flag for every option of the configuration.
+    """Create a parser with a flag for every option of the configuration; --help shows the common ones.
 
     Args:
         only: Names of options, or groups of them (`data.*`), to include; by default all.
         own: Function that adds arguments that are not options.
         help_texts: Help of options that mean something else here.
+        details: Lines that only --help-all shows.
     """
-    parser = Parser(prog, description)
+    parser = Parser(prog, description, details)
     if own is not None:
         own(parser)
-    sources = [name for name in DEFAULTS_FROM if only is None or name in only]
-    if sources:
-        section = parser.add_argument_group("start from", "Values in place of the defaults; flags take precedence.")
-        either = section.add_mutually_exclusive_group()
-    for name in sources:
-        metavar, sentence = DEFAULTS_FROM[name]
-        either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
+    common = parser._optionals
+    common.title = "common options"
+    parser._action_groups.sort(key=lambda group: group is common)  # after those of `own`
+    parser.add_argument("--help-all", action=_FullHelp, nargs=0, help="show all options and exit")
+    either = common.add_mutually_exclusive_group()
+    for name, (metavar, sentence) in DEFAULTS_FROM.items():
+        if only is None or name in only:
+            either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
     for group, group_class in get_type_hints(Config).items():
         chosen = [o for o in fields(group_class) if only is None or f"{group}.*" in only or o.name in only]
-        if chosen:
-            _add_group(parser, group, group_class, chosen, help_texts)
+        _add_options(common, group_class, [o for o in chosen if "common" in o.metadata], help_texts)
+        if rest := [o for o in chosen if "common" not in o.metadata]:
+            parser.rest.append(parser.add_argument_group(group, group_class.__doc__))
+            _add_options(parser.rest[-1], group_class, rest, help_texts)
     return parser
 
 
-def _add_group(
-    parser: Parser, group: str, group_class: type, chosen: list[Field[Any]], help_texts: Mapping[str, str]
+def _add_options(
+    section: argparse._ArgumentGroup, group_class: type, chosen: list[Field[Any]], help_texts: Mapping[str, str]
 ) -> None:
-    whole = len(chosen) == len(fields(group_class))
-    section = parser.add_argument_group(group, group_class.__doc__ if whole else None)
     sentences, kinds = field_docs(group_class), get_type_hints(group_class)
     for option in chosen:
         if option.name == LOSS_OPTIONS:
@@ -131,7 +169,11 @@ def _add_group(
         if option.name in ("loss", "distill"):
             losses = {name: loss for name, loss in LOSSES.items() if loss.distillation == (option.name == "distill")}
             sentence += " " + "; ".join(f"{name}: {loss.help}" for name, loss in losses.items()) + "."
-        shown = "" if option.default in (None, False) or option.name in help_texts else f" [{option.default}]"
+        shown = (
+            ""
+            if option.default is None or option.default is False or option.name in help_texts
+            else f" [{option.default}]"
+        )
         section.add_argument(
             _flag(option.name),
             default=argparse.SUPPRESS,
@@ -219,6 +261,7 @@ def _value(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
-        return {"metavar": "{" + ",".join(get_args(kind)) + "}"}
+        choices = "{" + ",".join(get_args(kind)) + "}"
+        return {"metavar": choices if len(choices) < 50 else "NAME"}
     plain = next(k for k in get_args(kind) or (kind,) if k is not NoneType)
     return {"type": plain, "metavar": {int: "N", float: "X", str: "NAME"}[plain]}

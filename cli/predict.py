@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from smallvit.evaluation.predict import Prediction
 
 DESCRIPTION = """\
-Classify images: print the most probable classes of each image and their probabilities.
+Classify images: print the most probable classes of each image and their
+probabilities.
 
   smallvit predict runs/vit-spt-lsa-cifar100 cat.jpg photos/
-  smallvit predict runs/vit-spt-lsa-cifar100 photos/ --top 3 --out predictions.csv
-  find photos -name '*.jpg' | smallvit predict runs/vit-spt-lsa-cifar100 - --format jsonl
+  smallvit predict runs/vit-spt-lsa-cifar100 photos/ --top 3 --out photos.csv
+  find photos -name '*.jpg' | smallvit predict RUN - --format jsonl
   smallvit predict vit_tiny_patch16_224:pretrained cat.jpg
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights. Images are decoded, resized and normalized
-as in training. Predictions go to standard output, messages to standard error. Files that cannot be read are reported
-and skipped. The exit code is 0 if at least one file could be read, else 2.
+RUN is a run folder, a weights file, or a timm model with pretrained weights.
+Images are decoded, resized and normalized as in training. Predictions go to
+standard output, messages to standard error. Files that cannot be read are
+reported and skipped. The exit code is 0 if at least one file could be read,
+else 2.
 See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DESCRIPTION = """\
-Evaluate the frozen features of a trained model with a linear classifier and nearest neighbors.
+Evaluate the frozen features of a trained model with a linear classifier and
+nearest neighbors.
 
   smallvit probe runs/vit-spt-lsa-digits --data digits
-  smallvit probe vit_small_patch14_dinov2:pretrained --img-size 224 --data DIR --out probe.json
+  smallvit probe vit_small_patch14_dinov2:pretrained --img-size 224 --data DIR
   smallvit probe model.safetensors --arch vit_small_patch16_224.dino --data DIR
 
-Images are normalized as in the model's training, at the model's size unless --img-size is given. Without --data, the
-run's data is used. --arch is the timm model, with or without a tag, in a weights file of another program. Accuracies
+Images are normalized as in the model's training, at the model's size unless
+--img-size is given. Without --data, the run's data is used. --arch is the timm
+model, with or without a tag, in a weights file of another program. Accuracies
 are top-1 in percent. Nothing is written unless --out is given, a JSON file.
 See also: smallvit eval, smallvit train --init; docs/probing.md.
 """

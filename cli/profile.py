@@ -21,20 +21,22 @@ from smallvit.utils.errors import InputError, require
 from smallvit.utils.files import check_output_folder, is_path
 
 DESCRIPTION = """\
-Measure parameters, operations, memory, latency and throughput of models side by side.
+Measure parameters, operations, memory, latency and throughput of models side
+by side.
 
   smallvit profile vit vit+spt+lsa resnet56 --img-size 32 64
   smallvit profile runs/vit-spt-lsa-digits --batch-sizes 1 16 --out costs
   smallvit profile vit swin cait --growth --out growth
   smallvit profile --arch vit --spt --lsa
-  smallvit profile vit,patch_size=8 deit_tiny_patch16_224+lsa --img-size 64 --growth 64 96 128
+  smallvit profile vit,patch_size=8 swin+lsa --img-size 64 --growth 64 96 128
 
-A row is a model with its plugins and options, or a run folder; by default vit and vit+spt+lsa. The patch size follows
-the image size as in training; --growth keeps that of the smallest size. Models take turns. When --seconds end, larger
+A row is a model with its plugins and options, or a run folder; by default vit
+and vit+spt+lsa. The patch size follows the image size as in training; --growth
+keeps that of the smallest size. Models take turns. When --seconds end, larger
 batches and further rounds are skipped.
 
-Output files in --out: profile.md, profile.csv, profile.json; with --growth also growth.csv and growth.png. Nothing is
-written without --out.
+Output files in --out: profile.md, profile.csv, profile.json; with --growth
+also growth.csv and growth.png. Nothing is written without --out.
 See also: smallvit compare, smallvit list; docs/profiling.md.
 """
 ROWS = ("vit", "vit+spt+lsa")

@@ -19,8 +19,9 @@ Write a run, or a comparison of several, as one self-contained HTML page.
   smallvit report RUN --no-compute --overwrite
   smallvit report RUN --data DIR                 # if the run's data has moved
 
-The page shows accuracy, curves, classes, confusions, calibration, mistakes, attention maps, all options, and the
-command that repeats the training. Test results and attention maps that are missing, or of other weights, are computed
+The page shows accuracy, curves, classes, confusions, calibration, mistakes,
+attention maps, all options, and the command that repeats the training. Test
+results and attention maps that are missing, or of other weights, are computed
 first and stored in the run's folder, unless --no-compute is given.
 See also: smallvit eval, smallvit attend, smallvit compare; docs/reporting.md.
 """

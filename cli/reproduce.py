@@ -10,17 +10,20 @@ from smallvit.cli.parser import Parser, options_parser, parse
 from smallvit.utils.errors import InputError, require
 
 DESCRIPTION = """\
-Reproduce a named experiment: train its models over several seeds, and print the results next to published figures.
+Reproduce a named experiment: train its models over several seeds, and print
+the results next to published figures.
 
-  smallvit list experiments                                       # names of experiments
-  smallvit reproduce lee2021/cifar100                             # all of it, best on a GPU
-  smallvit reproduce lee2021/cifar100 --budget 0.05               # a twentieth of the images for each model
+  smallvit list experiments                            # names of experiments
+  smallvit reproduce lee2021/cifar100                  # all, best on a GPU
+  smallvit reproduce lee2021/cifar100 --budget 0.05    # 5 % of the images
   smallvit reproduce lee2021/cifar100 --rows vit --rows vit+spt+lsa --seeds 2
-  smallvit reproduce lee2021/digits --budget 0.3                  # minutes on a CPU
+  smallvit reproduce lee2021/digits --budget 0.3       # minutes on a CPU
 
-Each run has its own folder in --out, by default reproduce/NAME. The same command resumes after an interruption, also on
-another machine if folder and images have the same paths. A record of each finished run is added to records.jsonl there,
-and with --record DIR to a collection of records, DIR/NAME.jsonl, whose runs are not repeated.
+Each run has its own folder in --out, by default reproduce/NAME. The same
+command resumes after an interruption, also on another machine if folder and
+images have the same paths. A record of each finished run is added to
+records.jsonl there, and with --record DIR to a collection of records,
+DIR/NAME.jsonl, whose runs are not repeated.
 Exit codes: 0 success, 1 a training failed, 2 invalid input, 130 interrupted.
 See also: smallvit compare, RESULTS.md, docs/reproducing.md.
 """

@@ -8,14 +8,15 @@ from smallvit.datasets.catalog import require_data
 from smallvit.utils.files import check_output_file
 
 DESCRIPTION = """\
-Draw training images as the model sees them: each row has an image and seven augmented views of it.
+Draw training images as the model sees them: each row has an image and seven
+augmented views of it.
 
   smallvit show --data cifar100 --aug lee2021 --out sheet.png
-  smallvit show --data DIR --img-size 64 --aug mix --flip 0 --overwrite --out sheet.png
+  smallvit show --data DIR --img-size 64 --aug mix --flip 0 --out sheet.png
   smallvit show --recipe deit --data DIR
 
-The output is one PNG file. The caption of a view is its label, or the two mixed labels with their shares. Another
---seed draws other images and views.
+The output is one PNG file. The caption of a view is its label, or the two
+mixed labels with their shares. Another --seed draws other images and views.
 See also: smallvit list aug; docs/data.md.
 """
 SERVES = ("recipe", "config", "data.*", "augment.*", "seed", "out", "overwrite")

@@ -11,32 +11,36 @@ from smallvit.training.launch import open_run
 DESCRIPTION = """\
 Train a model and write its run folder (weights, metrics, curves, summary).
 
-  smallvit train --arch vit --spt --lsa                              # the embedded handwritten digits
-  smallvit train --arch vit --spt --lsa --data DIR                   # your images: a folder of class folders
-  smallvit train --recipe lee2021 --arch vit --spt --lsa --data cifar100
-  smallvit train --arch deit_tiny_patch16_224 --lsa --data DIR --img-size 96 --epochs 200
-  smallvit train --init deit_tiny_patch16_224 --recipe finetune --data DIR      # pretrained weights
-  smallvit train --arch vit --teacher runs/resnet56-cifar100 --data cifar100    # distillation
-  smallvit train --resume runs/vit-spt-lsa-digits                    # resume after an interruption
-  torchrun --nproc-per-node 8 -m smallvit train --data imagenet --arch deit_small_patch16_224
+  smallvit train --arch vit --spt --lsa               # the embedded digits
+  smallvit train --arch vit --spt --lsa --data DIR    # folder of class folders
+  smallvit train --init deit_tiny_patch16_224 --recipe finetune --data DIR
+  smallvit train --teacher runs/resnet56-cifar100 --data cifar100
+  smallvit train --resume runs/vit-spt-lsa-digits     # after an interruption
+"""
+DETAILS = """
+The run folder is --out, by default a new one, runs/<arch>-<plugins>-<data>:
+  best.safetensors          weights of the best epoch on validation images
+  last.safetensors          weights of the last epoch
+  summary.json              test and validation accuracy, time, size, versions
+  metrics.jsonl, curves.png loss, accuracy and learning rate of every epoch
+  config.json               all options, for --config and --resume
+  resume.safetensors        weights and optimizer state to resume from
 
-The run folder is --out, by default a new one, runs/<arch>-<plugins>-<data>. It contains:
-  best.safetensors, last.safetensors   weights of the best epoch on validation images, and of the last
-  summary.json                         test and validation accuracy, time, speed, size, versions
-  metrics.jsonl, curves.png            loss, accuracy and learning rate of every epoch
-  config.json                          all options, for --config and --resume
-  resume.safetensors                   weights and optimizer state to resume from
+Several devices: torchrun --nproc-per-node 8 -m smallvit train ...
 
-The test split is used once, at the end. Sizes are in pixels, lengths in epochs. Defaults are in square
-brackets. Every switch has an opposite (--spt, --no-spt).
-Exit codes: 0 done, 1 failed (one line says why), 2 bad input, 130 interrupted by Ctrl-C, 143 terminated.
-See also: smallvit watch, eval, report, list; docs/training.md, docs/recipes.md, docs/data.md, docs/scaling.md.
+The test split is used once, at the end. Sizes are in pixels, lengths in
+epochs. Defaults are in square brackets. Every switch has an opposite (--spt,
+--no-spt).
+Exit codes: 0 done, 1 failed (one line says why), 2 bad input, 130 interrupted
+by Ctrl-C, 143 terminated.
+See also: smallvit watch, eval, report, list; docs/training.md,
+docs/recipes.md, docs/data.md, docs/scaling.md.
 """
 
 
 def parser() -> Parser:
     """Return the argument parser."""
-    return options_parser("smallvit train", DESCRIPTION)
+    return options_parser("smallvit train", DESCRIPTION, details=DETAILS)
 
 
 def main(argv: list[str]) -> int:

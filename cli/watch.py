@@ -8,13 +8,15 @@ from pathlib import Path
 from smallvit.cli.parser import Parser
 
 DESCRIPTION = """\
-Plot a run's loss, accuracy and learning rate in the terminal, updated after every checkpoint until it is finished.
+Plot a run's loss, accuracy and learning rate in the terminal, updated after
+every checkpoint until it is finished.
 
   smallvit watch runs/vit-spt-lsa-digits
   smallvit watch --once runs/vit-spt-lsa-digits > curves.txt
 
-It only reads the run's folder. Ctrl-C stops watching (exit code 130), not the training. If the output is not a
-terminal, the curves are printed once, as with --once.
+It only reads the run's folder. Ctrl-C stops watching (exit code 130), not the
+training. If the output is not a terminal, the curves are printed once, as with
+--once.
 See also: smallvit train --log tensorboard, smallvit report; docs/training.md.
 """
 

@@ -89,7 +89,7 @@ def plugin_fields() -> Iterator[tuple[str, Any, Any]]:
     Metadata names the plugin, and the field of its configuration.
     """
     for plugin in PLUGINS.values():
-        yield plugin.name, bool, field(default=False, metadata={"plugin": plugin.name})
+        yield plugin.name, bool, field(default=False, metadata={"plugin": plugin.name, "common": True})
         kinds = get_type_hints(plugin.config)
         for each in fields(plugin.config):
             metadata = {"plugin": plugin.name, "field": each.name}
@@ -98,9 +98,9 @@ def plugin_fields() -> Iterator[tuple[str, Any, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Architecture:
-    arch: str | None = option(None, "evaluation")
-    """Architecture and plugins, such as vit+spt+lsa: vit, cait, pit, swin or t2t (Lee et al. 2021), binaryvit or
-    binaryvit_tiny (one-bit), resnet20 to resnet110 (CIFAR), or any timm model; by default vit, or that of --init."""
+    arch: str | None = option(None, "common", "evaluation")
+    """Architecture, such as vit+spt+lsa, or any of timm's (see smallvit list archs); by default that of --init, else
+    vit."""
 
 
 _Plugins = make_dataclass("_Plugins", plugin_fields(), bases=(_Architecture,), frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class ArchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ArchOptions, _Plugins):
-    """Model to train."""
+    """Architecture, plugins and their options."""
 
     plugin_init: Literal["paper", "preserve"] = "paper"
     """Initialization of plugins: paper (as published), or preserve (outputs of the model do not change at first)."""
@@ -204,9 +204,9 @@ def flatten_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 class InitConfig:
     """Weights to start from, and which of them to freeze."""
 
-    init: str | None = option(None, "path")
-    """Pretrained weights: a run folder, a weights file (.safetensors), or a pretrained timm model, by name or as
-    NAME:pretrained. Architecture, plugins and image size are theirs unless given."""
+    init: str | None = option(None, "common", "path")
+    """Pretrained weights: a run folder, a .safetensors file, or a timm model (NAME or NAME:pretrained); they set
+    architecture, plugins and image size unless given."""
     shrink: bool = False
     """With --init: start a smaller model (--arch) from evenly spaced weights of a larger one of its family."""
     weight_init: Literal["default", "mimetic", "impulse"] = "default"

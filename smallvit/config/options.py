@@ -18,6 +18,7 @@ TAGS = {
     "evaluation": "Verbs that evaluate a trained model take it too.",
     "shared": "All rows of a comparison share it.",
     "local": "It says nothing about the model that is trained.",
+    "common": "The short help shows it.",
 }
 """Tags in the metadata of options, with their meanings."""
 
@@ -36,15 +37,14 @@ MAX_MEGAPIXELS = 500.0
 class DataConfig:
     """Dataset and its splits."""
 
-    data: str = option("digits", "path", "evaluation", "shared", "affects_test")
-    """Data set by name (see smallvit list data), a folder or zip file of class folders, or hfds/NAME for one of the
-    Hugging Face Hub."""
+    data: str = option("digits", "common", "path", "evaluation", "shared", "affects_test")
+    """Data set (see smallvit list data), folder or zip file of class folders, or hfds/NAME of Hugging Face."""
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
     data_url: str | None = option(None, "resumable", "evaluation", "shared")
     """URL to download from instead: of a folder with the dataset's files, or of its only file."""
-    img_size: int | None = option(None, "evaluation", "shared")
-    """Image height and width in pixels; by default that of the images, at most 64 for folders."""
+    img_size: int | None = option(None, "common", "evaluation", "shared")
+    """Image size in pixels; by default that of the images, at most 64 for folders."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
     """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
     workers: int | None = option(None, "resumable", "evaluation", "shared")
@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation of training images: a preset, and options that replace its values."""
+    """Augmentation of training images, beyond the preset."""
 
     aug: Literal[
         "auto",
@@ -98,9 +98,8 @@ class AugmentConfig:
         "augreg-medium2",
         "augreg-strong1",
         "augreg-strong2",
-    ] = option("auto", "shared")
-    """Preset: none, basic (crop, flip), mix (also erasing, Mixup or CutMix), lee2021 (also AutoAugment), deit, deit3,
-    augreg-none to augreg-strong2, or auto (what suits the data; mix for folders)."""
+    ] = option("auto", "common", "shared")
+    """Preset: none, basic, mix, lee2021, ... (see smallvit list aug), or auto (by the data; mix for folders)."""
     crop: Literal["auto", "none", "pad", "reflect", "resized"] = option("auto", "shared")
     """Random crop: of the image padded with black (pad) or mirrored (reflect), or a resized rectangle (resized)."""
     crop_padding: int | None = option(None, "shared")
@@ -164,11 +163,11 @@ AUTO_REGULARIZATION = {"weight_decay": 0.05, "label_smoothing": 0.1}
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimization; the learning rate is updated at every step."""
+    """Loss, optimizer, schedule, regularization."""
 
-    epochs: int = option(100, "shared")
+    epochs: int = option(100, "common", "shared")
     """Passes over the training images."""
-    batch_size: int = option(128, "shared")
+    batch_size: int = option(128, "common", "shared")
     """Images per step, at most, over all devices; the steps of an epoch have equal size."""
     grad_accum_steps: int = 1
     """Parts that a batch is split into to save memory; gradients are accumulated."""
@@ -178,7 +177,7 @@ class OptimConfig:
     """Own options of losses, by name: <loss>_<option>."""
     opt: str = "adamw"
     """Optimizer, by timm's name: adamw, lamb, lion, muon, sgd, ..."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, "common")
     """Peak learning rate."""
     lr_base_size: int | None = None
     """Batch size that --lr is meant for; it is scaled in proportion to --batch-size."""
@@ -204,7 +203,8 @@ class OptimConfig:
         "augreg-0.03",
         "augreg-0.1",
     ] = "auto"
-    """Preset of --dropout, --drop-path, --weight-decay and --label-smoothing; auto is lee2021 for transformers."""
+    """Preset of --dropout, --drop-path, --weight-decay and --label-smoothing: auto (lee2021 for transformers), none,
+    lee2021, deit, deit3, augreg-none-0.03, augreg-none-0.1, augreg-0.03 or augreg-0.1."""
     weight_decay: float | None = None
     """Weight decay of matrices; norms, biases, tokens, position embeddings and temperatures have none; by default
     0.05."""
@@ -242,10 +242,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation from a trained model (DeiT, arXiv:2012.12877)."""
+    """Distillation from a teacher (DeiT, arXiv:2012.12877)."""
 
-    teacher: str | None = option(None, "path")
-    """Teacher: a run folder, a weights file (.safetensors), or a pretrained timm model."""
+    teacher: str | None = option(None, "common", "path")
+    """Teacher: a run folder, a weights file, or a timm model."""
     distill: str = "hard"
     """Loss of the teacher's outputs."""
     distill_values: Literal["paper", "official"] = "paper"
@@ -287,10 +287,10 @@ LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Hardware and speed; apart from rounding and --sync-bn these options change no result."""
+    """Hardware and speed; only rounding and --sync-bn affect results."""
 
-    device: str = option("auto", "resumable", "evaluation", "shared", "local")
-    """Device: auto (a GPU if available), cpu, cuda, cuda:1, mps."""
+    device: str = option("auto", "common", "resumable", "evaluation", "shared", "local")
+    """auto (a GPU if available), cpu, cuda, cuda:1, mps."""
     amp: Literal["auto", "bf16", "fp16", "off"] = option("auto", "evaluation", "shared")
     """Mixed precision: auto uses bf16 if the hardware supports it, else fp16 on CUDA GPUs."""
     compile: Literal["auto", "on", "graphs", "off"] = option("auto", "resumable", "shared")
@@ -311,15 +311,15 @@ class ComputeConfig:
 class RunConfig:
     """Run folder, checkpoints and logging."""
 
-    seed: int = option(0, "shared")
+    seed: int = option(0, "common", "shared")
     """Seed of initial weights, image order and augmentation."""
-    out: str | None = option(None, "launch", "shared", "local")
-    """Run folder; by default a new one, runs/<arch>-<plugins>-<data>."""
-    overwrite: bool = option(False, "launch", "local")
+    out: str | None = option(None, "common", "launch", "shared", "local")
+    """Run folder; by default runs/<arch>-<plugins>-<data>."""
+    overwrite: bool = option(False, "common", "launch", "local")
     """Replace the run in --out."""
-    resume: str | None = option(None, "launch", "local")
-    """Folder of a run to resume, with the configuration it was started with; --data, --init and --teacher may give new
-    paths of moved files, and --epochs more epochs for a finished run that has kept its state (--keep-resume)."""
+    resume: str | None = option(None, "common", "launch", "local")
+    """Run to resume with its options; --data, --init and --teacher may name moved files, and --epochs more
+    epochs for a finished run (with --keep-resume)."""
     auto_resume: bool = option(False, "launch", "local")
     """Resume the run in --out if there is one, for jobs that are restarted after an interruption."""
     checkpoint_minutes: float = option(10.0, "resumable", "shared", "local")

@@ -18,17 +18,17 @@ from smallvit.utils.errors import DivergedError, InputError, PeerExitedError, Tr
 VERBS = {
     "train": "train a model and write its run folder",
     "watch": "draw a run's curves in the terminal while it trains",
-    "eval": "evaluate a trained model: accuracy with confidence interval, each class, calibration, robustness",
+    "eval": "evaluate a trained model: accuracy, calibration, robustness",
     "predict": "classify images: the most likely classes and their probabilities",
-    "attend": "draw the attention of a trained model: attention maps, rollout, relevance, temperatures",
+    "attend": "draw the attention of a trained model: maps, rollout, relevance",
     "report": "write one or more runs as an HTML page",
-    "reproduce": "reproduce a published experiment and compare its results to the published ones",
-    "compare": "compare models by accuracy, size and speed, training those that are missing",
-    "profile": "measure parameters, operations, memory, latency and throughput of models",
-    "export": "write a trained model for other programs: ONNX, torch.export, timm, the Hugging Face Hub",
-    "probe": "evaluate features of a trained model on other data: linear classifier, nearest neighbors",
-    "show": "write a picture of augmented training images, as the model sees them",
-    "list": "list architectures, recipes, experiments, data sets, plugins and augmentation presets",
+    "reproduce": "repeat a published experiment and compare with its results",
+    "compare": "compare models by accuracy, size and speed, after training them",
+    "profile": "measure operations, memory, latency and throughput of models",
+    "export": "write a trained model for ONNX, torch.export, timm or the Hub",
+    "probe": "evaluate features on other data: linear classifier, neighbors",
+    "show": "draw augmented training images, as the model sees them",
+    "list": "list architectures, recipes, experiments, data, plugins, presets",
     "completion": "print a script for completion of verbs and options in a shell",
 }
 
@@ -41,20 +41,20 @@ Vision Transformers that learn from small image sets.
 
 {_VERB_LINES}
 
-  smallvit train --arch vit --spt --lsa               the embedded handwritten digits
+  smallvit train --arch vit --spt --lsa               the embedded digits
   smallvit train --arch vit --spt --lsa --data DIR    a folder of class folders
   smallvit watch runs/vit-spt-lsa-digits              live learning curves
-  smallvit eval runs/vit-spt-lsa-digits               accuracy and its confidence interval
+  smallvit eval runs/vit-spt-lsa-digits               accuracy, with interval
   smallvit attend runs/vit-spt-lsa-digits             attention maps
   smallvit predict runs/vit-spt-lsa-digits DIR        classes of images
   smallvit report runs/vit-spt-lsa-digits             all results as one page
-  smallvit compare --arch vit --ablation --seeds 2    without plugins, with each, with both
+  smallvit compare --arch vit --ablation --seeds 2    plugins: none, each, both
   smallvit list archs                                 values of --arch
-  smallvit VERB --help                                options and examples of a verb
+  smallvit VERB --help                                options and examples
   smallvit --version
 
-Exit codes: 0 success, 1 failure, 2 invalid input (one line on standard error says how to fix it), 130 interrupted,
-141 output closed, 143 terminated.
+Exit codes: 0 success, 1 failure, 2 invalid input (one line on standard error
+says how to fix it), 130 interrupted, 141 output closed, 143 terminated.
 """
 OUTPUT_CLOSED = 141
 """Exit code of a program that is killed by SIGPIPE."""

@@ -143,7 +143,7 @@ def options_parser(
     common = parser._optionals
     common.title = "common options"
     parser._action_groups.sort(key=lambda group: group is common)  # after those of `own`
-    parser.add_argument("--help-all", action=_FullHelp, nargs=0, help="show all options and exit")
+    parser.add_argument("--help-all", action=_FullHelp, nargs=0, default=argparse.SUPPRESS, help="show all and exit")
     either = common.add_mutually_exclusive_group()
     for name, (metavar, sentence) in DEFAULTS_FROM.items():
         if only is None or name in only:

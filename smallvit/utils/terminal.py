@@ -43,9 +43,10 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def print_indented(console: Console, text: str) -> None:
     """Print lines that a terminal continues with an indent."""
     for line in text.splitlines():
-        indent = " " * (7 + len(line) - len(line.lstrip()))
-        width = console.width if console.is_terminal else len(line)
-        console.print(textwrap.fill(line, width, subsequent_indent=indent, **WORDS), soft_wrap=True)
+        if console.is_terminal:
+            indent = " " * (7 + len(line) - len(line.lstrip()))
+            line = textwrap.fill(line, console.width, subsequent_indent=indent, **WORDS)
+        console.print(line, soft_wrap=True)
 
 
 def print_table(console: Console, rows: Sequence[Sequence[str]], *, wrap_header: bool = False) -> None:
@@ -56,15 +57,22 @@ def print_table(console: Console, rows: Sequence[Sequence[str]], *, wrap_header:
         rows: Cells of the header and of each row. The first column is left-aligned.
         wrap_header: Break each title after its first word.
     """
+    titles = [title.replace(" ", "\n", 1) if wrap_header else title for title in rows[0]]
 
     def create(columns: Sequence[int]) -> Table:
-        return _create_table([[row[0], *(row[n] for n in columns)] for row in rows], wrap_header=wrap_header)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column(titles[0], overflow="fold")
+        for number in columns:
+            table.add_column(titles[number], justify="right", no_wrap=True)
+        for row in rows[1:]:
+            table.add_row(*(Text(row[number]) for number in (0, *columns)))
+        return table
 
     def measure(columns: Sequence[int]) -> int:
         return Measurement.get(console, console.options.update(width=MAX_WIDTH), create(columns)).maximum
 
     parts: list[list[int]] = [[]]
-    for number in range(1, len(rows[0])):
+    for number in range(1, len(titles)):
         if console.is_terminal and parts[-1] and measure([*parts[-1], number]) > console.width:
             parts.append([])
         parts[-1].append(number)
@@ -74,13 +82,3 @@ def print_table(console: Console, rows: Sequence[Sequence[str]], *, wrap_header:
         if number:
             console.print()
         console.print(create(columns))
-
-
-def _create_table(rows: Sequence[Sequence[str]], *, wrap_header: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for number, title in enumerate(rows[0]):
-        title = title.replace(" ", "\n", 1) if wrap_header else title
-        table.add_column(title, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    return table

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from types import ModuleType
 
@@ -10,7 +14,10 @@ import pytest
 
 from smallvit.cli import VERBS
 from smallvit.cli.parser import parse
-from smallvit.config.config import Config
+from smallvit.config.config import Config, option_groups
+from smallvit.utils.errors import flag
+
+Command = Callable[..., tuple[int, str, str]]
 
 
 def module(verb: str) -> ModuleType:
@@ -43,10 +50,45 @@ def test_help_shows_program_and_summary(capsys: pytest.CaptureFixture[str]) -> N
         with pytest.raises(SystemExit) as ended:
             module(verb).main(["--help"])
         out = capsys.readouterr().out
-        first, second, *_ = lines = module(verb).DESCRIPTION.splitlines()
+        first, *_ = module(verb).DESCRIPTION.split("\n\n")
         assert ended.value.code == 0, verb
         assert out.startswith(f"usage: smallvit {verb} "), verb
         assert first.endswith("."), verb
         assert first in out, verb
-        assert second == "", verb
-        assert all(len(line) <= 120 for line in lines), verb
+
+
+def show_help(smallvit: Command, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        smallvit(*arguments)
+    return capsys.readouterr().out
+
+
+def test_every_help_fits_80_columns(
+    smallvit: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = {"": smallvit("--help")[1]}
+    pages |= {verb: show_help(smallvit, capsys, verb, "--help") for verb in VERBS}
+    pages |= {
+        f"{verb} all": show_help(smallvit, capsys, verb, "--help-all") for verb in ("train", "compare", "profile")
+    }
+    for name, page in pages.items():
+        assert max(map(len, page.splitlines())) <= 80, name
+        assert not [line for line in page.splitlines() if line.endswith("-")], name  # no name is broken at a hyphen
+    assert len(pages["train"].splitlines()) <= 65
+
+
+def test_help_shows_common_options_and_headings_and_help_all_every_option_once(
+    smallvit: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, full = (show_help(smallvit, capsys, "train", which) for which in ("--help", "--help-all"))
+    counts = {page: Counter(re.findall(r"^  (--[a-z0-9-]+)", page, re.MULTILINE)) for page in (short, full)}
+    for group, group_class in option_groups().items():
+        for each in fields(group_class):
+            if each.name == "loss_options":
+                continue
+            assert counts[full][flag(each.name)] == 1, each.name
+            assert counts[short][flag(each.name)] == bool(each.metadata.get("common")), each.name
+        assert f"\n  {group} " in short
+        assert f"\n{group}:\n" in full
+    assert 20 <= sum(counts[short].values()) <= 25

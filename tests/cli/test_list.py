@@ -26,8 +26,8 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(text: str) -> dict[str, list[str]]:
     """Return the cells of a table's rows by the first cell."""
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    return {first: rest for first, *rest in cells}
+    cells = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
+    return {first: rest for first, *rest in cells[1:]}
 
 
 def test_archs_lists_all_of_ours_with_the_published_parameters(smallvit: Command) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -13,12 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import smallvit as package
 from smallvit.cli import main
 from smallvit.runs.run import Run
-from smallvit.training.progress import TrainingProgress
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--epochs", 1, "--batch-size", 64, "--train-fraction", 0.05, "--aug", "none")
@@ -101,29 +98,6 @@ def test_train_help_has_the_common_flags(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     flags = "--arch --spt --lsa --data --aug --epochs --batch-size --lr --img-size --seed --device --out --resume"
     assert all(f"  {flag}" in out for flag in flags.split())
-
-
-def test_progress_bar_shows_epoch_loss_accuracy_speed_and_time(tmp_path: Path) -> None:
-    output = io.StringIO()
-    console = Console(file=output, force_terminal=True, width=160)
-    figures = {"epoch": 2, "train_loss": 1.5, "val_loss": 1.0, "val_top1": 42.0, "images_per_second": 1234.0}
-    with TrainingProgress(console, steps=40, epochs=4) as display:
-        display.epoch(figures)
-        display.bar.refresh()
-    for shown in ("epoch 2/4", "loss 1.500", "val top-1 42.00 %", "1,234 images/s", "left"):
-        assert shown in output.getvalue().split("\n", 1)[1]
-
-
-def test_plain_output_has_a_line_per_epoch_and_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    output = io.StringIO()
-    clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr("smallvit.training.progress.time.monotonic", lambda: next(clock))
-    with TrainingProgress(Console(file=output), steps=40, epochs=4) as display:
-        for step in range(1, 11):
-            display.step(step, 1.5, 100.0)
-    lines = output.getvalue().splitlines()
-    assert 3 <= len(lines) <= 10
-    assert all("epoch 1/4" in line and "left" in line for line in lines)
 
 
 def test_training_twice_creates_two_folders(smallvit: Command) -> None:

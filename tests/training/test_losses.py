@@ -200,7 +200,7 @@ def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     entry = Loss(help="focal loss", function=focal, chance=chance, options=FocalOptions)
     monkeypatch.setitem(LOSSES, "focal", entry)
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "focal: focal loss" in text
     assert "--focal-gamma X Loss focal: Exponent of the modulating factor. [2.0]" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from typing import Literal, get_args, get_origin
 
 from smallvit.cli import VERBS
 from smallvit.cli.parser import Parser
@@ -68,11 +69,13 @@ def render_script(shell: str) -> str:
     from timm.optim import list_optimizers
 
     from smallvit.cli.list import ARCHS, TABLES
+    from smallvit.config.config import option_types
     from smallvit.config.options import LOGGERS
     from smallvit.config.recipes import RECIPES
     from smallvit.datasets.catalog import DATASETS
 
     recipes, values = list(RECIPES), {"what": list(TABLES), "shell": list(SHELLS), "log": list(LOGGERS)}
+    values |= {name: list(get_args(kind)) for name, (_, kind) in option_types().items() if get_origin(kind) is Literal}
     values |= {"recipe": recipes, "common": recipes, "opt": list_optimizers(), "device": ["auto", "cpu", "cuda", "mps"]}
     root = argparse.ArgumentParser("smallvit", description="Vision Transformers that learn from small image sets.")
     root.add_argument("-V", "--version", action="store_true", help="print the version")

@@ -37,8 +37,7 @@ presets with their values.
   smallvit list data               # data sets: sizes, sources, licenses
   smallvit list aug                # augmentation presets, value by value
 
-Tables are as wide as the terminal, or 80 columns in a file: COLUMNS=200
-smallvit list recipes > recipes.txt.
+Tables are as wide as the terminal, and in files as wide as $COLUMNS, or 80.
 See also: docs/models.md, docs/patching.md, docs/recipes.md, docs/data.md.
 """
 

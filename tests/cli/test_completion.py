@@ -40,6 +40,7 @@ def test_bash_completes_verbs_options_and_values(bash_script: Path) -> None:
         "train --no-sp": {"--no-spt", "--no-spt-norm"},
         "train --spt --sched co": {"cosine", "constant"},
         "train --recipe dei": {"deit", "deit3"},
+        "train --aug augreg-l": {"augreg-light1", "augreg-light2"},
         "train --opt lamb": {"lamb", "lambc", "lambw", "lambcw", "lambcd"},
         "train --data cifar100": {"cifar100", "cifar100-coarse"},
         "train --arch vit9": {"vit96"},

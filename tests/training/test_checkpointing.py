@@ -579,7 +579,7 @@ def test_auto_resume_begins_where_nothing_is_and_goes_on_where_a_run_is(
     assert (code, "resume after" in out) == (130, False)
     code, out, _ = smallvit(*command)
     assert code == 0
-    assert "resume after epoch 0 and 2 steps of 3" in out
+    assert "resume after epoch 1 of 3, step 2" in out
     assert results(folder) == results(train(tmp_path / "whole", PLAIN).folder)
     before = contents(folder)
     code, out, _ = smallvit(*command)

@@ -169,11 +169,8 @@ def _add_options(
         if option.name in ("loss", "distill"):
             losses = {name: loss for name, loss in LOSSES.items() if loss.distillation == (option.name == "distill")}
             sentence += " " + "; ".join(f"{name}: {loss.help}" for name, loss in losses.items()) + "."
-        shown = (
-            ""
-            if option.default is None or option.default is False or option.name in help_texts
-            else f" [{option.default}]"
-        )
+        unset = option.default is None or option.default is False
+        shown = "" if unset or option.name in help_texts else f" [{option.default}]"
         section.add_argument(
             _flag(option.name),
             default=argparse.SUPPRESS,

@@ -314,9 +314,10 @@ def print_result(result: TrainResult, console: Console) -> TrainResult:
         chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
     console.print(f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen})")
     console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")
-    lines = {"weights": folder / Run.BEST, "curves": folder / Run.CURVES, "summary": folder / Run.SUMMARY}
-    lines |= {"next": f"smallvit eval {folder}", "": f"smallvit report {folder}"}
-    lines |= {" ": f"smallvit predict {folder} IMAGES"}
-    for label, line in lines.items():
-        console.print(f"{label:8} {line}", soft_wrap=True)  # whole, to be copied
+    for label, line in (
+        *(("weights", folder / Run.BEST), ("curves", folder / Run.CURVES), ("summary", folder / Run.SUMMARY)),
+        *(("next", f"smallvit eval {folder}"), ("", f"smallvit report {folder}")),
+        ("", f"smallvit predict {folder} IMAGES"),
+    ):
+        console.print(f"{label:8} {line}", soft_wrap=True)  # in one line, to be copied
     return result

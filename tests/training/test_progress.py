@@ -1,4 +1,4 @@
-"""Test the progress of training with a clock of its own."""
+"""Test the progress of training with a fake clock."""
 
 from __future__ import annotations
 

@@ -873,8 +873,8 @@ def test_experiments_are_listed_with_their_rows(smallvit: Command, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "600")
 
     def listed(text: str) -> dict[str, list[str]]:
-        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line[:1] == "│"]
-        return {first: rest for first, *rest in cells}
+        cells = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
+        return {first: rest for first, *rest in cells[1:]}
 
     code, out, _ = smallvit("list", "experiments")
     assert code == 0
@@ -887,7 +887,7 @@ def test_experiments_are_listed_with_their_rows(smallvit: Command, monkeypatch: 
     assert code == 0
     assert list(listed(out)) == list(fitting)
     for name, each in fitting.items():
-        rows = [shlex.split(line) for line in out.splitlines() if line.startswith(f"{name} ")]
+        rows = [shlex.split(line) for line in out.splitlines() if line.startswith(f"{name} --rows")]
         assert rows == [[name, "--rows", trial.label] for trial in each.trials]
 
 

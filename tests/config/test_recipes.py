@@ -290,7 +290,7 @@ def test_the_list_names_every_recipe_and_its_values(smallvit: Command, monkeypat
     monkeypatch.setenv("COLUMNS", "400")
     code, out, _ = smallvit("list", "recipes")
     assert code == 0
-    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    lines = {line.split("│")[0].strip(): line for line in out.splitlines()[2:]}
     assert list(lines) == list(RECIPES)
     for name, line in lines.items():
         assert RECIPES[name].__doc__.splitlines()[0] in line

@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 class _FullHelp(argparse.Action):
     """Print the help with all options, and exit."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+    def __call__(self, parser: Parser, *_: object) -> NoReturn:
         print(parser.format_help(full=True), end="")
         parser.exit()
 

@@ -46,7 +46,7 @@ MISSING = {
     "trian": "unknown verb 'trian' (did you mean 'train'?)",
     "train vit": "unknown argument 'vit'; use smallvit train --arch vit",
     "train vit+spt --data digits": "unknown argument 'vit+spt'; use smallvit train --arch vit+spt --data digits",
-    "train --data": "--data NAME: the value is missing. Data set by name (see smallvit list data)",
+    "train --data": "--data NAME: the value is missing. Data set (see smallvit list data)",
     "train --spt yes": "--spt takes no value; remove 'yes'",
     "train --learning-rate 3": "--learning-rate: no such option; smallvit calls it --lr",
     "train --patience 3": "--patience: no such option; see smallvit train --help",

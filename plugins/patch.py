@@ -247,16 +247,16 @@ class Description:
     def __str__(self) -> str:
         before = self.parameters - self.added_parameters
         lines = [f"{self.model}: {self.parameters:,} parameters, {before:,} without plugins"]
-        for plugin in PLUGINS.values():
+        patched = {change.plugin for change in self.changes}
+        for plugin in (PLUGINS[name] for name in PLUGINS if name in patched):
             changes = [change for change in self.changes if change.plugin == plugin.name]
-            if not changes:
-                lines.append(f"  {plugin.name}  {plugin.title}: not patched")
-                continue
             added = sum(change.added_parameters for change in changes)
             names = changes[0].name if len(changes) == 1 else f"{changes[0].name} ... {changes[-1].name}"
             layers = f"{len(changes)} layer{'s' if len(changes) > 1 else ''}"
             lines.append(f"  {plugin.name}  {plugin.title}: {layers} ({names}), {added:+,} parameters")
             lines += [f"       {detail}" for detail in dict.fromkeys(change.detail for change in changes)]
+        if unused := [name for name in PLUGINS if name not in patched]:
+            lines.append(f"  not patched: {', '.join(unused)}")
         return "\n".join(lines)
 
 

@@ -272,7 +272,7 @@ def test_describe_tells_what_changed_where_and_at_what_cost() -> None:
     assert "patch_embed.proj" in text
     assert "a token sees 8x8 instead of 4x4" in text
     assert f"{plain:,} without plugins" in text
-    assert "lsa  locality self-attention: not patched" in str(smallvit.describe(smallvit.unpatch(model)))
+    assert "not patched: spt, lsa" in str(smallvit.describe(smallvit.unpatch(model)))
 
 
 @each(["spt", "lsa"], "plugin")

@@ -8,7 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from smallvit.cli.parser import Parser
+from smallvit.runs.run import Run
 from smallvit.utils.errors import InputError, require
+from smallvit.utils.files import check_output_file, check_output_folder
 
 DESCRIPTION = """\
 Export a trained model for other programs, and verify that its logits are the
@@ -33,6 +35,8 @@ the exit code is 2 and the export is kept.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """
 FORMATS = ("onnx", "pt2", "timm", "hub", "packed")
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "packed": ".packed.safetensors"}
+"""Default suffixes of formats that are a single file; the others are folders."""
 
 
 def parser() -> Parser:
@@ -59,6 +63,7 @@ def main(argv: list[str]) -> int:
     from smallvit.models.weights_info import read_weights_info
 
     read_weights_info(options.run, "export")  # before torch is imported
+    path = resolve_output(options.run, options.format, options.out, overwrite=options.overwrite)
 
     from rich.console import Console
     from rich.text import Text
@@ -69,7 +74,6 @@ def main(argv: list[str]) -> int:
 
     if options.format == "onnx":
         export.require_onnx()
-    path = export.resolve_output(options.run, options.format, options.out, overwrite=options.overwrite)
     with Console(stderr=True).status(Text(f"exporting {options.run}")):
         arguments = {"arch": options.arch, "img_size": options.img_size, "device": "cpu", "amp": "off"}
         model = load_predictor(options.run, "export", **arguments)
@@ -94,3 +98,29 @@ def _check_options(options: Namespace) -> None:
     is_id = options.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.license)
     require(bool(is_id), "license", options.license, "a license identifier of the Hub, e.g. mit or cc-by-4.0")
     require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
+
+
+def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool) -> Path:
+    """Return the file or folder to write, after checking that it can be written.
+
+    Args:
+        name: The model; a run folder is also the default place.
+        form: The format.
+        out: Path given by the user.
+        overwrite: Replace an earlier export.
+
+    Raises:
+        InputError: `out` is None and `name` is not a run folder; `out` has another suffix, is not writable, or exists
+            and is not to be replaced.
+    """
+    run = Path(os.path.expanduser(name))
+    if out is None and not os.path.isdir(run):
+        raise InputError(f"export {name}: not a run folder, so there is no default output path; add --out")
+    default = f"{os.path.basename(os.path.realpath(run))}{SUFFIXES[form]}" if form in SUFFIXES else form
+    path = run / Run.EXPORT / default if out is None else Path(os.path.expanduser(out))
+    if form not in SUFFIXES:
+        check_output_folder(path, overwrite=overwrite)
+        return path
+    if out is None:
+        path.parent.mkdir(exist_ok=True)
+    return check_output_file(str(path), "." + SUFFIXES[form].rpartition(".")[2], overwrite=overwrite)

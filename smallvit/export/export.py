@@ -40,45 +40,16 @@ from smallvit.models.checkpoint import load_model, save_weights, snapshot
 from smallvit.models.weights_info import PACKED
 from smallvit.plugins.binary_packing import pack, packed_layers
 from smallvit.plugins.sdpa import set_fused_attention
-from smallvit.runs.run import Run
 from smallvit.utils.errors import InputError, first_line
-from smallvit.utils.files import atomic_update, atomic_write, check_output_file, check_output_folder, write_text
+from smallvit.utils.files import atomic_update, atomic_write, write_text
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 METADATA = "metadata.json"
 """Name of the extra file with metadata in a torch.export program."""
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "packed": ".packed.safetensors"}
-"""Default suffixes of formats that are a single file; the others are folders."""
 README = "README.md"
 PREPROCESS = "preprocess.py"
 """Name of the module that preprocesses images, in the folder of every export but packed weights."""
 FOLDER_FILES = (README, PREPROCESS, timm_folder.CONFIG, timm_folder.WEIGHTS)
-
-
-def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool) -> Path:
-    """Return the file or folder to write, after checking that it can be written.
-
-    Args:
-        name: The model; a run folder is also the default place.
-        form: The format.
-        out: Path given by the user.
-        overwrite: Replace an earlier export.
-
-    Raises:
-        InputError: `out` is None and `name` is not a run folder; `out` has another suffix, is not writable, or exists
-            and is not to be replaced.
-    """
-    run = Path(os.path.expanduser(name))
-    if out is None and not os.path.isdir(run):
-        raise InputError(f"export {name}: not a run folder, so there is no default output path; add --out")
-    default = f"{os.path.basename(os.path.realpath(run))}{SUFFIXES[form]}" if form in SUFFIXES else form
-    path = run / Run.EXPORT / default if out is None else Path(os.path.expanduser(out))
-    if form not in SUFFIXES:
-        check_output_folder(path, overwrite=overwrite)
-        return path
-    if out is None:
-        path.parent.mkdir(exist_ok=True)
-    return check_output_file(str(path), "." + SUFFIXES[form].rpartition(".")[2], overwrite=overwrite)
 
 
 def export_model(

@@ -399,7 +399,7 @@ def test_missing_onnx_packages_are_a_one_line_error(
 
 
 BAD_INPUT = [
-    (["RUN"], "required: --format"),
+    (["RUN"], "the value is missing"),
     (["RUN", "--format", "tflite"], "invalid choice"),
     (["RUN", "--format", "timm", "--push", "me/mine"], "--push has no effect with --format timm"),
     (["RUN", "--format", "hub", "--private"], "--private has no effect without --push"),

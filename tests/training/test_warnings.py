@@ -57,4 +57,5 @@ def test_the_next_commands_follow_a_training(smallvit: Command, tmp_path: Path) 
     out = tmp_path / "run"
     code, shown, _ = smallvit("train", "--epochs", 1, "--train-fraction", 0.05, "--out", out)
     assert code == 0
-    assert f"smallvit eval {out}" in shown.splitlines()[-1]
+    last = [line.removeprefix("next").strip() for line in shown.splitlines()[-3:]]
+    assert last == [f"smallvit eval {out}", f"smallvit report {out}", f"smallvit predict {out} IMAGES"]

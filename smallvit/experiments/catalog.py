@@ -409,6 +409,11 @@ PLUGIN_ROWS = {
     "stem, LSA, FFN, impulse": "vit96+stem+lsa+ffn,weight_init=impulse",
 }
 """A small ViT with plugins and initializations: each alone, on top of SPT and LSA, and in pairs."""
+GUIDED_ROWS = {
+    "feature guidance": "vit96,distill=features",
+    "SPT, LSA, feature guidance": "vit96+spt+lsa,distill=features",
+}
+"""The same with the CNN as teacher."""
 
 
 def plugin_trials(data: str) -> tuple[Trial, ...]:
@@ -416,13 +421,14 @@ def plugin_trials(data: str) -> tuple[Trial, ...]:
     more = {"cifar100": ",auto_augment=autoaugment-cifar10"}.get(data, "")
     trials = [cnn("resnet32")]
     for recipe in ("lee2021", "best"):
-        for label, model in PLUGIN_ROWS.items():
+        for label, model in (PLUGIN_ROWS | GUIDED_ROWS).items():
             off = "".join(f",{name}=false" for name in ("spt", "lsa") if f"+{name}" not in model)
             trials.append(
                 Trial(
                     label=f"{recipe}: {label}",
                     spec=f"{model},recipe={recipe}{off}{more}",
                     baseline=None if label == "plain" else f"{recipe}: plain",
+                    teacher="resnet32" if label in GUIDED_ROWS else None,
                 )
             )
     return tuple(trials)

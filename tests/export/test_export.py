@@ -394,7 +394,7 @@ def test_missing_onnx_packages_are_a_one_line_error(
     run: Path, smallvit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else name)
-    code, _, err = smallvit("export", run, "--format", "onnx")
+    code, _, err = smallvit("export", run, "--format", "onnx", "--overwrite")
     assert (code, err) == (2, "smallvit: --format onnx needs onnxscript: pip install 'smallvit[onnx]'\n")
 
 

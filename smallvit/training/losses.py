@@ -1,4 +1,4 @@
-"""Define the losses of training: cross-entropies of labels, and distillation from a teacher's logits.
+"""Define the losses of training: cross-entropies of labels, and distillation from a teacher's logits or feature maps.
 
 Distillation is DeiT's (Touvron et al. 2021, arXiv:2012.12877). With labels y, student logits s, teacher logits t,
 weight λ and temperature τ:
@@ -164,7 +164,7 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a run: a loss of the labels, and one of the teacher's logits if there is a teacher."""
+    """The loss of a run: a loss of the labels, and one of the teacher's outputs if there is a teacher."""
 
     loss: Loss
     options: Mapping[str, Any] = field(default_factory=dict)

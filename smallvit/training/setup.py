@@ -85,7 +85,7 @@ class Setup:
 
     @property
     def objective(self) -> Objective:
-        """The loss of labels, and of the teacher's logits if there is a teacher."""
+        """The loss of labels, and of the teacher's outputs if there is a teacher."""
         return create_objective(self.config.optim, self.config.distill)
 
     @property

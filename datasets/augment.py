@@ -117,6 +117,8 @@ class Augment:
     padding: int = 0
     crop_scale: float = 0.08
     flip: float = 0.0
+    alternate_flip: bool = False
+    """Whether the caller of `draw` chooses which images are mirrored, as `Sampling.alternate_flips` does."""
     policies: tuple[Policy, ...] = ()
     bicubic: bool = False
     """Resample crops and geometric operations bicubically instead of bilinear crops and nearest pixels."""
@@ -152,6 +154,7 @@ class Augment:
             padding=padding,
             crop_scale=values["crop_scale"],
             flip=values["flip"],
+            alternate_flip=config.alternate_flip and values["flip"] > 0,
             policies=_create_policies(values["auto_augment"], values["color_jitter"], policy),
             bicubic=values["bicubic"],
             policy_fill=values["policy_fill"],
@@ -168,18 +171,18 @@ class Augment:
             aug_repeats=values["aug_repeats"],
         )
 
-    def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Draws:
-        """Draw parameters for `b` images of `h` × `w` pixels."""
+    def draw(self, rng: np.random.Generator, b: int, h: int, w: int, flip: np.ndarray | None = None) -> Draws:
+        """Draw parameters for `b` images of `h` × `w` pixels; `flip` replaces random flips."""
         if self.crop == "resized":
             crop = crop_boxes(rng, b, h, w, (self.crop_scale, 1.0))
         else:
             top, left = rng.integers(0, 2 * self.padding + 1, (2, b))
             crop = Boxes(top, left, top + h, left + w)
-        flip = rng.random(b) < self.flip
+        random_flip = rng.random(b) < self.flip
         steps = tuple(step for each in self.policies for step in each(rng, b, min(h, w)))
         erase = erasing_boxes(rng, rng.random(b) < self.random_erasing, h, w, (MIN_ERASED, self.erasing_area))
         noise = rng.integers(-(2**63), 2**63, b)
-        return Draws(crop, flip, steps, erase, noise, self.mixing.draw(rng, b, h, w))
+        return Draws(crop, random_flip if flip is None else flip, steps, erase, noise, self.mixing.draw(rng, b, h, w))
 
     def apply(
         self,
@@ -221,6 +224,8 @@ def _warn_ineffective(config: AugmentConfig, values: dict[str, Any]) -> None:
         warn("--mixup, --cutmix and --mixup-mode have no effect without --mixup-prob; add e.g. --mixup-prob 0.5")
     if config.mixup_prob and not (values["mixup"] or values["cutmix"]):
         warn("--mixup-prob has no effect without --mixup or --cutmix; add e.g. --cutmix 1")
+    if config.alternate_flip and not values["flip"]:
+        warn("--alternate-flip has no effect without --flip; add --flip 0.5 if mirrored images keep their class")
     if config.random_erasing_fill != "auto" and not values["random_erasing"]:
         warn("--random-erasing-fill has no effect without --random-erasing; add e.g. --random-erasing 0.25")
 

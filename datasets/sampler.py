@@ -11,8 +11,8 @@ import numpy as np
 
 from smallvit.utils.errors import InputError
 
-ORDER, DRAWS, DECODING = 0, 1, 2
-"""Random number streams of one seed; `training.train` has more."""
+ORDER, DRAWS, DECODING, FLIPS = 0, 1, 2, 4
+"""Random number streams of one seed; `training.train` has 3."""
 IGNORED_LABEL = -100
 """Label of an image that only fills a batch; cross-entropy ignores it."""
 
@@ -67,6 +67,14 @@ class Sampling:
         draw = balanced_order if self.balanced else _random_order
         parts = np.split(draw(self.labels, self.views // self.aug_repeats, rng), len(self))
         return [np.tile(part, self.aug_repeats) for part in parts]  # copies lie apart: neighbors are mixed
+
+    def alternate_flips(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """Return which images are mirrored: at random in the first epoch, then in every other epoch.
+
+        Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+        """
+        mirrored_first = np.random.default_rng((self.seed, FLIPS)).random(len(self.labels)) < 0.5
+        return mirrored_first[indices] ^ bool(epoch % 2)
 
     def generator(self, stream: int, epoch: int, position: int) -> np.random.Generator:
         """Return the random number generator of a step (or image) of an epoch."""

@@ -108,6 +108,8 @@ class AugmentConfig:
     """Minimum share of the image's area for the crop resized; by default 0.08."""
     flip: float | None = option(None, "shared")
     """Probability of a horizontal flip; by default 0.5, and 0 for datasets such as digits."""
+    alternate_flip: bool = option(False, "shared")
+    """Mirror each image in every other epoch instead of at random, so that both sides are seen equally often."""
     auto_augment: str | None = option(None, "shared")
     """none, autoaugment, rand-m9-n2-mstd0.5-inc1 (timm's), tf-rand-m15-n2 (AugReg's), trivial or 3augment."""
     color_jitter: float | None = option(None, "shared")

@@ -504,6 +504,7 @@ def test_autocontrast_reaches_white_from_any_range(spread: int) -> None:
             {"aug": "basic", "random_erasing_fill": "noise"},
             "has no effect without --random-erasing; add e.g. --random-erasing 0.25",
         ),
+        ({"aug": "none", "alternate_flip": True}, "--alternate-flip has no effect without --flip"),
         ({"aug": "basic", "crop_scale": 0.3}, "--crop-scale has no effect with --crop pad; add --crop resized"),
         ({"aug": "none", "crop_padding": 2}, "--crop-padding has no effect with --crop none; add --crop pad"),
     ],

@@ -101,6 +101,26 @@ def test_images_keep_their_labels() -> None:
             assert target.tolist() == [float(label[tuple(pixels.flatten().tolist())] == k) for k in range(3)]
 
 
+def test_alternate_flip_shows_both_sides_of_every_image_in_any_two_epochs() -> None:
+    data = noise(8)
+    mean, std = data.statistics(CPU)
+    sides = {}
+    for i, pixels in enumerate(data.train.pixels):
+        sides[tuple(pixels.flatten().tolist())] = i, False
+        sides[tuple(pixels.flip(-1).flatten().tolist())] = i, True
+
+    def mirrored(epoch: int, **options: object) -> set[tuple[int, bool]]:
+        augment = Augment.from_config(AugmentConfig(aug="none", flip=0.5, alternate_flip=True), 8, True)
+        x = torch.cat([x for x, _ in InMemoryLoader(data, ODD, augment, 0, CPU, **options).epoch(epoch)])
+        return {sides[tuple(((image * std + mean) * 255).round().byte().flatten().tolist())] for image in x}
+
+    first, second, third = map(mirrored, range(3))
+    assert first | second == set(sides.values())
+    assert first == third
+    assert 0.2 * ODD < sum(side for _, side in first) < 0.8 * ODD
+    assert mirrored(0, rank=0, world=2) | mirrored(0, rank=1, world=2) == first
+
+
 def test_the_same_seed_and_epoch_give_the_same_batches() -> None:
     assert_same(digits().epoch(3), digits().epoch(3))
 

@@ -220,6 +220,7 @@ def build_pooled_keys(name: str, binary: bool) -> tuple[nn.Module, Tensor]:
     return shaken(model).eval(), torch.randn(2, 3, *sides)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_layouts_of_pooled_keys() -> None:
     def check(name: str, binary: bool) -> None:
@@ -327,6 +328,7 @@ def test_compiled_blocks_have_maps() -> None:
     assert all(torch.equal(one.weights, other.weights) for one, other in zip(maps, plain, strict=True))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_mixed_precision_maps_are_fp32_and_close_to_full_precision() -> None:
     def check(name: str, patched: bool) -> None:

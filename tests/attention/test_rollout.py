@@ -402,6 +402,7 @@ BINARY: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, int]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BINARY)
 def test_relevance_of_binary_attention_uses_binary_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, readout = BINARY[name]

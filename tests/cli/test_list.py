@@ -30,6 +30,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells[1:]}
 
 
+@pytest.mark.slow
 def test_archs_lists_all_of_ours_with_the_published_parameters(smallvit: Command) -> None:
     code, out, _ = smallvit("list", "archs")
     cells = rows(out)
@@ -50,6 +51,7 @@ def test_a_pattern_lists_timm_models(smallvit: Command) -> None:
     assert cells["deit_tiny_patch16_224"] == ["224", f"{size:,}", "SPT, LSA, binary, FFN, Stem, XSA, token", "yes"]
 
 
+@pytest.mark.slow
 def test_names_are_whole_at_any_width(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = "swinv2_cr_tiny_ns*"
     for columns in ("30", "80"):

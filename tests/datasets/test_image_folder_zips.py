@@ -293,6 +293,7 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     assert_refused(file, "no usable training image|encrypted", skip_corrupt=True)
 
 
+@pytest.mark.slow
 def test_damage_anywhere_in_a_zip_is_an_input_error_or_harmless(tmp_path: Path) -> None:
     whole = pack(tmp_path / "x.zip", tiny_imagenet(shown=2)).read_bytes()
     rng = np.random.default_rng(0)

@@ -319,6 +319,7 @@ def test_an_orientation_without_meaning_is_passed_over(tmp_path: Path) -> None:
             assert actual.mean() < 2
 
 
+@pytest.mark.slow
 def test_statistics_are_estimated_from_images_of_all_classes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = []

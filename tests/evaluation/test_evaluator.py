@@ -233,6 +233,7 @@ def test_other_splits_are_evaluated_with_a_warning(
     assert [int(row[1]) for row in predictions] == labels.tolist()
 
 
+@pytest.mark.slow
 def test_confusion_matrices_of_any_size_are_plotted(tmp_path: Path) -> None:
     for classes in (2, 200):
         names = [f"class {number} of $many, with a long name" for number in range(classes)]
@@ -264,6 +265,7 @@ def test_evaluate_run_from_python(trained_run: Path, tmp_path: Path) -> None:
 # Comparison
 
 
+@pytest.mark.slow
 def test_a_second_model_is_evaluated_on_the_same_images_at_its_own_size(
     trained_run: Path, evaluate: Evaluate, smallvit: Command, tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ def test_published_figures_are_shown_next_to_each_budget(results: Path) -> None:
     assert rows["vit+spt+lsa"]["published"] == "76.92 (+3.11)"
 
 
+@pytest.mark.slow
 def test_other_records_name_their_hardware(results: Path) -> None:
     def run(seed: int, hardware: str) -> str:
         return json.dumps(
@@ -209,6 +210,7 @@ def test_other_records_name_their_hardware(results: Path) -> None:
             make.render(results)
 
 
+@pytest.mark.slow
 def test_a_changed_value_in_a_record_changes_the_page(results: Path) -> None:
     before = make.render(results)
     file = results / "lee2021" / "digits.jsonl"
@@ -233,6 +235,7 @@ def test_figures_of_a_note_are_computed(results: Path) -> None:
     assert expected in section(make.render(results), "lee2021/digits")
 
 
+@pytest.mark.slow
 def test_a_note_that_refers_to_missing_figures_is_named(results: Path) -> None:
     (results / "notes").mkdir()
     note = results / "notes" / "lee2021-digits-1.md"

@@ -281,6 +281,7 @@ def test_card_snippet_runs(
     assert 0.1 < float(probability) <= 1
 
 
+@pytest.mark.slow
 def test_card_uses_evaluation_results_of_the_same_weights(run: Path, tmp_path: Path, smallvit: Command) -> None:
     file = run / "eval" / "test" / "metrics.json"
     assert smallvit("eval", run, "--device", "cpu", "--amp", "off")[0] == 0
@@ -344,6 +345,7 @@ def test_interruption_leaves_earlier_exports(
         assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_different_logits_are_an_error_and_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("resnet20")
     real = torch.export.export

@@ -39,6 +39,8 @@ from smallvit.plugins.binary_packing import Packed, pack, packed_layers
 from smallvit.plugins.patch import unpatch
 from smallvit.utils.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., tuple[int, str, str]]
 CPU = {"device": "cpu", "amp": "off"}
 ON_CPU = ["--device", "cpu", "--amp", "off"]

@@ -107,6 +107,7 @@ def by_name(classes: list[tuple[str, float]]) -> Tensor:
     return torch.tensor([probability for _, probability in sorted(classes)], dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_predict_timm_and_preprocess_agree(
     channels: int, images: dict[str, tuple[str, Image.Image]], tmp_path: Path, smallvit: Command

@@ -117,7 +117,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("training", [True, False], ids=("training", "evaluation"))
-@pytest.mark.parametrize("switches", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "switches",
+    [pytest.param(v, id=k, marks=() if k in ("BinaryViT", "DeiT") else pytest.mark.slow) for k, v in VARIANTS.items()],
+)
 def test_model_equals_the_equations(switches: dict[str, Any], training: bool) -> None:
     model = stirred(small(8, **switches)).train(training)
     agree(model, whole, pixels(8, 3).double(), near=1e-5)

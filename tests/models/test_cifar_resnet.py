@@ -234,6 +234,7 @@ def test_stride_by_image_size() -> None:
         assert (plan.stride if plan else 32) == stride, img_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     [

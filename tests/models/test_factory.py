@@ -79,6 +79,7 @@ def test_the_patch_follows_the_image_size(arch: str, img_size: int, patch: int |
     assert default_patch_size(arch, img_size) == patch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     [

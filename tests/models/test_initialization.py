@@ -89,6 +89,7 @@ def test_lsa_keeps_its_queries_and_keys_in_mimetic_initialization() -> None:
     assert not torch.equal(after[192:], before[192:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit", "deit_tiny_patch16_224", "cait", "pit", "cait+lsa", "pit+spt+lsa"])
 @pytest.mark.parametrize("weight_init", ["mimetic", "impulse"])
 def test_models_compute_finite_outputs(arch: str, weight_init: str) -> None:

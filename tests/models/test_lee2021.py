@@ -96,6 +96,7 @@ def test_models_can_be_pickled(arch: str) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(model))(image), model(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_other_image_sizes_are_accepted(arch: str) -> None:
     for size in ((28, 28), (16, 96)):

@@ -16,6 +16,7 @@ def test_timm_lists_every_model_with_and_without_each_plugin() -> None:
     assert len(timm_registry.NAMES) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", timm_registry.NAMES)
 def test_timm_creates_them(name: str) -> None:
     arch, plugins = timm_registry.NAMES[name]

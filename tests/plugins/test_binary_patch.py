@@ -83,6 +83,7 @@ def test_unpatching_gives_back_what_was_there(name: str) -> None:
     like_new(model, build(name), images(name))
 
 
+@pytest.mark.slow
 @families
 def test_patching_twice_changes_nothing(name: str) -> None:
     model = binary(name)

@@ -98,6 +98,7 @@ def test_timms_feature_extractor_sees_the_patched_model(name: str, init: str) ->
 TRACED = ["vit", "vit differential", "deit distilled", "cait", "pit", "swin", "swin v2", "eva-02"]
 
 
+@pytest.mark.slow
 @sweep(TRACED)
 def test_torch_fx_traces_patched_models_as_it_does_timms(name: str) -> None:
     """Check that each patched layer is one node."""

@@ -43,6 +43,7 @@ def resized(name: str, size: tuple[int, int]) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @sweep(NAMES)
 @each(SIZES, "size")
 @both_ways

@@ -132,6 +132,7 @@ def test_attention_without_a_formula_is_counted() -> None:
     assert scaling.count_attention_macs(cnn, count_macs_by_layer(cnn, 3, 32)) is None
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_first_attention_layer() -> None:
     expected = {"vit": 65, "swin": 256, "cait": 64, "pit": 257, "binaryvit_tiny": 256, "resnet20": None}
     tokens = {
@@ -276,6 +277,7 @@ def test_unsupported_growth_sizes_are_skipped_unless_requested(
     )
 
 
+@pytest.mark.slow
 def test_the_figure_plots_the_records(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Image.open(profiled / "growth.png") as picture:
         picture.verify()

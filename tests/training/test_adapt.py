@@ -194,6 +194,7 @@ def test_a_distillation_token_can_be_added_to_trained_weights(runs: dict[str, Pa
     assert model.head_dist.weight.shape == (10, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
 def test_a_plain_state_dict_is_enough_for_the_model_that_is_named(tmp_path: Path, patched: bool) -> None:
     """Image size and classes follow from the tensors."""
@@ -248,6 +249,7 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ADDED)
 def test_parameters_that_the_weights_did_not_contain_are_trained_whatever_is_frozen(
     runs: dict[str, Path], what: str

@@ -132,6 +132,7 @@ def test_a_run_learns_bits_and_is_loaded_with_them(finished: engine.TrainResult)
     assert any(layer.move.any() for layer in model.modules() if getattr(layer, "move", None) is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", slow_except([2, 8], 2))
 def test_resuming_gives_the_same_bytes(
     finished: engine.TrainResult,
@@ -161,6 +162,7 @@ def test_runs_can_be_evaluated_and_reported(
     assert "binaryvit_tiny" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_trained_vit_can_get_bits_and_be_trained_further(teacher: Path, tmp_path: Path) -> None:
     options = {"init": str(teacher), "out": str(tmp_path / "after")}
     after = engine.train(Config.build(binary=True, **QUICK | {"epochs": 1}, **options)).load()

@@ -160,6 +160,7 @@ def test_a_run_interrupted_after_any_step_ends_as_if_it_had_not_been(
     assert results(resume(tmp_path / "run").folder) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", slow_except([1, 6, 7, 2 * VAL * EPOCHS], 6))
 def test_a_run_interrupted_while_it_validates_ends_as_if_it_had_not_been(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
@@ -172,6 +173,7 @@ def test_a_run_interrupted_while_it_validates_ends_as_if_it_had_not_been(
     assert results(resume(tmp_path / "run").folder) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", slow_except(range(1, TEST + 1), 2))
 def test_a_run_interrupted_while_it_is_tested_ends_as_if_it_had_not_been(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
@@ -375,6 +377,7 @@ STRETCH = {1: 500, 7: 72, 50: 10, 1000: 10}
 """Epochs without return after which a run ends, by steps in each: 10 or more, with 500 steps or more."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "classes"), [(1, 2), (7, 10), (50, 1000), (1000, 10)])
 def test_only_a_loss_that_does_not_come_back_ends_a_run(steps: int, classes: int) -> None:
     first, stretch = math.log(classes), STRETCH[steps]
@@ -395,6 +398,7 @@ def test_only_a_loss_that_does_not_come_back_ends_a_run(steps: int, classes: int
     assert course(blown_up, steps, classes, warmup_ratio=0.25) == (warmup - 1 + stretch, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_loss_that_grows_is_warned_about_once_and_ends_the_run_in_the_end(
     smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
@@ -588,6 +592,7 @@ def test_auto_resume_begins_where_nothing_is_and_goes_on_where_a_run_is(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [[], [".config.json.partial"]])
 def test_auto_resume_begins_in_a_folder_without_anything_of_use(
     smallvit: Command, tmp_path: Path, left: list[str]

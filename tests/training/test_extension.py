@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from smallvit import Config
 from smallvit.runs.run import Run
 from smallvit.training.train import train
@@ -20,6 +22,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / Run.METRICS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_longer_by_a_second_schedule(smallvit: Command, tmp_path: Path) -> None:
     flags = ["--train-fraction", 0.1, "--batch-size", 32, "--aug", "none", "--amp", "off", "--lr", 2e-3]
     out, fresh = tmp_path / "run", tmp_path / "fresh"
@@ -37,6 +40,7 @@ def test_a_finished_run_is_trained_longer_by_a_second_schedule(smallvit: Command
     assert (out / Run.STATE).exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_extension_is_resumed(
     smallvit: Command, tmp_path: Path, interrupted: Callable[[int], AbstractContextManager[None]]
 ) -> None:

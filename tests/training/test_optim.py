@@ -52,6 +52,7 @@ def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) ->
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt", slow_except(STATEFUL, "adamw", "lamb", "muon", "sgd"))
 def test_every_optimizer_resumes_bit_exactly(opt: str, tmp_path: Path) -> None:
     config = options(opt=opt, ema_decay=0.9)

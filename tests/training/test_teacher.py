@@ -246,6 +246,7 @@ def test_relative_names_are_understood_from_elsewhere(
     assert smallvit("train", "--resume", result.folder)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_has_changed_is_noticed(cnn: Path, tmp_path: Path, smallvit: Command) -> None:
     shutil.copytree(cnn, tmp_path / "teacher")
     result = student(tmp_path / "run", tmp_path / "teacher", keep_resume=True)
@@ -278,6 +279,7 @@ def test_weights_that_may_be_trained_on_the_test_split_are_refused(
         assert "--split-seed 0" in err
 
 
+@pytest.mark.slow
 def test_data_with_their_own_test_split_may_have_another_split_seed(tmp_path: Path, image_folder: Path) -> None:
     for split in ("train", "test"):
         shutil.copytree(image_folder, tmp_path / "data" / split)
@@ -326,6 +328,7 @@ def test_classes_that_differ_are_named(smallvit: Command, cnn: Path, image_folde
     assert "has other classes than colored, such as 'bright'" in err
 
 
+@pytest.mark.slow
 def test_a_deleted_teacher_is_missed_before_a_run_resumes(cnn: Path, tmp_path: Path, smallvit: Command) -> None:
     gone = tmp_path / "teacher"
     shutil.copytree(cnn, gone)

@@ -152,6 +152,7 @@ def test_resuming_after_an_interrupt_gives_the_same_bytes(
     assert len((tmp_path / "run" / Run.METRICS).read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", slow_except([Run.BEST, Run.LAST, Run.METRICS, Run.STATE], Run.METRICS))
 def test_a_crash_between_the_files_of_a_checkpoint_loses_nothing(
     finished: engine.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
@@ -236,6 +237,7 @@ def test_two_starts_at_once_get_two_folders(tmp_path: Path, monkeypatch: pytest.
         assert (one.folder.name, two.folder.name) == ("vit-digits", "vit-digits-2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except([Run.METRICS, Run.LAST], Run.METRICS))
 def test_files_that_only_report_are_not_needed_to_resume(
     finished: engine.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -247,6 +249,7 @@ def test_files_that_only_report_are_not_needed_to_resume(
     assert len((tmp_path / "run" / Run.METRICS).read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [Run.BEST, Run.STATE])
 def test_damaged_weights_are_noticed_before_training_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -173,6 +173,7 @@ def broken_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hardware, "MIN_FLOPS", {"cpu": 0, "gpu": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("broken_compiler")
 def test_auto_trains_uncompiled_where_compiling_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Use batch norm, whose statistics the failed step must not change."""
@@ -250,6 +251,7 @@ def test_a_machine_without_a_compiler_trains(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "auto" / Run.SUMMARY).read_text())["compile"] == "off"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", ["vit", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("swin", "cait", "t2t"))]
 )

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit.config.options import OptimConfig
 from smallvit.models import factory
+from smallvit.utils.distributed import is_sharded
 from smallvit.utils.errors import InputError, first_line, suggest
 
 FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
@@ -76,8 +77,10 @@ def _is_frozen(layer: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Create timm's optimizer of this name.
+def create_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """Create timm's optimizer of this name; Muon's matrix products have the precision `dtype`.
 
     Vectors (norms, biases, temperatures) and parameters that timm's models name have no weight decay, except with
     `weight_decay_all`. With `layer_decay` each layer has a smaller learning rate than the one above it.
@@ -94,7 +97,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     options = {"fused": True} if config.opt in FUSED else {}
     parameters = [each for each in model.parameters() if each.requires_grad] if config.weight_decay_all else model
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             parameters,
             config.opt,
             lr=rate,
@@ -105,6 +108,11 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     except Exception as error:  # a missing package, a model without layer groups
         layers = f" --layer-decay {config.layer_decay}" if config.layer_decay else ""
         raise InputError(f"--opt {config.opt}{layers}: cannot be used here ({first_line(error)})") from None
+    if "muon" in config.opt and not is_sharded(model):
+        from smallvit.training.muon import BatchedMuon
+
+        return BatchedMuon(optimizer.param_groups, dtype)
+    return optimizer
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Scheduler:

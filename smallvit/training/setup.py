@@ -245,7 +245,7 @@ def create_setup(
     trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
     replicated = distributed.replicate(trained, world, device)
 
-    optimizer = optim.create_optimizer(model, config.optim)
+    optimizer = optim.create_optimizer(model, config.optim, dtype)
     if trained is not model:
         optimizer.add_param_group({"params": list(trained.projections.parameters())})
     return Setup(

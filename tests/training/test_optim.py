@@ -29,7 +29,7 @@ def slow_except(values: Iterable[Any], *kept: Any) -> list[Any]:
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-STATEFUL = ["adamw", "lamb", "lion", "muon", "sgd", "nadamw", "adan", "adopt", "lambw", "madgradw"]
+STATEFUL = ["adamw", "lamb", "lion", "muon", "nadamuon", "sgd", "nadamw", "adan", "adopt", "lambw", "madgradw"]
 """Optimizers that keep their state in different ways: tensors, numbers, in their groups."""
 
 
@@ -52,8 +52,7 @@ def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) ->
     optimizer.step()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("opt", slow_except(STATEFUL, "adamw", "lamb", "muon", "sgd"))
+@pytest.mark.parametrize("opt", slow_except(STATEFUL, "adamw", "muon"))
 def test_every_optimizer_resumes_bit_exactly(opt: str, tmp_path: Path) -> None:
     config = options(opt=opt, ema_decay=0.9)
     whole = model()

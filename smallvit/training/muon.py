@@ -1,0 +1,113 @@
+"""Muon and AdaMuon as timm has them, for all matrices of a shape at once and in a chosen precision.
+
+timm orthogonalizes one matrix after another in bfloat16. The blocks of a transformer share their shapes, and CPUs
+without bfloat16 units emulate it: there, timm's step takes as long as the forward and backward passes of a small model.
+
+Axes: n matrices of one shape, o i their rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.optim.muon import (
+    _COEFFICIENTS,
+    Muon,
+    _is_suitable_for_muon,
+    resolve_ns_coefficients,
+    zeropower_via_newtonschulz,
+)
+from torch import Tensor, nn
+
+RMS = 0.2
+"""Root mean square of an update's entries at a learning rate of 1, as AdamW has it; Liu et al. 2025, arXiv:2502.16982."""
+
+
+class BatchedMuon(Muon):
+    """Update matrices as timm's `Muon` does, with its state and options; other parameters are left to it.
+
+    Muon is Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; AdaMuon is Si et al. 2025, arXiv:2507.11005.
+
+    Args:
+        groups: Parameter groups of timm's `Muon`, with all of its options. Convolutions are flattened, and updates are
+            scaled as AdamW's ("match_rms_adamw"), timm's defaults.
+        dtype: Precision of the Newton-Schulz iteration.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
+        super().__init__(groups)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Take a step; gradients are not changed."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = {}
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None and _is_suitable_for_muon(parameter):
+                    shapes[parameter.shape].append(parameter)
+            for parameters in shapes.values():
+                self._update(group, parameters)
+                gradients |= {parameter: parameter.grad for parameter in parameters}
+        for parameter in gradients:  # so that timm updates the others alone
+            parameter.grad = None
+        super().step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """Update parameters of one shape."""
+        gradients = [parameter.grad for parameter in parameters]
+        adaptive = group.get("algo") == "adamuon"
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state |= {"use_muon": True, "momentum_buffer": torch.zeros_like(parameter)}
+                if adaptive:
+                    state |= {"step": torch.tensor(0.0), "exp_avg_sq": torch.zeros_like(parameter)}
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        directions = self._orthogonalize(group, torch.stack(updates).flatten(2))
+        if adaptive:
+            directions = self._adapt(group, parameters, directions)
+            scale = RMS * directions[0].numel() ** 0.5
+        else:
+            scale = RMS * max(directions.shape[1:]) ** 0.5
+        directions = directions.to(parameters[0].dtype).unflatten(2, parameters[0].shape[1:])
+        torch._foreach_add_(parameters, directions.unbind(), alpha=-group["lr"] * scale)
+
+    def _orthogonalize(self, group: dict[str, Any], updates: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
+        return zeropower_via_newtonschulz(
+            updates,
+            group["ns_steps"],
+            resolve_ns_coefficients(group["ns_coefficients"], _COEFFICIENTS),
+            eps=group["eps"],
+            safety_factor=group["safety_factor"],
+            dtype=self.dtype,
+            scale_eps=group["scale_eps"],
+        )
+
+    def _adapt(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], directions: Float[Tensor, "n o i"]
+    ) -> Float[Tensor, "n o i"]:
+        """Divide by the root of the entries' mean squares over the steps, and by the norm of each matrix."""
+        states = [self.state[parameter] for parameter in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        mean_squares, decay = [state["exp_avg_sq"] for state in states], group["betas"][1]
+        each = directions.to(parameters[0].dtype).unflatten(2, parameters[0].shape[1:]).unbind()
+        torch._foreach_mul_(mean_squares, decay)
+        torch._foreach_addcmul_(mean_squares, each, each, value=1 - decay)
+        adapted = directions / torch.stack(mean_squares).flatten(2).sqrt().add(group["eps"])
+        return adapted / (adapted.norm(dim=(1, 2), keepdim=True) + group["eps"])

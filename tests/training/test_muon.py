@@ -1,0 +1,76 @@
+"""Test that batched Muon computes what timm's Muon computes in the same precision."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from timm.optim import muon as timm_muon
+from torch import Tensor, nn
+
+from smallvit.config.config import Config
+from smallvit.training.muon import BatchedMuon
+from smallvit.training.optim import create_optimizer
+
+
+class Net(nn.Module):
+    """Three matrices of one shape, a wider one, a convolution, and parameters that Muon leaves to AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.same = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.wide, self.unused = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.conv(x)).flatten(2).mT + self.pos_embed
+        for layer in self.same:
+            x = layer(x).tanh()
+        return self.wide(x)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 / (1 + number)
+        x = torch.randn(2, 3, 6, 6, generator=generator)
+        optimizer.zero_grad()
+        (net(x) ** 2).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("opt", ["muon", "nmuon", "adamuon", "nadamuon"])
+def test_steps_and_state_equal_timms(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_fp32 = functools.partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", in_fp32)
+    torch.manual_seed(0)
+    ours = Net()
+    theirs = copy.deepcopy(ours)
+    optimizer = create_optimizer(ours, Config.build(opt=opt, lr=0.02, weight_decay=0.1).optim)
+    expected = create_optimizer_v2(theirs, opt, lr=0.02, weight_decay=0.1)
+    assert isinstance(optimizer, BatchedMuon)
+    train(ours, optimizer)
+    train(theirs, expected)
+    for (name, parameter), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, atol=2e-5, rtol=1e-4, msg=name)
+    state, expected_state = optimizer.state_dict(), expected.state_dict()
+    assert state["param_groups"] == expected_state["param_groups"]
+    assert {i: set(each) for i, each in state["state"].items()} == {
+        i: set(each) for i, each in expected_state["state"].items()
+    }
+    assert all(parameter.grad is not None for name, parameter in ours.named_parameters() if "unused" not in name)
+
+
+def test_updates_are_orthogonal_in_every_precision() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(16, 32))
+        weight.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+        optimizer = create_optimizer(nn.ParameterList([weight]), Config.build(opt="muon", lr=1.0).optim, dtype)
+        optimizer.step()
+        singular = torch.linalg.svdvals(weight.detach()) / (0.2 * 32**0.5)
+        assert (singular - 1).abs().max() < 0.35  # the iteration's coefficients trade exactness for speed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,29 +67,41 @@ class Batched:
 class PerImage:
     """Augment a batch with torchvision's transforms: PIL images one by one, mixing on the batch."""
 
-    def __init__(self, aug: str, pixels: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self,
+        aug: str,
+        pixels: Tensor,
+        labels: Tensor,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        classes: int = CLASSES,
+    ) -> None:
         values, size = preset(aug, pixels.shape[-1]), pixels.shape[-1]
         steps: list[Any] = [T.RandomHorizontalFlip(values["flip"])]
         if values["crop"] == "pad":
             steps.append(T.RandomCrop(size, padding=values["crop_padding"] or size // 8))
         if values["auto_augment"] == "autoaugment":
             steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=(128, 128, 128)))
-        steps += [T.ToTensor(), T.Normalize(MEAN, STD)]
+        steps += [T.ToTensor(), T.Normalize(mean, std)]
         if values["random_erasing"]:
             steps.append(T.RandomErasing(values["random_erasing"], (0.02, values["erasing_area"])))
         self.transform = T.Compose(steps)
-        mixes = [v2.MixUp(alpha=1.0, num_classes=CLASSES), v2.CutMix(alpha=1.0, num_classes=CLASSES)]
+        mixes = [v2.MixUp(alpha=1.0, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
         self.mix = v2.RandomChoice(mixes) if values["mixup_prob"] else None
-        self.prob, self.device = values["mixup_prob"], pixels.device
+        self.prob, self.classes, self.device = values["mixup_prob"], classes, pixels.device
         self.images, self.labels = pixels.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu()
 
     def __call__(self) -> None:
-        x = torch.stack([self.transform(Image.fromarray(image)) for image in self.images])
-        if self.mix is not None and torch.rand(()) < self.prob:
-            x, targets = self.mix(x, self.labels)
-        else:
-            targets = F.one_hot(self.labels, CLASSES).float()
+        x, targets = self.mix_batch(
+            torch.stack([self.transform(Image.fromarray(image)) for image in self.images]), self.labels
+        )
         x.to(self.device), targets.to(self.device)
+
+    def mix_batch(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a mixed batch and its label distributions."""
+        if self.mix is not None and torch.rand(()) < self.prob:
+            return self.mix(x, labels)
+        return x, F.one_hot(labels, self.classes).float()
 
 
 EXPRESSIBLE = ("none", "basic", "mix", "lee2021")

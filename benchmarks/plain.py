@@ -24,32 +24,34 @@ from torch import Tensor, nn
 
 
 class PlainViT(nn.Module):
-    """ViT of images (b, 3, img_size, img_size); the default size is the paper's for 32 px."""
+    """ViT of images (b, in_chans, img_size, img_size); the default size is the paper's for 32 px."""
 
     def __init__(
         self,
         *,
         img_size: int = 32,
+        in_chans: int = 3,
         num_classes: int = 100,
         patch_size: int = 4,
         dim: int = 192,
         depth: int = 9,
+        heads: int = 12,
         spt: bool = False,
         lsa: bool = False,
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        self.patch_embed = (ShiftedPatches if spt else Patches)(patch_size, dim)
+        self.patch_embed = (ShiftedPatches if spt else Patches)(in_chans, patch_size, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.randn(1, (img_size // patch_size) ** 2 + 1, dim))
-        self.blocks = nn.Sequential(*[Block(dim, lsa, drop_path) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(dim, heads, lsa, drop_path) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight)
 
-    def forward(self, images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b k"]:
+    def forward(self, images: Float[Tensor, "b c y x"]) -> Float[Tensor, "b k"]:
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.head(self.norm(self.blocks(x))[:, 0])
@@ -58,10 +60,10 @@ class PlainViT(nn.Module):
 class Patches(nn.Module):
     """Project non-overlapping patches."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, in_chans: int, patch_size: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(3 * patch_size**2, dim)
+        self.proj = nn.Linear(in_chans * patch_size**2, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         p = self.patch_size
@@ -71,11 +73,11 @@ class Patches(nn.Module):
 class ShiftedPatches(nn.Module):
     """Normalize and project patches of the image and of four copies shifted diagonally by half a patch."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, in_chans: int, patch_size: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.norm = nn.LayerNorm(5 * 3 * patch_size**2)
-        self.proj = nn.Linear(5 * 3 * patch_size**2, dim)
+        self.norm = nn.LayerNorm(5 * in_chans * patch_size**2)
+        self.proj = nn.Linear(5 * in_chans * patch_size**2, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         p, s = self.patch_size, self.patch_size // 2
@@ -85,9 +87,9 @@ class ShiftedPatches(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with 12 heads of width 16; with LSA, a learned temperature and a masked diagonal."""
+    """Self-attention with heads of width 16; with LSA, a learned temperature and a masked diagonal."""
 
-    def __init__(self, dim: int, lsa: bool, heads: int = 12, head_dim: int = 16) -> None:
+    def __init__(self, dim: int, heads: int, lsa: bool, head_dim: int = 16) -> None:
         super().__init__()
         self.heads, self.lsa = heads, lsa
         temperature = torch.full((heads,), head_dim**-0.5)
@@ -121,10 +123,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth."""
 
-    def __init__(self, dim: int, lsa: bool, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, lsa: bool, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, lsa), MLP(dim)
+        self.attn, self.mlp = Attention(dim, heads, lsa), MLP(dim)
         self.drop_path = drop_path
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:

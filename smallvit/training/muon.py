@@ -24,7 +24,10 @@ from timm.optim.muon import (
 from torch import Tensor, nn
 
 RMS = 0.2
-"""Root mean square of an update's entries at a learning rate of 1, as AdamW has it; Liu et al. 2025, arXiv:2502.16982."""
+"""Root mean square of the entries of an update at a learning rate of 1, as with AdamW.
+
+Source: Liu et al. 2025, arXiv:2502.16982.
+"""
 
 
 class BatchedMuon(Muon):

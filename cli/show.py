@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     require_data(config.data.data)
     path = check_output_file(config.run.out or "augmented.png", ".png", overwrite=config.run.overwrite)
 
-    from smallvit.datasets import preview
+    from smallvit.datasets.loader import draw_augmented
 
-    preview.draw_augmented(config).save(path)
+    draw_augmented(config).save(path)
     print(path)
     return 0

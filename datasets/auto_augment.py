@@ -2,15 +2,13 @@
 
     autoaugment-cifar10, -svhn, -imagenet   learned pairs of operations; Cubuk et al. 2019, arXiv:1805.09501; the pairs
                                             and their magnitudes are torchvision's
-    rand-m9-n2-mstd0.5-inc1                 RandAugment in timm and DeiT: n operations, each applied with probability
-                                            0.5, of magnitude m ± mstd of 10, all stronger with larger m
-    tf-rand-m15-n2                          RandAugment as AugReg's published runs computed it in TensorFlow: always
-                                            applied, magnitude m of 10
+    rand-m9-n2-p0.5-mstd0.5-mmax10-inc1     RandAugment in timm and DeiT: n operations, each applied with probability
+                                            p, of magnitude m ± mstd of 10, at most mmax; with inc1 all are stronger
+                                            with larger m, without it as in TensorFlow's EfficientNet code
     trivial                                 one operation of any magnitude; Müller, Hutter 2021, arXiv:2103.10158
     3augment                                grayscale, solarize or blur; DeiT III, arXiv:2204.07118
 
-A policy draws steps; a step is one operation of `functional` per image with its strength. Lengths that the sources
-state in pixels of a 224 px image are scaled with the image here.
+A policy draws steps; a step is one operation of `functional` per image with its strength.
 
 Axes: b images, s steps.
 """
@@ -36,13 +34,10 @@ class Step:
 
     names: np.ndarray
     strengths: np.ndarray
-    centers: np.ndarray | None = None
-    """Relative row and column (2, b) of Cutout's center."""
 
     def part(self, chosen: slice) -> Step:
         """Return the operations of some of the images."""
-        centers = None if self.centers is None else self.centers[:, chosen]
-        return Step(self.names[chosen], self.strengths[chosen], centers)
+        return Step(self.names[chosen], self.strengths[chosen])
 
 
 Policy = Callable[[np.random.Generator, int, int], list[Step]]
@@ -52,6 +47,10 @@ Policy = Callable[[np.random.Generator, int, int], list[Step]]
 def _zero(f: np.ndarray, size: int) -> np.ndarray:
     return np.zeros_like(f)
 
+
+ENHANCE = ("Brightness", "Color", "Contrast", "Sharpness")
+"""Operations whose strength is a factor: 1 plus or minus the value of the table."""
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 TORCHVISION: dict[str, Level] = {
     "ShearX": lambda f, size: 0.3 * f,
@@ -85,35 +84,18 @@ TRIVIAL: dict[str, Level] = {
     "AutoContrast": _zero,
     "Equalize": _zero,
 }
-TIMM: dict[str, Level] = TORCHVISION | {
+TIMM_INCREASING: dict[str, Level] = TORCHVISION | {
     "TranslateX": lambda f, size: 0.45 * size * f,
     "TranslateY": lambda f, size: 0.45 * size * f,
     "Posterize": lambda f, size: 4 - np.floor(4 * f),
     "Solarize": lambda f, size: 256 - np.floor(256 * f),
-    "SolarizeAdd": lambda f, size: np.floor(110 * f),
+    "SolarizeAdd": lambda f, size: np.minimum(128, np.floor(110 * f)),
 }
-TENSORFLOW: dict[str, Level] = {name: level for name, level in TORCHVISION.items() if name != "Contrast"} | {
-    "TranslateX": lambda f, size: 100 / 224 * size * f,
-    "TranslateY": lambda f, size: 100 / 224 * size * f,
-    "Brightness": lambda f, size: 1.8 * f + 0.1 - 1,
-    "Color": lambda f, size: 1.8 * f + 0.1 - 1,
-    "PixelCountContrast": lambda f, size: 1.8 * f + 0.1 - 1,
-    "Sharpness": lambda f, size: 1.8 * f + 0.1 - 1,
-    "Posterize": lambda f, size: np.clip(np.floor(4 * f), 1, 8),
-    "Solarize": lambda f, size: np.floor(256 * f) % 256,
-    "SolarizeAdd": lambda f, size: np.floor(110 * f),
-    "Cutout": lambda f, size: np.floor(40 / 224 * size * f),
+TIMM: dict[str, Level] = TIMM_INCREASING | {
+    **dict.fromkeys(ENHANCE, lambda f, size: 1.8 * f - 0.9),
+    "Posterize": lambda f, size: np.floor(4 * f),
+    "Solarize": lambda f, size: np.minimum(256, np.floor(256 * f)),
 }
-"""Strengths that big_vision's code computes, which differ from its intention in three operations:
-
-- Solarize compares uint8 images with thresholds of 256 and more, which wrap around: 256, 384, 512 become 0, 128, 0.
-- Contrast blends with the number of pixels / 256 instead of the mean gray level; see `pixel_count_contrast`.
-- Posterize keeps one bit instead of none, because shifts are limited to the 7 bits of a uint8.
-"""
-ENHANCE = ("Brightness", "Color", "Contrast", "PixelCountContrast", "Sharpness")
-"""Operations whose strength is a factor: 1 plus or minus the value of the table."""
-SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", *ENHANCE)
-TENSORFLOW_SIGNED = tuple(name for name in SIGNED if name not in ENHANCE)
 
 
 def compute_strengths(
@@ -122,7 +104,7 @@ def compute_strengths(
     levels: np.ndarray,
     size: int,
     table: dict[str, Level],
-    signed: tuple[str, ...] = SIGNED,
+    signed: tuple[str, ...] = (*GEOMETRIC, *ENHANCE),
 ) -> np.ndarray:
     """Return the strengths of operations at levels; both signs are equally likely for signed operations."""
     values = np.zeros(len(names))
@@ -152,32 +134,21 @@ def autoaugment(kind: str) -> Policy:
     return draw
 
 
-def randaugment(magnitude: float, layers: int, deviation: float) -> Policy:
-    """Return RandAugment as in timm's `rand-m…-mstd…-inc1`."""
-    operations = np.array(list(TIMM))
+def randaugment(
+    m: float = 10, n: int = 2, p: float = 0.5, mstd: float = 0, mmax: float = 10, *, increasing: bool
+) -> Policy:
+    """Return RandAugment as timm creates it from `rand-m…-n…-p…-mstd…-mmax…`, with `-inc1` if `increasing`."""
+    table = TIMM_INCREASING if increasing else TIMM
+    signed = (*GEOMETRIC, *ENHANCE) if increasing else GEOMETRIC
+    operations = np.array(list(table))
 
     def draw(rng: np.random.Generator, b: int, size: int) -> list[Step]:
         steps = []
-        for _ in range(layers):
-            drawn = np.where(rng.random(b) < 0.5, rng.choice(operations, b), "Identity")
-            level = np.clip(rng.normal(magnitude, deviation, b), 0, 10) / 10
-            amounts = compute_strengths(rng, drawn, level, size, TIMM)
+        for _ in range(n):
+            drawn = np.where(rng.random(b) < p, rng.choice(operations, b), "Identity")
+            level = np.clip(rng.normal(m, mstd, b), 0, mmax) / 10
+            amounts = compute_strengths(rng, drawn, level, size, table, signed)
             steps.append(Step(drawn, np.where(np.isin(drawn, ENHANCE), np.maximum(0.1, amounts), amounts)))
-        return steps
-
-    return draw
-
-
-def tensorflow_randaugment(magnitude: float, layers: int) -> Policy:
-    """Return RandAugment as AugReg's published runs computed it, with TensorFlow's EfficientNet code."""
-    operations = np.array(list(TENSORFLOW))
-
-    def draw(rng: np.random.Generator, b: int, size: int) -> list[Step]:
-        steps = []
-        for _ in range(layers):
-            drawn = rng.choice(operations, b)
-            amounts = compute_strengths(rng, drawn, np.full(b, magnitude / 10), size, TENSORFLOW, TENSORFLOW_SIGNED)
-            steps.append(Step(drawn, amounts, rng.random((2, b))))
         return steps
 
     return draw
@@ -213,19 +184,12 @@ def create_policy(spec: str, default: str) -> Policy | None:
         spec = f"autoaugment-{default}"
     if match := re.fullmatch("autoaugment-(cifar10|svhn|imagenet)", spec):
         return autoaugment(match[1])
-    if match := re.fullmatch(r"rand((?:-(?:n\d+|(?:m|mstd)\d+(?:\.\d+)?))*)-inc1", spec):
-        options = _parse_numbers(match[1])
-        return randaugment(options.get("m", 10), int(options.get("n", 2)), options.get("mstd", 0))
-    if match := re.fullmatch(r"tf-rand((?:-(?:n\d+|m\d+(?:\.\d+)?))*)", spec):
-        options = _parse_numbers(match[1])
-        return tensorflow_randaugment(options.get("m", 10), int(options.get("n", 2)))
+    if match := re.fullmatch(r"rand((?:-(?:n\d+|(?:m|p|mstd|mmax)\d+(?:\.\d+)?))*)(-inc1)?", spec):
+        options = {name: float(value) for name, value in re.findall(r"-([a-z]+)([\d.]+)", match[1])}
+        return randaugment(**options | {"n": int(options.get("n", 2))}, increasing=match[2] is not None)
     if spec in ("trivial", "3augment"):
         return {"trivial": trivial, "3augment": three_augment}[spec]
     raise InputError(
         f"--auto-augment {spec}: expected none, autoaugment, autoaugment-cifar10, -svhn or -imagenet, "
-        "rand-m9-n2-mstd0.5-inc1, tf-rand-m15-n2, trivial or 3augment"
+        "rand-m9-n2-mstd0.5-inc1, trivial or 3augment"
     )
-
-
-def _parse_numbers(options: str) -> dict[str, float]:
-    return {name: float(value) for name, value in re.findall(r"-([a-z]+)([\d.]+)", options)}

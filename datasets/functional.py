@@ -3,6 +3,7 @@
     tables      the new level of a pixel depends on its gray level: a table of 256 entries per image and channel
     blends      a mix of the image with a gray or smoothed version of itself
     geometry    affine maps: of the nearest pixel as in torchvision, or bicubic as in Pillow
+    corruptions noise, blur, low contrast and JPEG artifacts, to evaluate robustness with
 
 Strengths are torchvision's: brightness, contrast, saturation and sharpness are factors, with 1 the image itself;
 posterize is the number of bits kept, solarize the gray level from which on the image is inverted.
@@ -12,6 +13,7 @@ Axes: b batch, c channels, h w pixels, n = h·w.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as V
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in the gray level, as in torchvision."""
@@ -37,16 +41,6 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
     factor = factor[:, None, None]
     mean = to_gray(images).mean(dim=(1, 2, 3), keepdim=True)[:, 0]
     return _levels(images) * factor + mean * (1 - factor)
-
-
-def pixel_count_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale the distance of the gray levels from (number of pixels / 256), at most 255, by a factor.
-
-    TensorFlow's EfficientNet code divides the sum of a histogram, which is the number of pixels, by its 256 bins
-    instead of computing the mean gray level: 196 for all images of 224 × 224 pixels.
-    """
-    gray = min(255, images.shape[-2] * images.shape[-1] // 256)
-    return gray + factor[:, None, None] * (_levels(images) - gray)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -101,7 +95,6 @@ TABLES: dict[str, Operation] = {  # these give tables (b, #c, 256), to be clampe
     "Contrast": contrast,
     "Equalize": equalize,
     "Invert": invert,
-    "PixelCountContrast": pixel_count_contrast,
     "Posterize": posterize,
     "Solarize": solarize,
     "SolarizeAdd": solarize_add,
@@ -238,23 +231,10 @@ def look_up(images: UInt8[Tensor, "b c h w"], tables: UInt8[Tensor, "b c 256"]) 
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
 
 
-def cut_out(
-    images: UInt8[Tensor, "b c h w"], half: Tensor, center: Float[Tensor, "2 b"], fill: int | UInt8[Tensor, "c 1 1"]
-) -> UInt8[Tensor, "b c h w"]:
-    """Fill a square of twice `half` pixels around a center (shares of height and width)."""
-    h, w = images.shape[-2:]
-    rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
-    row, column = (center[0] * h).floor()[:, None], (center[1] * w).floor()[:, None]
-    down = (rows >= row - half[:, None]) & (rows < row + half[:, None])
-    across = (columns >= column - half[:, None]) & (columns < column + half[:, None])
-    return torch.where((down[:, :, None] & across[:, None, :])[:, None], fill, images)
-
-
 def apply_operations(
     images: UInt8[Tensor, "b c h w"],
     names: Sequence[str] | np.ndarray,
     strengths: Float[np.ndarray, " b"],
-    centers: Float[np.ndarray, "2 b"] | None = None,
     fill: int | UInt8[Tensor, "c 1 1"] = 0,
     *,
     bicubic: bool = False,
@@ -264,8 +244,7 @@ def apply_operations(
     Each operation runs once, on all images that have drawn it.
 
     Args:
-        names: Operation of each image: 'Identity', 'Cutout', or one of `TABLES`, `BLENDS` and `GEOMETRY`.
-        centers: Relative row and column of Cutout's center.
+        names: Operation of each image: 'Identity', or one of `TABLES`, `BLENDS` and `GEOMETRY`.
         fill: Gray level of pixels from outside of the image, or that of each channel.
         bicubic: Whether geometry interpolates as Pillow does and translates by fractions of pixels.
     """
@@ -295,10 +274,6 @@ def apply_operations(
         if name in BLENDS:
             chosen = _move(groups[name], images)
             images[chosen] = BLENDS[name](images[chosen], amounts[chosen])
-    if centers is not None and "Cutout" in groups:
-        chosen = _move(groups["Cutout"], images)
-        center = _move(centers[:, groups["Cutout"]].astype(np.float32), images)
-        images[chosen] = cut_out(images[chosen], amounts[chosen], center, fill)
     return images
 
 
@@ -366,6 +341,43 @@ def _levels(images: Tensor) -> Float[Tensor, "1 1 256"]:
 
 def _move(array: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(array).to(like.device, non_blocking=True)
+
+
+STRENGTHS = (1, 2, 3)
+CORRUPTIONS: dict[str, tuple[float, float, float]] = {
+    "noise": (0.04, 0.08, 0.16),  # standard deviation, as a share of the range from black to white
+    "blur": (0.015, 0.03, 0.06),  # standard deviation of the Gaussian, as a share of the image's side
+    "contrast": (0.5, 0.3, 0.15),  # factor of the distance from the mean gray level
+    "jpeg": (50, 25, 10),  # quality
+}
+"""Corruptions to evaluate robustness with, and their parameter at each strength.
+
+The kinds are from Hendrycks and Dietterich 2019 (arXiv:1903.12261). The strengths are our own, since theirs are for
+images of 224 or 32 pixels.
+"""
+
+
+def corrupt(
+    images: UInt8[Tensor, "b c h w"], kind: str, strength: int, keys: Int64[Tensor, " b"]
+) -> UInt8[Tensor, "b c h w"]:
+    """Corrupt images at strength 1, 2 or 3; random numbers follow from each image's key, the same on every device."""
+    value = CORRUPTIONS[kind][strength - 1]
+    if kind == "noise":
+        noise = normal_noise(keys, images[0].numel()).view(images.shape)
+        return (images + 255 * value * noise).round().clamp(0, 255).byte()
+    if kind == "blur":
+        side = images.shape[-1]
+        radius = min(max(1, round(4 * value * side)), side - 1)
+        return V.gaussian_blur(images, [2 * radius + 1] * 2, [value * side] * 2)
+    if kind == "contrast":
+        return (255 * V.adjust_contrast(images / 255, value)).round().byte()
+    return torch.stack([_recode_jpeg(image, int(value)) for image in images.cpu()]).to(images.device)
+
+
+def _recode_jpeg(image: UInt8[Tensor, "c h w"], quality: int) -> UInt8[Tensor, "c h w"]:
+    file = io.BytesIO()
+    V.to_pil_image(image).save(file, "JPEG", quality=quality)
+    return V.pil_to_tensor(Image.open(file))
 
 
 def normal_noise(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:

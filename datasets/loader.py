@@ -4,28 +4,37 @@ Images in memory need no worker processes: they lie on the training device, or i
 fill a GPU. All random numbers follow from (seed, epoch, step), so an epoch can be entered at any step, resumed
 bit-exactly, and shared by any number of devices.
 
-Axes: b batch, c channels, h w pixels, k classes.
+Axes: n images, b batch, c channels, h w pixels, k classes.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from smallvit.datasets.augment import Augment, normalize
-from smallvit.datasets.sampler import DRAWS, IGNORED_LABEL, Sampling, evaluation_parts, rank_slice
 from smallvit.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
+    from smallvit.config.config import Config
     from smallvit.datasets.dataset import ImageDataset, Split
 
+ORDER, DRAWS, DECODING, FLIPS = 0, 1, 2, 4
+"""Random number streams of one seed; `training.train` has 3."""
+IGNORED_LABEL = -100
+"""Label of an image that only fills a batch; cross-entropy ignores it."""
+ROWS, VIEWS = 8, 7
+"""Images and augmented views of each that `draw_augmented` draws."""
 ON_DEVICE = 0.5
 """Share of a GPU's free memory that images may use."""
 
@@ -33,6 +42,70 @@ Pixels = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
 """Gray levels and class numbers, on the device."""
 Batch = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]
 """Augmented, normalized images and label distributions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Draw the batches of an epoch from n images.
+
+    An epoch has every image, in batches of equal size, so that no step is noisier than the others and a compiled model
+    sees one shape. If the images do not fill the last batch, some are drawn twice, fewer than there are batches.
+
+    With `aug_repeats` r an epoch has as many batches, with a share 1/r of the images, each r times within a batch
+    (Hoffer et al. 2020, arXiv:1901.09335; DeiT). With `balanced`, every class is drawn equally often: images of large
+    classes are omitted in turns, those of small classes repeated.
+
+    Raises:
+        InputError: more repeats than images in a batch.
+    """
+
+    labels: np.ndarray
+    batch_size: int
+    seed: int
+    aug_repeats: int = 1
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.aug_repeats > self.batch_size:
+            raise InputError(f"--aug-repeats {self.aug_repeats}: expected at most --batch-size {self.batch_size}")
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return -(-self._share // (self.batch_size // self.aug_repeats))
+
+    @property
+    def _share(self) -> int:
+        """Minimum number of different images in an epoch."""
+        return -(-len(self.labels) // self.aug_repeats)
+
+    @property
+    def size(self) -> int:
+        """Number of images in each batch, repeated ones included."""
+        return -(-self._share // len(self)) * self.aug_repeats
+
+    @property
+    def views(self) -> int:
+        """Number of images in an epoch, repeated ones included."""
+        return len(self) * self.size
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the indices of the images in each batch of an epoch."""
+        rng = np.random.default_rng((self.seed, ORDER, epoch))
+        draw = balanced_order if self.balanced else _random_order
+        parts = np.split(draw(self.labels, self.views // self.aug_repeats, rng), len(self))
+        return [np.tile(part, self.aug_repeats) for part in parts]  # copies lie apart: neighbors are mixed
+
+    def alternate_flips(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """Return which images are mirrored: at random in the first epoch, then in every other epoch.
+
+        Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+        """
+        mirrored_first = np.random.default_rng((self.seed, FLIPS)).random(len(self.labels)) < 0.5
+        return mirrored_first[indices] ^ bool(epoch % 2)
+
+    def generator(self, stream: int, epoch: int, position: int) -> np.random.Generator:
+        """Return the random number generator of a step (or image) of an epoch."""
+        return np.random.default_rng((self.seed, stream, epoch, position))
 
 
 class TrainLoader:
@@ -139,6 +212,35 @@ def evaluation_batches(
         yield normalize(pixels, mean, std), labels
 
 
+def _random_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.resize(rng.permutation(len(labels)), n)  # the first ones again if there are too few
+
+
+def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return n indices in random order; the numbers of images of any two classes differ by one at most."""
+    classes = np.unique(labels)
+    per_class = -(-n // len(classes))
+    drawn = []
+    for label in classes:
+        members = np.flatnonzero(labels == label)
+        rounds = -(-per_class // len(members))
+        drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:per_class])
+    rows = rng.permuted(np.stack(drawn, axis=1), axis=1)  # so that the rest that is dropped is of random classes
+    return rng.permutation(rows.flatten()[:n])
+
+
+def evaluation_parts(n: int, batch_size: int, rank: int, world: int) -> list[range]:
+    """Return the indices that one of `world` devices evaluates in each batch; equally many batches, some empty."""
+    ends = [(at, min(n, at + batch_size * world)) for at in range(0, n, batch_size * world)]
+    return [range(a + (b - a) * rank // world, a + (b - a) * (rank + 1) // world) for a, b in ends]
+
+
+def rank_slice(b: int, rank: int, world: int) -> slice:
+    """Return the part of a batch for one of `world` devices: whole pairs, so that pairs are mixed as in the batch."""
+    pairs = (b + 1) // 2
+    return slice(2 * (pairs * rank // world), min(b, 2 * (pairs * (rank + 1) // world)))
+
+
 @contextmanager
 def explain_worker_failures() -> Iterator[None]:
     """Suggest a remedy if a worker process died; PyTorch raises that error anywhere in the parent process.
@@ -155,3 +257,41 @@ def explain_worker_failures() -> Iterator[None]:
             f"a process that decodes images died ({first_line(error)}): reduce --workers, or give the container more "
             "shared memory (--shm-size)"
         ) from None
+
+
+def draw_augmented(config: Config) -> Image.Image:
+    """Draw eight training images with seven augmented views each; captions are the labels and their weights.
+
+    Notes on the data are printed to standard error.
+
+    Raises:
+        InputError: the data or the augmentation is unusable.
+    """
+    from smallvit.datasets.factory import create_dataset
+    from smallvit.utils.plots import draw_grid  # imports matplotlib
+
+    dataset = create_dataset(config.data)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
+    order = np.random.default_rng(config.run.seed).permutation(len(dataset.train))[:ROWS]
+    images = dataset.train.subset(order)
+    images = images.sample(ROWS) if images.on_disk else images
+    mean, std = dataset.statistics(torch.device("cpu"))
+    views, captions = [images.pixels / 255], [[dataset.class_names[label] for label in images.labels.tolist()]]
+    for view in range(VIEWS):
+        rng = np.random.default_rng((config.run.seed, DRAWS, view))
+        draws = augment.draw(rng, len(images), *images.pixels.shape[-2:])
+        x, targets = augment.apply(images.pixels, images.labels, draws, mean, std, len(dataset.class_names))
+        views.append((x * std + mean).clamp(0, 1))
+        captions.append([format_caption(target, dataset.class_names) for target in targets])
+    rows = torch.stack(views, dim=1).flatten(0, 1)
+    return draw_grid(rows, [line for row in zip(*captions, strict=True) for line in row], VIEWS + 1)
+
+
+def format_caption(target: Float[Tensor, " k"], class_names: tuple[str, ...]) -> str:
+    """Return the classes of a label distribution, with their weights if there are two."""
+    weights, labels = target.topk(min(2, len(target)))
+    if len(weights) < 2 or weights[1] < 0.005:
+        return class_names[labels[0]]
+    return "\n".join(f"{class_names[label]} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True))

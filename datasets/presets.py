@@ -39,8 +39,10 @@ def augreg(layers: int, magnitude: int, mixup: float) -> dict[str, Any]:
     """Return a level of Steiner et al. 2021, "How to train your ViT?", arXiv:2106.10270.
 
     Crops of 5 % of the area or more, flip, RandAugment, and Mixup with one weight of at least a half per batch.
+    RandAugment is timm's form that is closest to the TensorFlow code of the published runs: without Cutout, with the
+    mean gray level in Contrast, and without the wrap-around of Solarize's thresholds above 255.
     """
-    policy = f"tf-rand-m{magnitude}-n{layers}" if layers else "none"
+    policy = f"rand-m{magnitude}-n{layers}-p1-mmax20" if layers else "none"
     mix = {"mixup_prob": 1.0, "mixup": mixup, "mixup_mode": "batch", "mix_major": True} if mixup else {}
     return RESIZED | {"crop_scale": 0.05, "auto_augment": policy} | mix
 

@@ -25,13 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smallvit.config.options import MAX_MEGAPIXELS
-from smallvit.datasets.augment import Augment
-from smallvit.datasets.boxes import crop_boxes
+from smallvit.datasets.augment import Augment, crop_boxes
 from smallvit.datasets.dataset import Files, ImageDataset
 from smallvit.datasets.decode import NO_RANGES, describe_decode_error, open_image, to_rgb
 from smallvit.datasets.gray import GrayRanges
-from smallvit.datasets.loader import Pixels, TrainLoader, explain_worker_failures
-from smallvit.datasets.sampler import DECODING, Sampling
+from smallvit.datasets.loader import DECODING, Pixels, Sampling, TrainLoader, explain_worker_failures
 from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError
 

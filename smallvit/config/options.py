@@ -111,7 +111,7 @@ class AugmentConfig:
     alternate_flip: bool = option(False, "shared")
     """Mirror each image in every other epoch instead of at random, so that both sides are seen equally often."""
     auto_augment: str | None = option(None, "shared")
-    """none, autoaugment, rand-m9-n2-mstd0.5-inc1 (timm's), tf-rand-m15-n2 (AugReg's), trivial or 3augment."""
+    """none, autoaugment, rand-m9-n2-mstd0.5-inc1 or the like (timm's RandAugment), trivial or 3augment."""
     color_jitter: float | None = option(None, "shared")
     """Strength of random changes of brightness, contrast and saturation."""
     random_erasing: float | None = option(None, "shared")

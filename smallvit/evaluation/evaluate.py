@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.datasets.loader import IGNORED_LABEL
 from smallvit.utils.distributed import is_sharded
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import autocast

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from smallvit import datasets
 from smallvit.config.config import Config
-from smallvit.datasets.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.dataset import Files, ImageDataset, Images
+from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.listing import SPLITS
-from smallvit.datasets.loader import evaluation_batches
-from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
 from smallvit.evaluation import artifacts, leakage, metrics, stats
 from smallvit.evaluation.metrics import Outputs
 from smallvit.evaluation.predictor import Predictor, create_predictor, read_model_info

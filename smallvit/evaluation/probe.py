@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from smallvit import datasets
 from smallvit.config.config import Config
-from smallvit.datasets.loader import evaluation_batches
-from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
 from smallvit.evaluation import leakage
 from smallvit.evaluation.predictor import create_predictor, read_model_info
 from smallvit.models import weights

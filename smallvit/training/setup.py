@@ -19,8 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smallvit import datasets
 from smallvit.config.config import Config, apply_regularization
 from smallvit.datasets.augment import Augment
-from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches
-from smallvit.datasets.sampler import rank_slice
+from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
 from smallvit.models import factory
 from smallvit.plugins.patch import describe

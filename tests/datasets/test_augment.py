@@ -212,7 +212,7 @@ def test_policies_are_reported_the_number_of_images_and_the_shorter_side() -> No
 
 
 def test_images_that_are_not_square_go_through_everything() -> None:
-    for spec in ("trivial", "tf-rand-m9-n2", "3augment", "autoaugment", "rand-m9-n2-inc1"):
+    for spec in ("trivial", "rand-m9-n2-p1-mmax20", "3augment", "autoaugment", "rand-m9-n2-inc1"):
         augment = made(24, aug="deit", auto_augment=spec, crop="resized")
         x, *_ = run(augment, b=32, h=24, w=40)
         assert x.shape == (32, 3, 24, 40)
@@ -321,7 +321,7 @@ AUGREG = {  # RandAugment's layers and magnitude, Mixup's alpha: section 3.3 and
 def test_augregs_presets_have_the_numbers_of_its_seven_levels(level: str) -> None:
     layers, magnitude, alpha = AUGREG[level]
     values = preset(f"augreg-{level}", 224)
-    assert values["auto_augment"] == (f"tf-rand-m{magnitude}-n{layers}" if layers else "none")
+    assert values["auto_augment"] == (f"rand-m{magnitude}-n{layers}-p1-mmax20" if layers else "none")
     assert (values["crop"], values["crop_scale"], values["flip"]) == ("resized", 0.05, 0.5)
     assert (values["color_jitter"], values["random_erasing"], values["aug_repeats"]) == (0, 0, 1)
     augment = made(224, aug=f"augreg-{level}")

@@ -12,8 +12,7 @@ from timm.data.mixup import rand_bbox
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from smallvit.datasets.augment import Mix, Mixing, mix_pairs
-from smallvit.datasets.boxes import Boxes, crop_boxes, cutmix_boxes, erasing_boxes
+from smallvit.datasets.augment import Boxes, Mix, Mixing, crop_boxes, cutmix_boxes, erasing_boxes, mix_pairs
 from smallvit.datasets.functional import normal_noise
 from tests.sweep import sweep
 

@@ -22,12 +22,10 @@ from torchvision.transforms.v2 import functional as TF
 from smallvit import datasets
 from smallvit.config.options import AugmentConfig, DataConfig
 from smallvit.datasets import factory
-from smallvit.datasets.augment import Augment
-from smallvit.datasets.boxes import crop_boxes
+from smallvit.datasets.augment import Augment, crop_boxes
 from smallvit.datasets.dataset import Files, ImageDataset, Images
 from smallvit.datasets.decode import decode_image
-from smallvit.datasets.loader import InMemoryLoader, evaluation_batches
-from smallvit.datasets.sampler import IGNORED_LABEL
+from smallvit.datasets.loader import IGNORED_LABEL, InMemoryLoader, evaluation_batches
 from smallvit.datasets.streaming import StreamingLoader, decode_crop
 from smallvit.utils.errors import InputError
 from tests.sweep import sweep

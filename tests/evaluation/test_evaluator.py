@@ -22,7 +22,7 @@ from smallvit import datasets
 from smallvit.cli import eval as verb
 from smallvit.config.config import Config
 from smallvit.config.options import DataConfig
-from smallvit.datasets.corruptions import corrupt
+from smallvit.datasets.functional import corrupt
 from smallvit.evaluation import artifacts, evaluator
 from smallvit.evaluation.evaluator import EvaluationTask
 from smallvit.evaluation.metrics import Outputs

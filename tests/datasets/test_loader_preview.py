@@ -13,8 +13,8 @@ from smallvit import cli
 from smallvit.config.config import Config
 from smallvit.config.options import AugmentConfig
 from smallvit.datasets import DATASETS
+from smallvit.datasets.loader import draw_augmented, format_caption
 from smallvit.datasets.presets import PRESETS
-from smallvit.datasets.preview import draw_augmented, format_caption
 from smallvit.utils.plots import draw_grid
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from smallvit.datasets.sampler import Sampling, rank_slice
+from smallvit.datasets.loader import Sampling, rank_slice
 from tests.sweep import sweep
 
 SIZES = [(1, 1), (2, 1), (7, 3), (10, 10), (10, 11), (64, 8), (101, 25), (103, 1000)]

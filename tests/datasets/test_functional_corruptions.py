@@ -12,8 +12,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from smallvit.datasets import corruptions
-from smallvit.datasets.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from tests.sweep import sweep
 
 KEYS = torch.arange(2)
@@ -57,7 +56,7 @@ def test_a_gray_area_stays_as_it_is_but_for_noise(kind: str) -> None:
 
 def test_noise_is_normal_and_of_its_deviation_and_another_for_each_key() -> None:
     gray = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
-    spoilt = corruptions.add_noise(gray, 0.08, KEYS).double() - 128
+    spoilt = corrupt(gray, "noise", 2, KEYS).double() - 128
     for image in spoilt:
         assert float(image.std()) == pytest.approx(0.08 * 255, rel=0.03)
         assert abs(float(image.mean())) < 1
@@ -65,33 +64,32 @@ def test_noise_is_normal_and_of_its_deviation_and_another_for_each_key() -> None
     assert abs(float(np.corrcoef(spoilt.flatten(1))[0, 1])) < 0.05
 
 
-@sweep("width", [0.015, 0.03, 0.06])
-def test_blur_is_scipys(photos: Tensor, width: float) -> None:
+@sweep(("strength", "width"), [(1, 0.015), (2, 0.03), (3, 0.06)])
+def test_blur_is_scipys(photos: Tensor, strength: int, width: float) -> None:
     sigma = width * photos.shape[-1]
     expected = gaussian_filter(photos.double().numpy(), (0, 0, sigma, sigma), mode="mirror")
-    blurred = corruptions.blur(photos, width, KEYS).double().numpy()
+    blurred = corrupt(photos, "blur", strength, KEYS).double().numpy()
     assert np.abs(blurred - expected).max() < 0.75 + 0.01 * (sigma < 0.5) * 255  # rounding; the tail of narrow ones
 
 
 def test_blur_is_as_wide_in_relation_to_a_larger_image(photos: Tensor) -> None:
     larger = photos.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    spoilt = corruptions.blur(larger, 0.06, KEYS).float()
+    spoilt = corrupt(larger, "blur", 3, KEYS).float()
     smaller = torch.nn.functional.avg_pool2d(spoilt, 2)
-    assert damage(smaller, corruptions.blur(photos, 0.06, KEYS)) < 0.02 * damage(photos, smaller)
+    assert damage(smaller, corrupt(photos, "blur", 3, KEYS)) < 0.02 * damage(photos, smaller)
 
 
 def test_contrast_is_scaled_around_the_mean_gray_level(photos: Tensor) -> None:
     before = photos.double()
     weights = torch.tensor([0.2989, 0.587, 0.114] if photos.shape[1] == 3 else [1.0]).double()
     mean = torch.einsum("bchw,c->b", before, weights)[:, None, None, None] / before[0, 0].numel()
-    reduced = corruptions.reduce_contrast(photos, 0.3, KEYS).double()
+    reduced = corrupt(photos, "contrast", 2, KEYS).double()
     assert (reduced - (mean + 0.3 * (before - mean))).abs().max() < 0.6
-    assert torch.equal(corruptions.reduce_contrast(photos, 1.0, KEYS), photos)
 
 
-@sweep("quality", [50, 10])
-def test_jpeg_is_pillows(photos: Tensor, quality: int) -> None:
-    spoilt = corruptions.compress(photos, quality, KEYS)
+@sweep(("strength", "quality"), [(1, 50), (3, 10)])
+def test_jpeg_is_pillows(photos: Tensor, strength: int, quality: int) -> None:
+    spoilt = corrupt(photos, "jpeg", strength, KEYS)
     for before, after in zip(photos, spoilt, strict=True):
         file = io.BytesIO()
         mode = "RGB" if len(before) == 3 else "L"

@@ -28,7 +28,7 @@ Exit codes: 0 success, 1 a training failed, 2 invalid input, 130 interrupted.
 See also: smallvit compare, RESULTS.md, docs/reproducing.md.
 """
 OPTIONS = (
-    *("data_dir", "data_url", "workers", "streaming", "device", "amp", "compile"),
+    *("data_dir", "workers", "streaming", "device", "amp", "compile"),
     *("seed", "out", "checkpoint_minutes"),
 )
 HELP = {"out": "Folder for the runs and their records. [reproduce/NAME, with the budget if it is below 1]"}

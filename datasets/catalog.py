@@ -21,7 +21,7 @@ class Archive:
     """A file of a data set as its authors distribute it."""
 
     file: str
-    """File name in the data set's folder and on mirrors."""
+    """File name in the data set's folder."""
     url: str | None
     """Complete URL; None if the authors require a login."""
     md5: str
@@ -61,7 +61,7 @@ class DatasetInfo:
     reader: str = "image-folder"
     """Format of the files, a key of `readers.READERS`; image-folder is one zip or tar file of class folders."""
     folder: str | None = None
-    """Folder under `--data-dir` and on mirrors; by default the data set's name."""
+    """Folder under `--data-dir`; by default the data set's name."""
     citation: str
     """Authors, year and title."""
     license: str

@@ -7,8 +7,8 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -31,38 +31,31 @@ HEADERS = {"User-Agent": "smallvit", "Accept-Encoding": "identity"}
 """No transparent decompression: checksums are those of the files as stored."""
 
 
-def fetch(
-    name: str, archives: Iterable[Archive], folder: Path, mirror: str | None = None, offline: bool | None = None
-) -> list[Path]:
+def fetch(name: str, archives: Sequence[Archive], folder: Path) -> list[Path]:
     """Download the archives that are missing in a folder, verify the others, and return their paths.
 
     Only one process at a time downloads to a folder.
 
     Args:
-        name: Data set, for messages and for the address on `SMALLVIT_MIRROR`.
-        mirror: Value of `--data-url`: address of a folder with the archives, or of the only archive.
-        offline: Whether to stop instead of using the network; by default `SMALLVIT_OFFLINE` decides.
+        name: Data set, for messages.
 
     Raises:
         InputError: a file has another checksum, or a missing one cannot be downloaded.
     """
-    archives = tuple(archives)
-    if offline is None:
-        offline = os.environ.get("SMALLVIT_OFFLINE", "") not in ("", "0")
+    offline = os.environ.get("SMALLVIT_OFFLINE", "") not in ("", "0")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK, f"downloads {name}"):
             missing = [archive for archive in archives if not _is_verified(name, folder / archive.file, archive.md5)]
             for index, archive in enumerate(missing):
                 files = ", ".join(f"{each.file} (md5 {each.md5})" for each in missing[index:])
-                remedy = f"put {files} into {folder}, or name a mirror with --data-url"
-                url = _url(name, archive, mirror, alone=len(archives) == 1)
-                if url is None:
+                remedy = f"put {files} into {folder}"
+                if archive.url is None:
                     terms = f" ({DATASETS[name].license})" if name in DATASETS else ""
                     raise InputError(f"--data {name}: the download requires a login{terms}: {remedy}")
-                if offline and not url.startswith("file:"):
+                if offline and not archive.url.startswith("file:"):
                     raise InputError(f"--data {name}: files are missing and SMALLVIT_OFFLINE is set: {remedy}")
-                _download(name, archive, url, folder, remedy)
+                _download(name, archive, archive.url, folder, remedy)
     except OSError as error:
         raise InputError(f"--data {name}: {error.filename or folder}: {error.strerror or error}") from None
     return [folder / archive.file for archive in archives]
@@ -75,31 +68,6 @@ def _is_verified(name: str, path: Path, md5: str) -> bool:
     if (actual := pooch.file_hash(str(path), alg="md5")) != md5:
         raise InputError(f"--data {name}: {path} has md5 {actual}, expected {md5}; remove it to download it again")
     return True
-
-
-def _url(name: str, archive: Archive, mirror: str | None, *, alone: bool) -> str | None:
-    """Return the address of an archive: on the mirror of --data-url, on that of SMALLVIT_MIRROR, or its own."""
-    if mirror is not None:
-        path, query = _parse(mirror, "--data-url")
-        is_file = alone and (query or path.endswith(PurePosixPath(archive.file).suffix))
-        return mirror if is_file else f"{mirror.rstrip('/')}/{archive.file}"
-    if base := os.environ.get("SMALLVIT_MIRROR"):
-        _parse(base, "SMALLVIT_MIRROR")
-        return f"{base.rstrip('/')}/{name}/{archive.file}"
-    return archive.url
-
-
-def _parse(url: str, option: str) -> tuple[str, str]:
-    """Return the path and query of a URL.
-
-    Raises:
-        InputError: it is no http, https or file URL.
-    """
-    with suppress(ValueError):
-        parts = urlsplit(url)
-        if url.isprintable() and " " not in url and parts.scheme in ("http", "https", "file"):
-            return parts.path, parts.query
-    raise InputError(f"{option} {url!r}: expected an http, https or file URL such as file:///mnt/mirror")
 
 
 def _download(name: str, archive: Archive, url: str, folder: Path, remedy: str) -> None:

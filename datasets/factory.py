@@ -47,14 +47,12 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
     """
     require_data(config.data)
     info = DATASETS.get(config.data)
-    if config.data_url is not None and not (info and info.archives):
-        raise InputError(f"--data-url has no effect: {config.data} is not downloaded; remove it")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
     if info is not None:
         if config.streaming == "on" and info.reader not in readers.FILE_FORMATS:
             raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
-        images = readers.read(config.data, data_folder(config), config.data_url)
+        images = readers.read(config.data, data_folder(config))
         if isinstance(images, Listing):
             return _load_files(config, images, draw, info)
         size = config.img_size or info.img_size

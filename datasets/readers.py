@@ -39,12 +39,11 @@ class Arrays(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def read(name: str, data_dir: Path, mirror: str | None = None) -> Arrays | Listing:
+def read(name: str, data_dir: Path) -> Arrays | Listing:
     """Read a data set from its folder in `data_dir`; download and unpack what is missing.
 
     Args:
         name: Key of `catalog.DATASETS`.
-        mirror: Value of `--data-url`.
 
     Returns:
         Decoded images, or the listing of image files.
@@ -55,17 +54,17 @@ def read(name: str, data_dir: Path, mirror: str | None = None) -> Arrays | Listi
     info = DATASETS[name]
     folder = data_dir / (info.folder or name)
     try:
-        return READERS[info.reader](name, folder, mirror)
+        return READERS[info.reader](name, folder)
     except (OSError, RuntimeError) as error:
         raise InputError(f"--data {name}: {folder} cannot be read ({first_line(error)})") from None
 
 
-def _read_image_folder(name: str, folder: Path, mirror: str | None) -> Listing:
+def _read_image_folder(name: str, folder: Path) -> Listing:
     """List class folders in a zip file, or those unpacked from a tar file."""
     archives = DATASETS[name].archives
     unpacked = folder / archives[0].file.split(".")[0]
     if not unpacked.is_dir():
-        (archive,) = fetch(folder.name, archives, folder, mirror)
+        (archive,) = fetch(folder.name, archives, folder)
         if archive.suffix == ".zip":
             return list_zip(archive)
         with locked(folder / LOCK, f"unpacks {name}"):
@@ -74,12 +73,12 @@ def _read_image_folder(name: str, folder: Path, mirror: str | None) -> Listing:
     return list_folder(unpacked)
 
 
-def _read_imagenet(name: str, folder: Path, mirror: str | None) -> Listing:
-    unpack_imagenet(folder, mirror)
+def _read_imagenet(name: str, folder: Path) -> Listing:
+    unpack_imagenet(folder)
     return list_folder(folder)
 
 
-def unpack_imagenet(folder: Path, mirror: str | None = None) -> None:
+def unpack_imagenet(folder: Path) -> None:
     """Create the folders train/ and val/ that are missing in `folder` from the official archives.
 
     ILSVRC2012_img_train.tar        a tar file of one tar file per class, <wnid>.tar  -> train/<wnid>/*.JPEG
@@ -89,7 +88,7 @@ def unpack_imagenet(folder: Path, mirror: str | None = None) -> None:
     train, val, devkit = DATASETS["imagenet"].archives
     no_train, no_val = not (folder / "train").is_dir(), not (folder / "val").is_dir()
     if no_train or no_val:
-        fetch("imagenet", [train] * no_train + [val, devkit] * no_val, folder, mirror)
+        fetch("imagenet", [train] * no_train + [val, devkit] * no_val, folder)
         with locked(folder / LOCK, "unpacks imagenet"):
             if not (folder / "train").is_dir():
                 _unpack_imagenet_train(folder / train.file, folder / "train")
@@ -112,17 +111,17 @@ def _unpack_imagenet_val(archive: Path, folder: Path, wnids: list[str]) -> None:
             tar.extract(member, partial / wnids[number - 1], filter="data")
 
 
-def _read_digits(name: str, folder: Path, mirror: str | None) -> Arrays:
+def _read_digits(name: str, folder: Path) -> Arrays:
     digits = load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]  # 0..16 to 0..255
     return Arrays({"all": Images(pixels, torch.from_numpy(digits.target.astype(np.int64)))}, DIGITS)
 
 
-def _read_cifar(name: str, folder: Path, mirror: str | None) -> Arrays:
+def _read_cifar(name: str, folder: Path) -> Arrays:
     reader = CIFAR10 if name == "cifar10" else CIFAR100
     base = folder / reader.base_folder
     if not _is_cifar_intact(reader, base):
-        (archive,) = fetch(folder.name, DATASETS[name].archives, folder, mirror)
+        (archive,) = fetch(folder.name, DATASETS[name].archives, folder)
         with locked(folder / LOCK, f"unpacks {name}"):
             if not _is_cifar_intact(reader, base):
                 unpack_tar(archive, base)
@@ -145,9 +144,9 @@ def _unpickle(path: Path) -> dict[str, list]:
         return pickle.load(file, encoding="latin1")
 
 
-def _read_svhn(name: str, folder: Path, mirror: str | None) -> Arrays:
+def _read_svhn(name: str, folder: Path) -> Arrays:
     archives = DATASETS[name].archives
-    fetch(folder.name, archives, folder, mirror)
+    fetch(folder.name, archives, folder)
     parts = {"train": [], "test": []}
     for archive in archives:
         split = archive.file.split("_")[0]  # train, test or extra
@@ -156,12 +155,12 @@ def _read_svhn(name: str, folder: Path, mirror: str | None) -> Arrays:
     return _arrays(pixels, [np.concatenate([each.labels for each in part]) for part in parts.values()], DIGITS)
 
 
-def _read_mnist(name: str, folder: Path, mirror: str | None) -> Arrays:
+def _read_mnist(name: str, folder: Path) -> Arrays:
     reader = MNIST if name == "mnist" else FashionMNIST
     archives = DATASETS[name].archives
     files = [folder / reader.__name__ / "raw" / Path(archive.file).stem for archive in archives]
     if not all(file.is_file() for file in files):
-        paths = fetch(name, archives, folder, mirror)
+        paths = fetch(name, archives, folder)
         with locked(folder / LOCK, f"unpacks {name}"):
             for path, file in zip(paths, files, strict=True):
                 unpack_gzip(path, file)
@@ -181,7 +180,7 @@ def _arrays(pixels: Iterable[np.ndarray], labels: Iterable[object], class_names:
 
 FILE_FORMATS = {"image-folder", "imagenet"}
 """Formats of `READERS` with image files, which can be streamed."""
-READERS: dict[str, Callable[[str, Path, str | None], Arrays | Listing]] = {
+READERS: dict[str, Callable[[str, Path], Arrays | Listing]] = {
     "image-folder": _read_image_folder,
     "sklearn-digits": _read_digits,
     "cifar": _read_cifar,
@@ -189,4 +188,4 @@ READERS: dict[str, Callable[[str, Path, str | None], Arrays | Listing]] = {
     "mnist": _read_mnist,
     "imagenet": _read_imagenet,
 }
-"""A reader for each format: called with the data set's name, its folder and the value of `--data-url`."""
+"""A reader for each format: called with the data set's name and its folder."""

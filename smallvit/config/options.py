@@ -41,8 +41,6 @@ class DataConfig:
     """Data set (see smallvit list data), folder or zip file of class folders, or hfds/NAME of Hugging Face."""
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
-    data_url: str | None = option(None, "resumable", "evaluation", "shared")
-    """URL to download from instead: of a folder with the dataset's files, or of its only file."""
     img_size: int | None = option(None, "common", "evaluation", "shared")
     """Image size in pixels; by default that of the images, at most 64 for folders."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")

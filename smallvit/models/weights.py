@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from smallvit.models import checkpoint, factory, weights_info
+from smallvit.models import checkpoint, factory
 from smallvit.models.architectures import LEE2021
 from smallvit.models.weights_info import PRETRAINED, RESIZING, WeightsInfo, read_shapes
 from smallvit.plugins.patch import misfit
@@ -40,7 +39,9 @@ def load_trained_model(info: WeightsInfo) -> nn.Module:
     if info.timm_name is not None:
         return load_pretrained(info)
     if info.class_names is None:
-        return load_file(info)
+        model = factory.create_model(**info.spec)
+        model.load_state_dict(checkpoint.read_tensors(info.path))
+        return model.eval()
     try:
         return checkpoint.load_model(info.path)
     except InputError as error:
@@ -77,56 +78,26 @@ def check_classifier(info: WeightsInfo) -> None:
 
 
 def identify_weights(info: WeightsInfo, spec: dict[str, Any]) -> WeightsInfo:
-    """Find which model a weights file of another program holds.
+    """Check which model a weights file of another program holds: that of `spec`, or timm's of the same name.
 
-    It tries the model of `spec`, the same without plugins, and timm's model of this name in the format of other
-    programs. Image size and number of classes follow from the tensors.
+    The number of classes is that of the file's classifier.
 
     Raises:
         InputError: The weights belong to another model.
     """
     if info.spec is not None:
         return info
-    shapes, sizes = weights_info.read_shapes(info.path), weights_info.infer_sizes(info.path, spec["patch_size"])
-    misfits = []
-    for candidate in _list_candidates(spec | sizes):
-        model = factory.create_model(**candidate)
-        state = model.state_dict()
-        if not (odd := state.keys() ^ shapes.keys()):
-            return replace(info, spec=candidate | _infer_classes(model, shapes))
-        misfits.append((len(odd), misfit(*(dict.fromkeys(names, ()) for names in (shapes, state)))))
+    weights = checkpoint.read_tensors(info.path)
+    heads = factory.classifier_parameter_names(factory.create_model(**spec)) & weights.keys()
+    spec = spec | {"num_classes": max((len(weights[name]) for name in heads), default=0)}
+    reason = misfit(weights, factory.create_model(**spec).state_dict())
+    if reason is None:
+        return replace(info, spec=spec)
     if timm.is_model(spec["arch"]):
         return describe_file(info, spec["arch"])
-    _, reason = min(misfits)
-    raise info.error(f"not the weights of --arch {spec['arch']} ({reason})")
-
-
-def load_file(info: WeightsInfo) -> nn.Module:
-    """Build an identified model and load its weights, in evaluation mode.
-
-    Raises:
-        InputError: The weights do not fit.
-    """
-    model = factory.create_model(**info.spec)
-    weights = checkpoint.read_tensors(info.path)
-    if reason := misfit(weights, model.state_dict()):
-        raise info.error(
-            f"does not fit --arch {info.spec['arch']} ({reason}); repeat --arch, --img-size and --patch-size"
-        )
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _list_candidates(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield spec
-    if spec["plugins"] or spec["dist_token"]:
-        yield spec | {"plugins": {}, "dist_token": False}
-
-
-def _infer_classes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the number of classes of the head, if there is one."""
-    head = next((name for name in factory.classifier_parameter_names(model) if len(shapes[name]) == 2), None)
-    return {"num_classes": shapes[head][0]} if head else {}
+    raise info.error(
+        f"not the weights of --arch {spec['arch']} ({reason}); repeat its plugins, --img-size and --patch-size"
+    )
 
 
 def read_timm_info(name: str, option: str) -> WeightsInfo:

@@ -31,8 +31,6 @@ PRETRAINED = ":pretrained"
 """Optional suffix of a timm model's name."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of names saved from DataParallel or DistributedDataParallel, and from torch.compile."""
-PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.conv.weight")
-POSITION_EMBEDDINGS = ("pos_embed", "patch_embed.pos_embed")
 RESIZING = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 """How images of other sizes are resized in training, in timm's terms."""
 
@@ -192,34 +190,6 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         OSError, ValueError: As `read_safetensors` does.
     """
     return {unwrap(name): shape for name, shape in read_safetensors(path)[1].items()}
-
-
-def infer_sizes(path: Path, patch_size: int | None) -> dict[str, int]:
-    """Infer channels, patch size and image size in pixels from a weights file's tensors, as far as possible.
-
-    Position embeddings may be (1, n, c), with up to two prefix tokens, (1, i, j, c) or (1, c, i, j).
-
-    Args:
-        path: The weights file.
-        patch_size: The patch size where the tensors do not show it.
-
-    Raises:
-        OSError, ValueError: As `read_safetensors` does.
-    """
-    shapes = read_shapes(path)
-    kernel = next((shapes[name] for name in PATCH_EMBEDDINGS if len(shapes.get(name, ())) == 4), None)
-    sizes = {"in_chans": kernel[1], "patch_size": kernel[-1]} if kernel else {}
-    patch_size = sizes.get("patch_size", patch_size)
-    grid = _infer_grid_size(next((shapes[name] for name in POSITION_EMBEDDINGS if name in shapes), ()))
-    return sizes | ({"img_size": grid * patch_size} if grid and patch_size else {})
-
-
-def _infer_grid_size(shape: tuple[int, ...]) -> int:
-    """Return the tokens along an image's side from the shape of position embeddings; 0 if unknown."""
-    if len(shape) == 4:
-        return shape[1] if shape[1] == shape[2] else shape[3]
-    counts = range(shape[1], max(0, shape[1] - 3), -1) if len(shape) == 3 else ()
-    return next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), 0)
 
 
 # The data of the run that weights belong to

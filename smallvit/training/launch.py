@@ -244,11 +244,8 @@ def inherit_from_init(config: Config) -> Config:
     card = None if name is None else weights_info.read_weights_info(name, "--init")
     if card is None:
         return config if config.model.arch is not None else config.replace(arch=ARCH)
-    if card.spec is None:  # a bare file: only its tensors' shapes are known
-        sizes = weights_info.infer_sizes(card.path, config.model.patch_size)
-        patch = config.model.patch_size or sizes.get("patch_size")
-        size = config.data.img_size or sizes.get("img_size")
-        return config.replace(arch=config.model.arch or ARCH, patch_size=patch, img_size=size)
+    if card.spec is None:  # a file of another program does not name its model
+        return config.replace(arch=config.model.arch or ARCH)
     model = _inherit_model(config.model, card, config.given)
     gradual = any(PLUGINS[name].gradual for name in card.spec.get("plugins", {}))
     closed = {"plugin_warmup_ratio": 0.0} if gradual and model["plugin_init"] == "preserve" else {}

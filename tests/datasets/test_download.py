@@ -67,8 +67,7 @@ def server() -> Iterator[SimpleNamespace]:
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "*")
-    for name in ("SMALLVIT_MIRROR", "SMALLVIT_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SMALLVIT_OFFLINE", raising=False)
 
 
 def md5(content: bytes) -> str:
@@ -111,7 +110,7 @@ def test_failed_attempts_are_repeated(server, tmp_path: Path, failures: list[int
 def test_persistent_failures_name_the_file_and_the_remedy(server, tmp_path: Path, code: int) -> None:
     server.failures = [code] * 9
     message = refused([archive(server), archive(server, "b.bin")], tmp_path)
-    for part in (f"{server.url}/a.bin", str(code or ""), f"put a.bin (md5 {md5(CONTENT)}), b.bin", "--data-url"):
+    for part in (f"{server.url}/a.bin", str(code or ""), f"put a.bin (md5 {md5(CONTENT)}), b.bin"):
         assert part in message
     assert names(tmp_path) == set()
 
@@ -147,10 +146,9 @@ def test_offline_uses_existing_files_only(server, tmp_path: Path, monkeypatch) -
     assert server.requests == []
     (tmp_path / "a.bin").write_bytes(CONTENT)
     assert fetch("set", [archive(server)], tmp_path) == [tmp_path / "a.bin"]
-    for index, (value, argument) in enumerate((("", None), ("0", None), ("1", False))):
+    for value in ("", "0"):
         monkeypatch.setenv("SMALLVIT_OFFLINE", value)
-        assert fetch("set", [archive(server)], tmp_path / str(index), offline=argument)
-    assert "SMALLVIT_OFFLINE" in refused([archive(server)], tmp_path / "x", offline=True)
+        assert fetch("set", [archive(server)], tmp_path / f"folder{value}")
 
 
 def test_files_behind_a_login_come_with_instructions(tmp_path: Path) -> None:
@@ -161,40 +159,13 @@ def test_files_behind_a_login_come_with_instructions(tmp_path: Path) -> None:
     assert "ILSVRC2012_devkit_t12.tar.gz" in str(caught.value)
 
 
-def test_data_url_names_a_mirror_folder_or_the_only_file(server, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("SMALLVIT_MIRROR", "http://127.0.0.1:1/not/asked")
-    server.files = {"/m.bin/a.bin": CONTENT, "/m.bin/b.bin": CONTENT, "/other.bin": CONTENT, "/download?id=7": CONTENT}
-    for index, mirror in enumerate((f"{server.url}/m.bin", f"{server.url}/m.bin/")):  # a folder, for two files
-        both = [archive(None), archive(None, "b.bin")]
-        assert len(fetch("set", both, tmp_path / str(index), mirror=mirror)) == 2
-    for address in ("/other.bin", "/download?id=7"):
-        (path,) = fetch("set", [archive(None)], tmp_path / address[1:6], mirror=server.url + address)
-        assert path.read_bytes() == CONTENT
-    assert server.requests == ["/m.bin/a.bin", "/m.bin/b.bin"] * 2 + ["/other.bin", "/download?id=7"]
-
-
-def test_smallvit_mirror_has_a_folder_for_each_data_set(server, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("SMALLVIT_MIRROR", f"{server.url}/mirror/")
-    server.files = {"/mirror/set/a.bin": CONTENT}
-    assert fetch("set", [archive(None, url="http://127.0.0.1:1/a.bin")], tmp_path)[0].read_bytes() == CONTENT
-
-
-def test_a_mirror_may_be_a_local_folder_also_offline(tmp_path: Path) -> None:
+def test_an_archive_may_be_a_local_file_also_offline(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SMALLVIT_OFFLINE", "1")
     (tmp_path / "my mirror").mkdir()
     (tmp_path / "my mirror" / "a.bin").write_bytes(CONTENT)
-    mirror = (tmp_path / "my mirror").as_uri()
-    assert fetch("set", [archive(None)], tmp_path, mirror, offline=True)[0].read_bytes() == CONTENT
-    assert "No such file" in refused([archive(None, "b.bin")], tmp_path, mirror)
-
-
-def test_unusable_addresses_are_refused(tmp_path: Path, monkeypatch) -> None:
-    for mirror in ("ftp://host/m", "/mnt/mirror", "host/m", "", "http://[bad", "http://a b/", "file\n:"):
-        assert "--data-url" in refused([archive(None)], tmp_path, mirror=mirror)
-        if mirror:
-            monkeypatch.setenv("SMALLVIT_MIRROR", mirror)
-            assert refused([archive(None)], tmp_path).startswith("SMALLVIT_MIRROR")
-    for mirror in ("http://host:port/", "http://"):
-        assert "a.bin" in refused([archive(None)], tmp_path, mirror=mirror)
+    url = (tmp_path / "my mirror" / "a.bin").as_uri()
+    assert fetch("set", [archive(None, url=url)], tmp_path)[0].read_bytes() == CONTENT
+    assert "No such file" in refused([archive(None, "b.bin", url=url + "x")], tmp_path)
 
 
 def test_a_full_disk_is_reported(server, tmp_path: Path, monkeypatch) -> None:
@@ -202,7 +173,7 @@ def test_a_full_disk_is_reported(server, tmp_path: Path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", fail)
-    assert "No space left on device" in refused([archive(None)], tmp_path, mirror=tmp_path.as_uri())
+    assert "No space left on device" in refused([archive(None, url=(tmp_path / "b.bin").as_uri())], tmp_path)
     monkeypatch.setattr(shutil, "copyfileobj", fail)
     (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT))
     with pytest.raises(InputError, match=r"a\.gz: cannot be unpacked \(No space left on device\)"):

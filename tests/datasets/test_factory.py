@@ -213,40 +213,35 @@ def tiny_imagenet() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def tiny_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Serve Tiny-ImageNet's zip, and set its checksum."""
+def tiny_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put Tiny-ImageNet's zip file into the folder of data sets, and set its checksum."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in tiny_imagenet().items():
             archive.writestr(f"tiny-imagenet-200/{name}", content)
     set_checksums(monkeypatch, "tiny-imagenet", {"tiny-imagenet-200.zip": buffer.getvalue()})
-    (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror" / "tiny-imagenet-200.zip").write_bytes(buffer.getvalue())
-    return (tmp_path / "mirror").as_uri()
+    path = tmp_path / "data" / "tiny-imagenet" / "tiny-imagenet-200.zip"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(buffer.getvalue())
+    return path
 
 
-def test_tiny_imagenet_by_name_comes_from_an_address(tmp_path: Path, tiny_url: str) -> None:
-    data = load("tiny-imagenet", data_dir=tmp_path / "data", data_url=tiny_url)
+@pytest.mark.usefixtures("tiny_zip")
+def test_tiny_imagenet_by_name_is_read_from_its_zip_file(tmp_path: Path) -> None:
+    data = load("tiny-imagenet", data_dir=tmp_path / "data")
     assert sizes(data) == [27, 3, 6]
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.class_names == ("word 0", "word 1", "word 2")
     assert (data.mean, data.std) == ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
     assert (data.name, data.source, data.img_size) == ("tiny-imagenet", "tiny-imagenet", 64)
     assert (data.flip, data.aug, data.policy) == (True, "lee2021", "imagenet")
-    again = load("tiny-imagenet", data_dir=tmp_path / "data")  # what came is kept
-    assert again.fingerprint == data.fingerprint
 
 
-def test_tiny_imagenets_own_file_may_be_the_address(tmp_path: Path, tiny_url: str) -> None:
-    data = load("tiny-imagenet", data_dir=tmp_path / "data", data_url=f"{tiny_url}/tiny-imagenet-200.zip")
-    assert sizes(data) == [27, 3, 6]
-
-
-def test_another_file_than_tiny_imagenets_is_refused(tmp_path: Path, tiny_url: str) -> None:
-    with open(tmp_path / "mirror" / "tiny-imagenet-200.zip", "ab") as file:
+def test_another_file_than_tiny_imagenets_is_refused(tmp_path: Path, tiny_zip: Path) -> None:
+    with open(tiny_zip, "ab") as file:
         file.write(b"more")
     with pytest.raises(InputError, match="md5"):
-        load("tiny-imagenet", data_dir=tmp_path / "data", data_url=tiny_url)
+        load("tiny-imagenet", data_dir=tmp_path / "data")
 
 
 def test_an_unpacked_tiny_imagenet_needs_no_archive(tmp_path: Path) -> None:
@@ -259,13 +254,13 @@ def test_an_unpacked_tiny_imagenet_needs_no_archive(tmp_path: Path) -> None:
     assert data.mean == (0.4802, 0.4481, 0.3975)
 
 
-@sweep("size", [32, 64])
-def test_tiny_imagenet_is_streamed_when_asked(tmp_path: Path, tiny_url: str, size: int) -> None:
-    options = {"data_dir": tmp_path / "data", "data_url": tiny_url, "img_size": size}
+@pytest.mark.usefixtures("tiny_zip")
+def test_tiny_imagenet_is_streamed_when_asked(tmp_path: Path) -> None:
+    options = {"data_dir": tmp_path / "data", "img_size": 32}
     streamed, held = load("tiny-imagenet", streaming="on", workers=0, **options), load("tiny-imagenet", **options)
     assert streamed.mean == held.mean == (0.4802, 0.4481, 0.3975)
     assert sizes(streamed) == sizes(held)
-    assert streamed.img_size == held.img_size == size
+    assert streamed.img_size == held.img_size == 32
     for split in SPLITS:
         assert torch.equal(getattr(streamed, split).sample().pixels, getattr(held, split).pixels)
         assert torch.equal(getattr(streamed, split).labels, getattr(held, split).labels)
@@ -281,14 +276,6 @@ def test_imagenet_by_name_is_read_from_its_folders(tmp_path: Path, write_images:
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (data.name, data.source, data.flip, data.aug) == ("imagenet", "imagenet", True, "deit")
     assert load("imagenet", data_dir=tmp_path, img_size=16, streaming="on", workers=0).img_size == 16
-
-
-@pytest.mark.parametrize("form", ["folder", "zip"])
-def test_an_address_is_for_data_sets_by_name_alone(tmp_path: Path, image_folder: Path, form: str) -> None:
-    path = image_folder if form == "folder" else tmp_path / "x.zip"
-    (tmp_path / "x.zip").touch()
-    with pytest.raises(InputError, match="--data-url"):
-        load(path, data_url="file:///mnt")
 
 
 def test_nothing_is_held_out_of_a_share_of_nothing(image_folder: Path) -> None:

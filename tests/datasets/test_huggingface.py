@@ -274,8 +274,6 @@ def test_a_test_without_labels_is_not_used(parquet: Writer, tmp_path: Path) -> N
 def test_sources_are_not_streamed_nor_downloaded_from_another_address(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--streaming on: hfds/x is read into memory"):
         load("hfds/x", tmp_path, streaming="on")
-    with pytest.raises(InputError, match=r"--data-url.* hfds/x "):
-        load("hfds/x", tmp_path, data_url="file:///mnt")
 
 
 def test_downloads_lie_in_the_data_folder(parquet: Writer, tmp_path: Path) -> None:

@@ -217,20 +217,6 @@ def test_mnist_and_fashion_mnist_keep_apart(tmp_path: Path, monkeypatch: pytest.
     assert read("fashion-mnist", tmp_path).class_names == FASHION
 
 
-def test_archives_come_from_a_mirror(tmp_path: Path, cifar100: Miniature) -> None:
-    mirror = cifar100.put(tmp_path / "mirror")
-    assert same(read("cifar100", tmp_path / "data", mirror.as_uri()), cifar100)
-    assert same(read("cifar100", tmp_path / "more", (mirror / CIFAR100.filename).as_uri()), cifar100)
-
-
-def test_the_environments_mirror_has_one_folder_for_either_kind_of_class(
-    tmp_path: Path, cifar100: Miniature, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cifar100.put(tmp_path / "mirror" / "cifar100")
-    monkeypatch.setenv("SMALLVIT_MIRROR", (tmp_path / "mirror").as_uri())
-    assert len(read("cifar100-coarse", tmp_path / "data").class_names) == 20
-
-
 @sweep("name", [name for name, info in DATASETS.items() if info.archives])
 def test_missing_files_are_reported_with_their_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as caught:

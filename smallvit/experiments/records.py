@@ -208,6 +208,7 @@ def _parse(line: bytes, where: str) -> Record:
         numbers = [record.budget, *(record.summary.get(name) for name in REQUIRED_NUMBERS)]
         named = record.summary.keys() >= {*REQUIRED_STRINGS, "val_top1", "versions"}
         if all(map(is_number, numbers)) and named and record.epochs.keys() >= {*EPOCHS}:
+            record.config.pop("profile", None)  # removed from the options; it had no effect on results
             return record
     raise InputError(f"{where}: not the record of a run; remove the line")
 

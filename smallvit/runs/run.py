@@ -7,7 +7,6 @@ best.safetensors                      weights of the epoch with the highest vali
 epoch-0007.safetensors, ...           weights of single epochs, with --keep
 resume.safetensors                    weights and optimizer state to resume from
 curves.png                            loss, accuracy and learning rate per epoch
-trace.json, profile.txt               time spent in a few steps, with --profile
 summary.json                          final results; exists once the run is finished
 tensorboard/, trackers.json           event files of TensorBoard, and what other trackers have received
 eval/, attend/, export/, report.html  outputs of the verbs of these names
@@ -41,8 +40,8 @@ class Run:
 
     CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
-    CURVES, TRACE, PROFILE = "curves.png", "trace.json", "profile.txt"
-    RESULTS = (STATE, SUMMARY, METRICS, LAST, BEST, CURVES, TRACE, PROFILE)
+    CURVES = "curves.png"
+    RESULTS = (STATE, SUMMARY, METRICS, LAST, BEST, CURVES)
     EVAL, ATTEND, EXPORT, REPORT = "eval", "attend", "export", "report.html"
 
     def __init__(
@@ -155,9 +154,8 @@ class Run:
     def discard(self) -> None:
         """Remove the files and folders that this new run created, and nothing else."""
         if self._new:
-            for name in (self.CONFIG, self.TRACE, self.PROFILE):
-                with suppress(OSError):
-                    (self / name).unlink()
+            with suppress(OSError):
+                (self / self.CONFIG).unlink()
         self.unlock()
         for folder in self._created:
             with suppress(OSError):  # missing or not empty

@@ -1,10 +1,10 @@
-"""Save checkpoints during training, resume from them, and stop on signals or divergence."""
+"""Save checkpoints during training, resume from them, and stop on signals or a loss that is not finite."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -26,10 +26,6 @@ EPOCH_SECONDS = 5.0
 """Minimum time between the checkpoints of two epochs."""
 CHECK_SECONDS = 0.5
 """Time between two checks of the loss, and between two synchronizations of torchrun's processes."""
-GROWTH = 3.0
-"""An epoch's mean loss is too high above this multiple of the first step's loss, or of chance where that is larger."""
-DIVERGED_EPOCHS, DIVERGED_STEPS = 10, 500
-"""A run has diverged when every mean loss has been too high for this many epochs and steps after the warmup."""
 T = TypeVar("T")
 
 
@@ -40,7 +36,7 @@ class StepAction(IntEnum):
 
 
 class Checkpointer:
-    """Track the progress of a run; save it between steps, and stop it on a signal or a loss that diverges."""
+    """Track the progress of a run; save it between steps, and stop it on a signal or a loss that is not finite."""
 
     def __init__(self, run: Run, setup: Setup, signals: SignalHandler, display: TrainingProgress) -> None:
         self.run, self.setup, self.signals, self.display = run, setup, signals, display
@@ -180,7 +176,7 @@ class Checkpointer:
         self.state.epoch_seconds += now - self.ticked_at
         self.ticked_at = now
 
-    # Divergence
+    # Losses
 
     def mean_loss(self) -> float:
         """Return the mean loss of the current epoch's steps over all processes.
@@ -193,32 +189,7 @@ class Checkpointer:
         if len(bad):
             step = int(bad[0])
             raise self._diverged(f"the loss became {losses[step].item()}", f", step {step + 1}")
-        if self.state.first_loss is None:
-            self.state.first_loss = losses[0].item()
         return losses.cpu().double().mean().item()
-
-    def epoch_loss(self) -> float:
-        """Return the mean loss of the finished epoch; warn the first time that it is too high.
-
-        Raises:
-            DivergedError: The loss of a step is not finite, or the mean has been too high for `DIVERGED_EPOCHS` epochs
-                and `DIVERGED_STEPS` steps after the warmup.
-        """
-        mean, optim, steps = self.mean_loss(), self.setup.config.optim, len(self.losses)
-        limit = GROWTH * max(self.state.first_loss, self.setup.chance_loss)
-        earlier = [metrics["train_loss"] for metrics in self.state.history]
-        warmup = math.ceil(round(optim.epochs * steps * optim.warmup_ratio) / steps)
-        high = epochs_above(limit, [*earlier, mean][warmup:])
-        if high >= DIVERGED_EPOCHS and high * steps >= DIVERGED_STEPS:
-            problem = f"the loss has grown: its mean is {mean:.3g}"
-            raise self._diverged(problem, f", above {limit:.3g} for {high} epochs")
-        if mean > limit and max(earlier, default=0.0) <= limit:
-            self.display.line(
-                f"warning: the mean loss of epoch {self.state.epoch + 1} is {mean:.3g}, above {limit:.3g}. Training "
-                f"continues; a run ends when this lasts for {DIVERGED_EPOCHS} epochs and {DIVERGED_STEPS} steps after "
-                "the warmup. Try a lower --lr, --clip-grad 1 or a longer --warmup-ratio."
-            )
-        return mean
 
     def _diverged(self, problem: str, details: str = "") -> DivergedError:
         """Return an error that says where training diverged, what to try, and where the best weights are."""
@@ -273,11 +244,6 @@ class Checkpointer:
                 file.unlink()
 
 
-def epochs_above(limit: float, losses: Sequence[float]) -> int:
-    """Return the number of consecutive losses at the end that are above a limit."""
-    return next((count for count, loss in enumerate(reversed(losses)) if loss <= limit), len(losses))
-
-
 @dataclass
 class RunState:
     """Progress of a run, saved in its checkpoint next to weights and optimizer state."""
@@ -296,7 +262,6 @@ class RunState:
     """Completed steps of the current epoch."""
     losses: list[float] = field(default_factory=list)
     """Losses of these steps."""
-    first_loss: float | None = None
     best_epoch: int = 0
     best_val_top1: float = -1.0
     best_val_loss: float = math.inf

@@ -16,7 +16,6 @@ Axes: b batch, k classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -93,11 +92,6 @@ def feature_guidance(
     return total
 
 
-def soft_chance(num_classes: int, *, temperature: float = 1.0, per_class: bool = False) -> float:
-    """Return the largest soft distillation loss of equal logits: τ² log k."""
-    return temperature**2 * math.log(num_classes) / (num_classes if per_class else 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """An entry of `LOSSES`: all that training and the command line need to know about a loss."""
@@ -106,8 +100,6 @@ class Loss:
     function: Callable[..., Tensor]
     """Function of logits (b, k), targets (b, k) and the options; returns the mean over the batch. Targets are label
     distributions, or the teacher's logits; with `features`, both are lists of feature maps."""
-    chance: Callable[..., float]
-    """Function of the number of classes and the options: the largest loss of equal logits for all classes."""
     options: type | None = None
     """Frozen dataclass of the loss's own options; its fields become flags, --<loss>-<field>."""
     label_smoothing: bool = False
@@ -124,36 +116,30 @@ LOSSES: dict[str, Loss] = {
     "ce": Loss(
         help="cross-entropy",
         function=cross_entropy,
-        chance=math.log,
         label_smoothing=True,
     ),
     "bce": Loss(
         help="one binary cross-entropy per class; both labels of a mixed image count fully",
         function=binary_cross_entropy,
-        chance=lambda num_classes: math.log(2),
     ),
     "soft": Loss(
         help="the teacher's probabilities",
         function=soft_distillation,
-        chance=soft_chance,
         distillation=True,
     ),
     "hard": Loss(
         help="the class that the teacher predicts",
         function=hard_distillation,
-        chance=math.log,
         distillation=True,
     ),
     "token": Loss(
         help="the class that the teacher predicts, by a distillation token with its own head",
         function=hard_distillation,
-        chance=math.log,
         distillation=True,
     ),
     "features": Loss(
         help="the teacher's feature maps: locality guidance by a CNN",
         function=feature_guidance,
-        chance=lambda num_classes: 0.0,
         distillation=True,
         features=True,
         weight=2.5,
@@ -190,21 +176,9 @@ class Objective:
         loss = self.loss.function(logits, targets, **self.options)
         if self.distillation is not None:
             term = self.distillation.function(distilled, teacher_outputs, **self.distillation_options)
-            loss = self.label_weight * loss + self.weight * term
+            label_weight = 1.0 if self.distillation.features else 1 - self.weight
+            loss = label_weight * loss + self.weight * term
         return {"loss": loss, "logits": logits}
-
-    @property
-    def label_weight(self) -> float:
-        """Weight of the labels' loss next to a distillation loss."""
-        return 1.0 if self.distillation.features else 1 - self.weight
-
-    def chance(self, num_classes: int) -> float:
-        """Return the largest loss of a model that gives all classes the same probability."""
-        loss = self.loss.chance(num_classes, **{n: v for n, v in self.options.items() if n != "label_smoothing"})
-        if self.distillation is None:
-            return loss
-        term = self.distillation.chance(num_classes, **self.distillation_options)
-        return self.label_weight * loss + self.weight * term
 
 
 def create_objective(optim: OptimConfig, distill: DistillConfig | None = None) -> Objective:

@@ -87,11 +87,6 @@ class Setup:
         """The loss of labels, and of the teacher's outputs if there is a teacher."""
         return create_objective(self.config.optim, self.config.distill)
 
-    @property
-    def chance_loss(self) -> float:
-        """The largest loss of a model that gives all classes the same probability."""
-        return self.objective.chance(self.batches.classes)
-
     def augmentation_epoch(self, epoch: int) -> int:
         """Return the epoch whose augmentations an epoch uses: itself, unless --teacher-views repeats earlier ones."""
         return epoch % (self.config.distill.teacher_views or epoch + 1)

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from smallvit.config.config import Config
 from smallvit.datasets.loader import explain_worker_failures
@@ -43,7 +42,7 @@ def train(config: Config) -> TrainResult:
 
     Raises:
         InputError: An option names something that does not exist or does not fit.
-        TrainingError: The loss is not finite or has diverged, or memory is exhausted.
+        TrainingError: The loss is not finite, or memory is exhausted.
         KeyboardInterrupt: A signal stopped the run, which is saved.
         OSError: The run folder can no longer be written.
     """
@@ -78,7 +77,6 @@ def fit(run: Run) -> TrainResult:
             hardware.tf32(setup.device, setup.dtype),
             hardware.explain_out_of_memory(config.optim.batch_size, setup.dataset.img_size),
             explain_worker_failures(),
-            _trace_steps(run, setup, console) as trace_step,
             _open_trackers(run, setup) as trackers,
         ):
             checkpointer = Checkpointer(run, setup, signals, display)
@@ -96,7 +94,6 @@ def fit(run: Run) -> TrainResult:
                     step = partial(train_step, setup, state.epoch, state.step, images, targets)
                     first = setup.compilation.pending
                     checkpointer.step(compile_step(run, setup, signals, console, step) if first else step())
-                    trace_step()
                 metrics = evaluate_epoch(setup, checkpointer)
                 display.epoch(metrics)
                 if trackers:
@@ -136,15 +133,6 @@ def learned_values(setup: Setup) -> dict[str, dict[str, list[float]]]:
         for each in values
         for key, layers in each.items()
     }
-
-
-def _trace_steps(run: Run, setup: Setup, console: Console) -> AbstractContextManager[Callable[[], None]]:
-    """Return a context manager that yields a function to call after each step; --profile records a few steps."""
-    if not (setup.config.run.profile and setup.world.main):
-        return nullcontext(lambda: None)
-    from smallvit.training.trace import record_trace
-
-    return record_trace(run, setup, console)
 
 
 def _open_trackers(run: Run, setup: Setup) -> AbstractContextManager[Trackers | None]:
@@ -188,15 +176,13 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     if setup.compilation.how == "graphs":
         torch.compiler.cudagraph_mark_step_begin()
     loss = backward(setup, images, targets, (setup.augmentation_epoch(epoch), step))
-    with record_function("optimizer"):
-        setup.scaler.unscale_(optimizer)
-        if config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(setup.trained.parameters(), config.optim.clip_grad)
-        applied = setup.scaler.step(optimizer)
+    setup.scaler.unscale_(optimizer)
+    if config.optim.clip_grad is not None:
+        nn.utils.clip_grad_norm_(setup.trained.parameters(), config.optim.clip_grad)
+    applied = setup.scaler.step(optimizer)
     if setup.average is not None:
-        with record_function("moving average"):
-            if applied:
-                setup.average.update(model, number)
+        if applied:
+            setup.average.update(model, number)
         set_strength(setup, setup.average.module, strength)  # a buffer, which is not averaged
     return loss
 
@@ -214,14 +200,12 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
         zip(images.tensor_split(optim.grad_accum_steps), targets.tensor_split(optim.grad_accum_steps), strict=True)
     )
     for number, (part, part_targets) in enumerate(parts, 1):
-        with record_function("teacher"):
-            teacher_outputs = None if setup.teacher is None else setup.teacher(part, (*position, number))
+        teacher_outputs = None if setup.teacher is None else setup.teacher(part, (*position, number))
         with distributed.sync_last_backward(setup.replicated, last=number == len(parts)):
-            with record_function("forward"), hardware.autocast(setup.device, setup.dtype):
+            with hardware.autocast(setup.device, setup.dtype):
                 outputs = setup.objective(setup.forward, part, part_targets, teacher_outputs)
             loss = outputs["loss"] * (len(part) / size)
-            with record_function("backward"):
-                setup.scaler.scale(loss * world.size).backward()  # gradients are averaged over the processes
+            setup.scaler.scale(loss * world.size).backward()  # gradients are averaged over the processes
         share += loss.detach()
     return share
 
@@ -229,7 +213,7 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
 def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
     """Evaluate an epoch on the validation split, save it if due, and return its metrics."""
     state, model = checkpointer.state, setup.model
-    train_loss = checkpointer.epoch_loss()
+    train_loss = checkpointer.mean_loss()
     checkpointer.tick()
     if setup.world.size > 1:
         for each in (model, setup.eval_model):

@@ -1,4 +1,4 @@
-"""Test interruption at any moment, checkpoints, divergence and lack of memory, and that runs resume bit-exactly."""
+"""Test interruption at any moment, checkpoints, infinite losses, lack of memory, and that runs resume bit-exactly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,12 +21,9 @@ from smallvit.training import checkpointing
 from smallvit.training import setup as _setup
 from smallvit.training import train as engine
 from smallvit.training.losses import Objective
-from smallvit.training.optim import InitialWeights
 from smallvit.training.progress import TrainingProgress
 from smallvit.training.setup import Setup
 from smallvit.utils import signals
-from smallvit.utils.distributed import World
-from smallvit.utils.errors import DivergedError
 from smallvit.utils.hardware import AsyncScalar
 from smallvit.utils.signals import SignalInterrupt
 
@@ -94,7 +89,7 @@ def results(folder: Path) -> dict[str, Any]:
         "metrics": [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines],
         "test": [summary[name] for name in ("test_loss", "test_top1", "val_top1", "best_epoch", "images_seen")],
         "state": {name: tensor.numpy().tobytes() for name, tensor in state.items()},
-        "numbers": [metadata["optimizer"], *(progress[name] for name in ("epoch", "step", "first_loss", "best_epoch"))],
+        "numbers": [metadata["optimizer"], *(progress[name] for name in ("epoch", "step", "best_epoch"))],
     }
 
 
@@ -342,88 +337,6 @@ def with_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Tensor], T
 
 
 SECOND_EPOCH = 3  # PLAIN's epochs have 3 steps
-
-
-def course(losses: list[float], steps: int, classes: int, warmup_ratio: float = 0.0) -> tuple[int | None, int]:
-    """Give a Checkpointer the loss of each epoch; return the last epoch if it stops, and the number of warnings."""
-    said: list[str] = []
-    setup = SimpleNamespace(
-        config=Config.build(epochs=len(losses), warmup_ratio=warmup_ratio),
-        batches=range(steps),
-        device=torch.device("cpu"),
-        dataset=SimpleNamespace(fingerprint=""),
-        initial=InitialWeights(),
-        teacher=None,
-        world=World(),
-        chance_loss=math.log(classes),
-        optimizer=SimpleNamespace(param_groups=[{"lr": 1e-3}]),
-    )
-    watch = checkpointing.Checkpointer(
-        Run(Path("none"), Config(), new=False), setup, None, SimpleNamespace(line=said.append)
-    )
-    for epoch, loss in enumerate(losses, 1):
-        watch.losses.fill_(loss)
-        watch.state.step = steps
-        try:
-            mean = watch.epoch_loss()
-        except DivergedError:
-            return epoch, len(said)
-        watch.state.history.append({"train_loss": mean})
-        watch.state.epoch, watch.state.step = epoch, 0
-    return None, len(said)
-
-
-STRETCH = {1: 500, 7: 72, 50: 10, 1000: 10}
-"""Epochs without return after which a run ends, by steps in each: 10 or more, with 500 steps or more."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("steps", "classes"), [(1, 2), (7, 10), (50, 1000), (1000, 10)])
-def test_only_a_loss_that_does_not_come_back_ends_a_run(steps: int, classes: int) -> None:
-    first, stretch = math.log(classes), STRETCH[steps]
-    low, high = 2.9 * first, 3.1 * first
-    rng = np.random.default_rng(0)
-    spikes = [first]
-    while len(spikes) < 5 * stretch:
-        spikes += [first * 10 ** rng.uniform(0.5, 6)] * int(rng.integers(1, stretch)) + [low]
-    assert course(spikes, steps, classes) == (None, 1)
-    assert course([first, *[low] * 2 * stretch], steps, classes) == (None, 0)
-    assert course([first, *[high] * 2 * stretch], steps, classes) == (1 + stretch, 1)
-    assert course([*spikes, *[high] * stretch], steps, classes) == (len(spikes) + stretch, 1)
-    assert course([2 * first, *[1.9 * high] * 2 * stretch], steps, classes) == (None, 0), "above three times the first"
-    assert course([0.01, *[low] * 2 * stretch], steps, classes) == (None, 0), "trained weights"
-    epochs = 1 + 4 * stretch
-    warmup = 1 + math.ceil(round(0.25 * epochs * steps) / steps)
-    blown_up = [first, *[high] * (epochs - 1)]
-    assert course(blown_up, steps, classes, warmup_ratio=0.25) == (warmup - 1 + stretch, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ends", [False, True])
-def test_a_loss_that_grows_is_warned_about_once_and_ends_the_run_in_the_end(
-    smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
-) -> None:
-    folder, before = tmp_path / "run", {}
-
-    def grow(step: int, loss: Tensor) -> Tensor:
-        if step == 5 * 3:
-            before.update(contents(folder))
-        return 0 * loss + (12.4 if step > SECOND_EPOCH else 4.0)
-
-    monkeypatch.setattr(checkpointing, "EPOCH_SECONDS", 0)
-    monkeypatch.setattr(checkpointing, "DIVERGED_EPOCHS", 2)
-    monkeypatch.setattr(checkpointing, "DIVERGED_STEPS", 12 if ends else 13)
-    with_loss(monkeypatch, grow)
-    options = PLAIN | {"epochs": 5, "warmup_ratio": 0.0}
-    code, out, err = smallvit("train", *flags(options), "--out", folder)
-    assert code == (1 if ends else 0)
-    assert out.count("warning: the mean loss of epoch 2 is 12.4, above 12.") == out.count("warning") == 1
-    assert (folder / Run.SUMMARY).exists() != ends
-    if ends:
-        assert err.count("\n") == 1
-        for said in ("12.4 in epoch 5", "above 12 for 4 epochs", "lower --lr", str(folder / Run.BEST)):
-            assert said in err
-        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("minutes", [10.0, 1e-9])

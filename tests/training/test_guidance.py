@@ -87,7 +87,7 @@ def test_a_step_minimizes_the_stated_loss(cnn: Path) -> None:
 
 def test_the_published_weight_is_the_default(cnn: Path) -> None:
     objective = guided(cnn).objective
-    assert (objective.weight, objective.label_weight) == (2.5, 1.0)
+    assert objective.weight == 2.5
 
 
 @pytest.mark.parametrize("arch", ["t2t", "resnet20"])

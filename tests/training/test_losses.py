@@ -167,20 +167,6 @@ def test_published_values_are_the_defaults(options: dict[str, Any], weight: floa
     assert (rule.weight, rule.distillation_options) == (weight, own)
 
 
-def test_chance_bounds_the_loss_of_equal_logits(drawn: dict[str, Tensor]) -> None:
-    """Check mixed labels and confident teachers; cross-entropies reach the bound."""
-    equal, images = Fixed(torch.zeros(B, K)), torch.zeros(B, 3, 2, 2)
-    for loss in ("ce", "bce"):
-        plain = objective(loss, 0.1)
-        assert plain(equal, images, drawn["targets"])["loss"].item() == pytest.approx(plain.chance(K), rel=1e-5)
-        for options in ({"distill": "hard"}, {"distill": "soft"}, {"distill": "soft", "distill_values": "official"}):
-            rule = objective(loss, **options)
-            for teacher in (drawn["teacher"], 1e4 * drawn["teacher"]):
-                value = rule(equal, images, drawn["targets"], teacher)["loss"]
-                assert value.item() <= rule.chance(K) * (1 + 1e-5)
-            assert value.item() == pytest.approx(rule.chance(K), rel=1e-3)  # this teacher has no doubts
-
-
 @dataclass(frozen=True, kw_only=True)
 class FocalOptions:
     gamma: float = 2.0
@@ -194,10 +180,7 @@ def focal(logits: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
 
 
 def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def chance(num_classes: int, *, gamma: float) -> float:
-        return (1 - 1 / num_classes) ** gamma * np.log(num_classes)
-
-    entry = Loss(help="focal loss", function=focal, chance=chance, options=FocalOptions)
+    entry = Loss(help="focal loss", function=focal, options=FocalOptions)
     monkeypatch.setitem(LOSSES, "focal", entry)
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
@@ -209,8 +192,7 @@ def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     rule = create_objective(config.optim)
     equal = Fixed(torch.zeros(B, K))
     targets = torch.eye(K)[torch.arange(B) % K]
-    assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx(rule.chance(K), rel=1e-5)
-    assert rule.chance(K) == pytest.approx(0.8**3 * np.log(K))
+    assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx((1 - 1 / K) ** 3 * np.log(K), rel=1e-5)
     other = Config.build(loss_options={"focal_gamma": 3.0})
     assert losses.create_objective(other.optim).loss is LOSSES["ce"]
 

@@ -356,62 +356,49 @@ def choose_dtype(device: torch.device, amp: str, model: nn.Module, in_chans: int
     dtype = pick_dtype(device, amp)
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
-    if all(_is_correct(convolution, dtype) for convolution in _convolutions(model, in_chans, img_size)):
-        return dtype
-    if amp != "auto":
+    training = model.training
+    with torch.no_grad(), _ConvolutionTest(dtype) as test:
+        model.eval()(torch.zeros(1, in_chans, img_size, img_size))
+    model.train(training)
+    if not test.passed and amp != "auto":
         raise InputError(
             f"--amp {amp}: this CPU computes {type(model).__name__} incorrectly at {img_size} pixels; remove it"
         )
-    return torch.float32
+    return dtype if test.passed else torch.float32
 
 
-Convolution = tuple[torch.Size, torch.Size, Any]
-"""Shapes of input and weight, and torch's other arguments."""
+class _ConvolutionTest(TorchDispatchMode):
+    """Test whether all convolutions in its context are correct in half precision."""
 
-
-class _Convolutions(TorchDispatchMode):
-    """Record the convolutions in its context."""
-
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.seen: dict[Convolution, None] = {}
+        self.dtype, self.passed = dtype, True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.convolution.default:
             x, weight, _, *others = args
-            self.seen[x.shape, weight.shape, tuple(tuple(o) if isinstance(o, list) else o for o in others)] = None
+            options = tuple(tuple(each) if isinstance(each, list) else each for each in others)
+            self.passed = self.passed and _is_correct(self.dtype, x.shape, weight.shape, options)
         return function(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def _convolutions(model: nn.Module, in_chans: int, img_size: int) -> list[Convolution]:
-    """Return the convolutions of one image's forward pass."""
-    training = model.training
-    with _Convolutions() as recorded:
-        model.eval()(torch.zeros(1, in_chans, img_size, img_size))
-    model.train(training)
-    return list(recorded.seen)
-
-
 @cache
-def _is_correct(convolution: Convolution, dtype: torch.dtype) -> bool:
-    """Return whether half precision gives the outputs and gradients of fp32."""
-    x_shape, weight_shape, others = convolution
-    if x_shape[2:].numel() == 1 and max(others[0]) > 1 and max(weight_shape[2:]) > 1:
+def _is_correct(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, options: tuple[Any, ...]) -> bool:
+    """Return whether half precision gives the outputs and gradients of fp32; `options` starts with the stride."""
+    if x_shape[2:].numel() == 1 and max(options[0]) > 1 and max(weight_shape[2:]) > 1:
         return False  # uninitialized memory may be right by chance
     noise = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=noise).to(dtype) for shape in (x_shape, weight_shape))
     x /= 16  # exact; sums over large maps stay within fp16
-    low, exact = (_with_gradients(*inputs, others) for inputs in ((x, weight), (x.float(), weight.float())))
+    low, exact = (_convolve(x.to(kind), weight.to(kind), options) for kind in (dtype, torch.float32))
     return all((a - b).abs().max() < TOLERANCE * b.abs().max() for a, b in zip(low, exact, strict=True))
 
 
-@torch.enable_grad()
-def _with_gradients(x: Tensor, weight: Tensor, others: Any) -> list[Tensor]:
+def _convolve(x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> list[Tensor]:
     """Return a convolution and the gradients of half the sum of its squares, in fp32."""
-    inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = torch.ops.aten.convolution(*inputs, None, *others)
-    return [each.detach().float() for each in (y, *torch.autograd.grad(y, inputs, y.detach()))]
+    y = torch.ops.aten.convolution(x, weight, None, *options)
+    dx, dw, _ = torch.ops.aten.convolution_backward(y, x, weight, None, *options, [True, True, False])
+    return [each.float() for each in (y, dx, dw)]
 
 
 COPIES = 2.5

@@ -4,7 +4,7 @@ A plugin `x` is two files and an entry of `smallvit.plugins.PLUGINS`:
 
     x.py        a frozen `PluginConfig` and a `Plugin`; imports no torch, since the command line reads it
     x_timm.py   the layer, and the functions that `Plugin` documents: sites, apply, describe, describe_loss; and remove,
-                patched, new_keys unless all changed layers are `leaf.Adapter`s of the class `ADAPTER`
+                patched unless all changed layers have the mixin `ADAPTER`, a `leaf.Adapter` or `leaf.Derived`
 
 Command-line options, run names, `vit+x`, `describe`, checkpoints, exports and model cards follow from these.
 """
@@ -72,6 +72,15 @@ class Site:
     """The layer is only changed if others are too."""
 
 
+ORIGINAL = "_smallvit_original"
+"""Attribute of a layer that holds the module it replaced."""
+
+
+def original(layer: nn.Module) -> nn.Module | None:
+    """Return the module that a layer replaced, if it replaced one."""
+    return vars(layer).get(ORIGINAL)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
     """A modification of leaf modules in timm's models.
@@ -128,7 +137,8 @@ class Plugin:
         """Return the keys of a changed layer's state dict that checkpoints of the base model do not have."""
         if hasattr(self._module, "new_keys"):
             return self._module.new_keys(layer)
-        return {key for key in layer.state_dict() if key.split(".")[0] in layer.added}
+        added = getattr(layer, "added", None)  # None in a layer that replaced another
+        return {key for key in layer.state_dict() if added is None or key.split(".")[0] in added}
 
     def set_strength(self, model: nn.Module, strength: float) -> None:
         """Set how far a `gradual` plugin is phased in, from 0 (the model without it) to 1."""

@@ -41,9 +41,9 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from smallvit.plugins.base import Init, Site
+from smallvit.plugins.base import Init, Site, original
 from smallvit.plugins.ffn import FFNConfig
-from smallvit.plugins.leaf import Derived, derive, fx_leaf, original, replace_module, replacing_plugin
+from smallvit.plugins.leaf import Derived, derive, fx_leaf, replace_module, replacing_plugin
 
 MLPS = (Mlp, GluMlp, SwiGLU)
 WINDOWED = (swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block)
@@ -140,6 +140,8 @@ class DepthwiseConv(nn.Dropout):
 class Reweighting(Derived):
     """Mixin of an MLP class: prefix tokens bypass the MLP and are multiplied by factors of the mean patch."""
 
+    added = ("compress", "excite")
+
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         prefix = self.drop1.grid.prefix
         patches = super().forward(x)[:, prefix:]
@@ -175,8 +177,7 @@ def apply(model: nn.Module, site: Site, config: FFNConfig, init: Init) -> None:
 def remove(model: nn.Module, layer: nn.Module) -> None:
     """Remove the convolution from an MLP."""
     if isinstance(layer, Reweighting):
-        layer.__class__ = type(layer).__bases__[1]
-        del layer.compress, layer.excite
+        layer.release()
     layer.drop1 = original(layer.drop1)
 
 

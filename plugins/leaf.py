@@ -14,16 +14,11 @@ from typing import Any, ClassVar, TypeVar
 from timm.layers import register_notrace_module
 from torch import nn
 from torch.fx import Proxy
-from torch.nn.modules import module as modules
 
-ORIGINAL = "_smallvit_original"
+from smallvit.plugins.base import ORIGINAL, original
+
 PLUGIN = "_smallvit_plugin"
 Layer = TypeVar("Layer", bound=type[nn.Module])
-
-
-def original(layer: nn.Module) -> nn.Module | None:
-    """Return the module that a layer replaced, if it replaced one."""
-    return vars(layer).get(ORIGINAL)
 
 
 def replacing_plugin(layer: nn.Module) -> str | None:
@@ -49,16 +44,6 @@ def restore_original(model: nn.Module, layer: nn.Module) -> nn.Module:
     return old
 
 
-def own_forward(name: str, layer: nn.Module) -> str | None:
-    """Return why a layer's class cannot change: a `forward` set on the instance would run instead of the class's."""
-    if "forward" not in vars(layer):
-        return None
-    return (
-        f"{name}: this {type(layer).__name__} instance has its own forward, which would run instead (accelerate sets "
-        f"one); remove it (del layer.forward)"
-    )
-
-
 def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -76,23 +61,8 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         type(layer) is kind
         and "forward" not in layer.__dict__
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not _has_global_hooks()
         and not any(hasattr(weight, "__tensor_flatten__") for weight in layer._parameters.values())  # e.g. of torchao
     )
-
-
-def _has_global_hooks() -> bool:
-    """Return whether hooks are registered for all modules, other than those of torch's FLOP counter.
-
-    The counter only follows which module is running, and should count what runs without it.
-    """
-    hooks = (
-        modules._global_forward_hooks,
-        modules._global_forward_pre_hooks,
-        modules._global_backward_hooks,
-        modules._global_backward_pre_hooks,
-    )
-    return any(not str(hook.__module__).startswith("torch.utils.") for each in hooks for hook in each.values())
 
 
 def fx_leaf(cls: Layer) -> Layer:
@@ -154,6 +124,15 @@ class Adapter:
 
 class Derived:
     """Mixin of the classes that `derive` creates; the first base, before the layer's class."""
+
+    added: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters and submodules that the layer did not have."""
+
+    def release(self) -> None:
+        """Turn back into the previous class, in place."""
+        for name in self.added:
+            delattr(self, name)
+        self.__class__ = type(self).__bases__[1]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new, type(self).__bases__, self.__dict__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from smallvit.plugins import PLUGINS
-from smallvit.plugins.base import Init, Plugin, PluginConfig, Site
-from smallvit.plugins.leaf import original, own_forward
+from smallvit.plugins.base import Init, Plugin, PluginConfig, Site, original
 
 MINOR = "it has one query, the class token"
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -68,13 +67,13 @@ def patch(
         for other in PLUGINS[name].excludes:
             if other in configs or any(plugin == other for plugin, _, _ in patched_layers(model)):
                 raise ValueError(f"{PLUGINS[name].title} cannot be combined with {PLUGINS[other].title}; remove one")
-    patterns = _Patterns(*((each,) if isinstance(each, str) else tuple(each) for each in (include, exclude)))
+    include, exclude = ([each] if isinstance(each, str) else list(each) for each in (include, exclude))
     for name, config in configs.items():
-        _select(model, PLUGINS[name], config, init, patterns)  # raises before anything has changed
+        _select(model, PLUGINS[name], config, init, include, exclude)  # raises before anything has changed
     before = list(model.parameters())
     has_optimizer = _have_optimizer(before)
     for name, config in configs.items():
-        for site in _select(model, PLUGINS[name], config, init, patterns):
+        for site in _select(model, PLUGINS[name], config, init, include, exclude):
             PLUGINS[name].apply(model, site, config, init)
     known = set(map(id, before))
     if has_optimizer and (new := [name for name, each in model.named_parameters() if id(each) not in known]):
@@ -131,12 +130,9 @@ def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         yield from ((plugin.name, name, layer) for name, layer in plugin.patched(model))
 
 
-def unsupported_reason(model: nn.Module, plugin: str, config: PluginConfig | None = None) -> str | None:
-    """Return why a plugin can change none of a model's layers; None if it can, or has."""
-    return _unsupported_reason(model, plugin, list(PLUGINS[plugin].sites(model, config)))
-
-
-def _unsupported_reason(model: nn.Module, plugin: str, sites: list[Site]) -> str | None:
+def unsupported_reason(model: nn.Module, plugin: str, sites: Sequence[Site] | None = None) -> str | None:
+    """Return why a plugin can change none of a model's layers, by default all its sites; None if it can, or has."""
+    sites = list(PLUGINS[plugin].sites(model)) if sites is None else sites
     done = {name for name, _, _ in patched_layers(model)}
     if plugin in done or any(site.reason is None and not site.minor for site in sites):
         return None
@@ -158,17 +154,23 @@ def _config(name: str, value: bool | PluginConfig) -> PluginConfig | None:
     return value
 
 
-def _select(model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, patterns: _Patterns) -> list[Site]:
+def _select(
+    model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, include: list[str], exclude: list[str]
+) -> list[Site]:
     """Return the sites that a plugin changes now.
 
     Raises:
         UnsupportedModelError, ValueError: as of `patch`.
     """
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, each) for each in include) and not any(fnmatchcase(name, each) for each in exclude)
+
     cannot = f"cannot patch this {type(model).__name__} with {plugin.title}"
     sites = list(plugin.sites(model, config, init))
-    if (reason := _unsupported_reason(model, plugin.name, sites)) is not None:
+    if (reason := unsupported_reason(model, plugin.name, sites)) is not None:
         raise UnsupportedModelError(f"{cannot}: {reason}")
-    matched = [site for site in sites if patterns.match(site.name)]
+    matched = [site for site in sites if matches(site.name)]
     chosen = [site for site in matched if site.reason is None]
     if plugin.strict and len(chosen) < len(matched):
         site = next(site for site in matched if site.reason is not None)
@@ -177,11 +179,21 @@ def _select(model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, 
         )
     if reason := next(filter(None, (own_forward(site.name, site.layer) for site in chosen)), None):
         raise UnsupportedModelError(f"{cannot}: {reason} or exclude the layer, then patch")
-    if not chosen and not any(patterns.match(name) for name, _ in plugin.patched(model)):
+    if not chosen and not any(matches(name) for name, _ in plugin.patched(model)):
         names = [site.name for site in sites if site.reason is None]
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(f"{patterns} match no layer for {plugin.title}; expected a pattern of {listed}")
+        raise ValueError(f"{include=}, {exclude=} match no layer for {plugin.title}; expected a pattern of {listed}")
     return chosen
+
+
+def own_forward(name: str, layer: nn.Module) -> str | None:
+    """Return why a layer's class cannot change: a `forward` set on the instance would run instead of the class's."""
+    if "forward" not in vars(layer):
+        return None
+    return (
+        f"{name}: this {type(layer).__name__} instance has its own forward, which would run instead (accelerate sets "
+        f"one); remove it (del layer.forward)"
+    )
 
 
 def _have_optimizer(parameters: list[nn.Parameter]) -> bool:
@@ -205,20 +217,6 @@ def _first(names: list[str]) -> str:
 
 def _is_on_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
-
-
-@dataclass(frozen=True)
-class _Patterns:
-    """Patterns of layer names."""
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-    def match(self, name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
-
-    def __str__(self) -> str:
-        return f"include={list(self.include)}, exclude={list(self.exclude)}"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from timm import layers, models
 from timm.layers import to_2tuple
 from torch import nn
 
-from smallvit.plugins.base import Init, Site
-from smallvit.plugins.leaf import original, replace_module, replacing_plugin, restore_original
+from smallvit.plugins.base import Init, Site, original
+from smallvit.plugins.leaf import replace_module, replacing_plugin, restore_original
 from smallvit.plugins.spt import SPTConfig
 from smallvit.plugins.spt_layer import (
     ShiftedConv2d,
@@ -87,6 +87,19 @@ class KeepPatchSize:
         type(self.embedding).set_input_size(self.embedding, img_size=img_size)
 
 
+def keep_patch_size(embedding: nn.Module) -> None:
+    """Let the image size of a patched embedding change, but not its patch size."""
+    if hasattr(embedding, "set_input_size"):
+        object.__setattr__(embedding, "set_input_size", KeepPatchSize(embedding))
+
+
+def release_patch_size(model: nn.Module, layer: nn.Module) -> None:
+    """Let the patch size of the embedding around a layer change again."""
+    for parent in model.modules():
+        if isinstance(vars(parent).get("set_input_size"), KeepPatchSize) and layer in parent.children():
+            del parent.set_input_size
+
+
 def sites(model: nn.Module, config: SPTConfig, init: Init) -> Iterator[Site]:
     """Yield every layer that cuts images or feature maps into tokens."""
     for name, module in model.named_modules():
@@ -112,8 +125,7 @@ def apply(model: nn.Module, site: Site, config: SPTConfig, init: Init) -> None:
             replace_module(model, site.parent.get_submodule(name), new, "spt")
             if hasattr(model, "initialize_linears"):  # a model with its own initialization
                 model.initialize_linears(new)
-    if hasattr(site.parent, "set_input_size"):
-        object.__setattr__(site.parent, "set_input_size", KeepPatchSize(site.parent))
+    keep_patch_size(site.parent)
 
 
 def remove(model: nn.Module, layer: nn.Module) -> None:
@@ -122,9 +134,7 @@ def remove(model: nn.Module, layer: nn.Module) -> None:
         layer.release()
     else:
         layer = restore_original(model, layer)
-    for parent in model.modules():
-        if isinstance(vars(parent).get("set_input_size"), KeepPatchSize) and layer in parent.children():
-            del parent.set_input_size
+    release_patch_size(model, layer)
 
 
 def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -150,11 +160,6 @@ def describe_loss(layer: nn.Module) -> str | None:
     if isinstance(layer, ShiftedViews):
         return "the trained weights of the shifted views" if layer.shifted.any() else None
     return "shifted patch tokenization with its weights (timm's layers return with the weights they had before)"
-
-
-def new_keys(layer: nn.Module) -> set[str]:
-    """Return the key of the shifted views, or all of a layer that replaced another."""
-    return {"shifted"} if isinstance(layer, ShiftedViews) else set(layer.state_dict())
 
 
 def with_shifted_views(layer: nn.Module) -> type[ShiftedViews] | None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from smallvit.plugins.base import Init, Site
 from smallvit.plugins.leaf import replace_module, replacing_plugin, restore_original
-from smallvit.plugins.spt_timm import KeepPatchSize
+from smallvit.plugins.spt_timm import keep_patch_size, release_patch_size
 from smallvit.plugins.stem import StemConfig
 
 EMBEDDINGS: dict[type[nn.Module], str] = {
@@ -65,16 +65,12 @@ def apply(model: nn.Module, site: Site, config: StemConfig, init: Init) -> None:
     with torch.device(conv.weight.device):
         new = ConvStem(conv.in_channels, conv.out_channels, conv.stride[0], config)
     replace_module(model, conv, new.to(conv.weight.dtype).train(conv.training), "stem")
-    if hasattr(site.parent, "set_input_size"):
-        object.__setattr__(site.parent, "set_input_size", KeepPatchSize(site.parent))
+    keep_patch_size(site.parent)
 
 
 def remove(model: nn.Module, layer: nn.Module) -> None:
     """Turn a stem back into timm's convolution."""
-    layer = restore_original(model, layer)
-    for parent in model.modules():
-        if isinstance(vars(parent).get("set_input_size"), KeepPatchSize) and layer in parent.children():
-            del parent.set_input_size
+    release_patch_size(model, restore_original(model, layer))
 
 
 def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,11 +87,6 @@ def describe(layer: ConvStem) -> str:
 def describe_loss(layer: ConvStem) -> str:
     """Return the whole stem."""
     return "the convolutional stem with its weights (timm's patch embedding returns with the weights it had before)"
-
-
-def new_keys(layer: ConvStem) -> set[str]:
-    """Return all keys of a stem."""
-    return set(layer.state_dict())
 
 
 def _refusal(conv: nn.Module, init: Init) -> str | None:

@@ -49,6 +49,9 @@ class Exclusive(Derived):
             return super().forward(*args, **kwargs)
 
 
+ADAPTER = Exclusive
+
+
 class ExcludedValues(TorchFunctionMode):
     """Mode in which the fused kernel, or the first product after a softmax, returns exclusive outputs."""
 
@@ -81,16 +84,6 @@ def apply(model: nn.Module, site: Site, config: XSAConfig, init: Init) -> None:
     site.layer.__class__ = derive(Exclusive, type(site.layer))
 
 
-def remove(model: nn.Module, layer: nn.Module) -> None:
-    """Turn a layer back into its previous class."""
-    layer.__class__ = type(layer).__bases__[1]
-
-
-def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every exclusive attention layer."""
-    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, Exclusive))
-
-
 def describe(layer: nn.Module) -> str:
     """Describe the change."""
     return "outputs have no component along the token's own value"
@@ -99,11 +92,6 @@ def describe(layer: nn.Module) -> str:
 def describe_loss(layer: nn.Module) -> str:
     """Return the whole change, which has no parameters."""
     return "exclusive self-attention (outputs have a component along the token's own value again)"
-
-
-def new_keys(layer: nn.Module) -> set[str]:
-    """Return no keys: there are no parameters."""
-    return set()
 
 
 def _attends_to_itself(layer: nn.Module) -> bool:

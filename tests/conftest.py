@@ -134,7 +134,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractCont
     @contextmanager
     def at(calls: int) -> Iterator[None]:
         from smallvit.training import checkpointing
-        from smallvit.training.progress import TrainingProgress
+        from smallvit.utils.terminal import TrainingProgress
 
         left = calls
 

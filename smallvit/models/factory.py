@@ -26,7 +26,6 @@ from smallvit.config.model import (
 from smallvit.models.architectures import CIFAR_RESNETS, OURS, require_multiple
 from smallvit.plugins import BinaryConfig, PluginConfig
 from smallvit.plugins.patch import UnsupportedModelError, patch
-from smallvit.plugins.sdpa import set_fused_attention
 from smallvit.utils.errors import InputError, first_line, flag, suggest
 from smallvit.utils.hardware import is_convolutional
 
@@ -324,6 +323,8 @@ def _family(arch: str) -> str | None:
 
 def prepare_for_inference(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move a model to a device in evaluation mode, with the fast attention path and memory format."""
+    from smallvit.plugins.sdpa import set_fused_attention
+
     set_fused_attention(model, device.type, dtype)
     model.eval().to(device)
     return model.to(memory_format=torch.channels_last) if is_convolutional(model) else model

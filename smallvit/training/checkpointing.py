@@ -15,12 +15,12 @@ from torch import Tensor
 from smallvit.models import checkpoint
 from smallvit.plugins.patch import misfit
 from smallvit.runs.run import Run
-from smallvit.training.progress import TrainingProgress
 from smallvit.training.setup import Setup
 from smallvit.utils.distributed import local_tensor
 from smallvit.utils.errors import DivergedError, InputError
 from smallvit.utils.hardware import AsyncScalar
 from smallvit.utils.signals import SignalHandler, SignalInterrupt
+from smallvit.utils.terminal import TrainingProgress
 
 EPOCH_SECONDS = 5.0
 """Minimum time between the checkpoints of two epochs."""

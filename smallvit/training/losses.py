@@ -6,7 +6,7 @@ weight λ and temperature τ:
     soft     (1 − λ) L(s, y) + λ τ² KL(softmax(t/τ) ‖ softmax(s/τ))
     hard     (1 − λ) L(s, y) + λ CE(s, argmax t)
     token    as hard, but the second term takes the logits of the distillation head
-    features L(s, y) + λ Σ mean((up(F) − up(A f))²), feature maps F of the teacher and f of the student (`guidance`)
+    features L(s, y) + λ Σ mean((up(F) − up(A f))²), feature maps F of the teacher and f of the student (`teacher`)
 
 L is the loss of the labels. A model with two heads gives both logits; the first term takes the class head's.
 torch is imported inside functions, so that the command line lists losses and their options without it.

@@ -23,8 +23,6 @@ from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluatio
 from smallvit.evaluation.evaluate import evaluate
 from smallvit.models import factory
 from smallvit.plugins.patch import describe
-from smallvit.plugins.sdpa import set_fused_attention
-from smallvit.profiling.flops import OperationCounts, count_macs_by_layer, count_operations, count_parameters
 from smallvit.training import optim
 from smallvit.training.launch import resolve
 from smallvit.training.losses import Objective, create_objective
@@ -37,8 +35,8 @@ from smallvit.utils.terminal import print_indented
 
 if TYPE_CHECKING:
     from smallvit.datasets.dataset import ImageDataset
-    from smallvit.training.guidance import GuidedModel
-    from smallvit.training.teacher import Teacher
+    from smallvit.profiling.flops import OperationCounts
+    from smallvit.training.teacher import GuidedModel, Teacher
 
 
 FEW_IMAGES = 100
@@ -191,6 +189,9 @@ def create_setup(
         InputError: The configuration names something that does not exist or does not fit, or images or teacher are
             not those of the resumed run.
     """
+    from smallvit.plugins.sdpa import set_fused_attention
+    from smallvit.profiling.flops import count_macs_by_layer, count_operations, count_parameters
+
     config = resolve(config) if config.model.arch is None else apply_regularization(config)  # for a direct call
     device = world.device(hardware.pick_device(config.compute.device))
     required = config.compute.compile != "auto"
@@ -201,7 +202,9 @@ def create_setup(
     dataset = datasets.create_dataset(config.data)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
     streaming = "on" if dataset.train.on_disk else "off"
-    batches = _batches(config, dataset, device, world)
+    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
+    batches = create_train_loader(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
     spec = _spec(config, dataset)
     torch.manual_seed(config.run.seed)  # the initial weights
     model = factory.create_model(**spec)
@@ -292,12 +295,6 @@ def _require_same(
         )
 
 
-def _batches(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> TrainLoader:
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
-    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
-    return create_train_loader(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
-
-
 def _move_model(
     model: nn.Module, config: Config, device: torch.device, world: World
 ) -> tuple[nn.Module, ModelEmaV3 | None]:
@@ -320,7 +317,7 @@ def _move_model(
 
 def _guide(model: nn.Module, config: Config, dataset: ImageDataset, teacher: Teacher) -> GuidedModel:
     """Return the model within the layers that compare its feature maps with the teacher's."""
-    from smallvit.training.guidance import GuidedModel
+    from smallvit.training.teacher import GuidedModel
 
     if config.compute.fsdp:
         raise InputError("--fsdp cannot be combined with --distill features; remove one")

@@ -2,7 +2,15 @@
 
 Images are resized and normalized for the teacher. It runs in evaluation mode without gradients.
 
-Axes: b batch, c channels, h w image, k classes.
+Feature maps guide a student by a CNN: locality guidance (Li et al. 2022, arXiv:2207.10026). Three maps of the student,
+after its first, middle and last block, imitate the last three stages of the teacher:
+
+    Σ_t mean((up(F_t) − up(A_t F_s))²)
+
+A_t is a 1×1 convolution to the teacher's channels, which is trained with the student and dropped afterwards; `up`
+resizes the smaller grid of the two to the larger one, bilinearly.
+
+Axes: b batch, c channels, d channels of the teacher, h w image, i j grid, k classes.
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from smallvit.config.config import Config
 from smallvit.datasets.dataset import ImageDataset
@@ -23,7 +31,6 @@ from smallvit.models import weights, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.profiling.flops import count_parameters
-from smallvit.training.guidance import FeatureExtractor
 from smallvit.training.losses import LOSSES
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import Compilation, autocast, choose_dtype, free_memory
@@ -31,6 +38,8 @@ from smallvit.utils.hardware import Compilation, autocast, choose_dtype, free_me
 CACHE_DTYPE = torch.float16
 """Dtype of cached logits and feature maps."""
 Outputs = Tensor | list[Tensor]
+STAGES = 3
+"""Feature maps that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,3 +163,56 @@ def _require_memory(epochs: int, views: int, values: int) -> None:
         raise InputError(
             f"--teacher-views {epochs}: caching the teacher's outputs needs {needed / 2**30:.1f} GiB; give fewer views"
         )
+
+
+class FeatureExtractor(nn.Module):
+    """Return the feature maps of a model's last three stages, or of three of its blocks.
+
+    Args:
+        spread: Take the first, middle and last block instead of the last three stages.
+
+    Raises:
+        InputError: The model does not have `forward_intermediates` as timm's models do, or fewer than three stages.
+    """
+
+    def __init__(self, model: nn.Module, img_size: int, in_chans: int, name: str, *, spread: bool) -> None:
+        super().__init__()
+        self.model = model
+        if not hasattr(model, "forward_intermediates"):
+            raise InputError(f"--distill features: {name} has no feature maps (no forward_intermediates)")
+        training = model.training
+        with torch.no_grad():
+            parameter = next(model.parameters())
+            images = parameter.new_zeros(2, in_chans, img_size, img_size)
+            maps = model.eval().forward_intermediates(images, intermediates_only=True)
+        model.train(training)
+        count = len(maps)
+        if count < STAGES:
+            raise InputError(f"--distill features: {name} has {count} feature maps, which is fewer than {STAGES}")
+        self.indices = [0, count // 2, count - 1] if spread else [*range(count - STAGES, count)]
+        self.shapes = [tuple(maps[index].shape[1:]) for index in self.indices]
+        """Channels, rows and columns of each map."""
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d i j"]]:
+        return self.model.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+
+
+class GuidedModel(FeatureExtractor):
+    """A student and its 1×1 convolutions A_t; returns its logits and the maps A_t F_s.
+
+    Args:
+        channels: Channels of the teacher's maps.
+    """
+
+    def __init__(self, model: nn.Module, img_size: int, in_chans: int, name: str, channels: Sequence[int]) -> None:
+        super().__init__(model, img_size, in_chans, name, spread=True)
+        self.projections = nn.ModuleList(
+            nn.Conv2d(shape[0], own, 1) for shape, own in zip(self.shapes, channels, strict=True)
+        )
+
+    def forward(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b classes"], list[Float[Tensor, "b d i j"]]]:
+        features, maps = self.model.forward_intermediates(images, indices=self.indices)
+        projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
+        return self.model.forward_head(features), projected

@@ -19,16 +19,14 @@ from smallvit.config.config import Config
 from smallvit.datasets.loader import explain_worker_failures
 from smallvit.models import checkpoint, weights_info
 from smallvit.plugins import PLUGINS
-from smallvit.profiling.flops import count_float_bytes, count_packed_bytes
 from smallvit.runs.run import Run
 from smallvit.training.checkpointing import Checkpointer, RunState
 from smallvit.training.launch import open_run
 from smallvit.training.optim import plugin_strength
-from smallvit.training.progress import TrainingProgress
 from smallvit.training.setup import Setup, create_setup
 from smallvit.utils import distributed, hardware
 from smallvit.utils.signals import SignalHandler
-from smallvit.utils.terminal import create_console
+from smallvit.utils.terminal import TrainingProgress, create_console
 
 if TYPE_CHECKING:
     from smallvit.runs.trackers import Trackers
@@ -260,6 +258,8 @@ class TrainResult:
 
 def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """Return the contents of summary.json; accuracies in percent."""
+    from smallvit.profiling.flops import count_float_bytes, count_packed_bytes
+
     seen = state.epoch * setup.batches.sampling.views
     return {
         "test_top1": test["top1"],

@@ -21,11 +21,11 @@ from smallvit.training import checkpointing
 from smallvit.training import setup as _setup
 from smallvit.training import train as engine
 from smallvit.training.losses import Objective
-from smallvit.training.progress import TrainingProgress
 from smallvit.training.setup import Setup
 from smallvit.utils import signals
 from smallvit.utils.hardware import AsyncScalar
 from smallvit.utils.signals import SignalInterrupt
+from smallvit.utils.terminal import TrainingProgress
 
 
 def slow_except(values: Iterable[Any], *kept: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from smallvit.training import checkpointing
 from smallvit.training import train as engine
 from smallvit.training.launch import open_run
 from smallvit.training.optim import create_average, create_optimizer, create_schedule
-from smallvit.training.progress import TrainingProgress
+from smallvit.utils.terminal import TrainingProgress
 
 
 def slow_except(values: Iterable[Any], *kept: Any) -> list[Any]:

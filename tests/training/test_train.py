@@ -28,8 +28,8 @@ from smallvit.training import checkpointing, setup
 from smallvit.training import train as engine
 from smallvit.training.launch import open_run
 from smallvit.training.optim import create_optimizer, create_schedule, plugin_strength
-from smallvit.training.progress import TrainingProgress
 from smallvit.utils import hardware
+from smallvit.utils.terminal import TrainingProgress
 
 
 def slow_except(values: Iterable[Any], *kept: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from smallvit.training.progress import TrainingProgress
+from smallvit.utils.terminal import TrainingProgress
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("smallvit.training.progress.time.monotonic", clock)
+    monkeypatch.setattr("smallvit.utils.terminal.time.monotonic", clock)
     return clock
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from timm.layers import register_notrace_module
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.modules import module as modules
 
 from smallvit.plugins.base import ORIGINAL, original
 
@@ -61,8 +62,23 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         type(layer) is kind
         and "forward" not in layer.__dict__
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not _has_global_hooks()
         and not any(hasattr(weight, "__tensor_flatten__") for weight in layer._parameters.values())  # e.g. of torchao
     )
+
+
+def _has_global_hooks() -> bool:
+    """Return whether hooks are registered for all modules, other than those of torch's FLOP counter.
+
+    The counter only follows which module is running, and should count what runs without it.
+    """
+    hooks = (
+        modules._global_forward_hooks,
+        modules._global_forward_pre_hooks,
+        modules._global_backward_hooks,
+        modules._global_backward_pre_hooks,
+    )
+    return any(not str(hook.__module__).startswith("torch.utils.") for each in hooks for hook in each.values())
 
 
 def fx_leaf(cls: Layer) -> Layer:

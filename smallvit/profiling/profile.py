@@ -218,64 +218,56 @@ class ProfileConfig:
     """Time budget of each model at each image size."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """The device, precision and time that models are measured with."""
+def measure_models(
+    models: Sequence[ModelAtSize],
+    batches: Mapping[str, tuple[int, bool]],
+    rounds: Iterable[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    step_batch: int | None = None,
+) -> list[dict[str, Any]]:
+    """Measure models, memory one after the other and then time in turns; a value is None without memory or time.
 
-    device: torch.device
-    dtype: torch.dtype
-    seconds: float
+    Args:
+        models: The models.
+        batches: Batch size of each value, and whether each pass is a sample.
+        rounds: Rounds of samples.
+        device: The device.
+        dtype: Precision of matrix products.
+        seconds: Time budget of each model.
+        step_batch: Batch size of the training step, which is measured on GPUs only; None measures none.
+    """
+    records, timings = [], []
+    for model in track(models, "warming up and memory"):
+        loaded = prepare_for_inference(model.build(), device, dtype)
+        watch = Stopwatch(loaded, model.input_size, device, dtype, seconds)
+        starts = {name: partial(_start_timing, watch, *batch) for name, batch in batches.items()}
+        timings.append({name: run_if_memory_allows(start) for name, start in starts.items()})
+        kept = run_if_memory_allows(
+            partial(memory.activation_bytes, loaded, *model.input_size[:2], device=device, dtype=dtype)
+        )
+        record = {"model": model.label, "img_size": model.img_size, "patch_size": model.spec["patch_size"]}
+        records.append(record | model.counts | {"activation_bytes_per_image": kept})
+        if step_batch is not None and device.type == "cuda":
+            step = partial(memory.step_peak_bytes, loaded, watch.make_images(step_batch), dtype)
+            records[-1]["step_peak_bytes"] = run_if_memory_allows(step)
+    take_turns([row[name] for name in batches for row in timings if row[name] is not None], rounds)
+    for record, row in zip(records, timings, strict=True):
+        for name, timing in row.items():
+            if timing is None:
+                record |= {name: None, f"{name}_iqr": None}
+            else:
+                samples = timing.rates if name.startswith("images") else timing.milliseconds
+                record |= summarize_samples(name, samples)
+    return records
 
-    def measure(
-        self,
-        models: Sequence[ModelAtSize],
-        batches: Mapping[str, tuple[int, bool]],
-        rounds: Iterable[int],
-        step_batch: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """Measure models, memory one after the other and then time in turns; a value is None without memory or time.
 
-        Args:
-            models: The models.
-            batches: Batch size of each value, and whether each pass is a sample.
-            rounds: Rounds of samples.
-            step_batch: Batch size of the training step, which is measured on GPUs only; None measures none.
-        """
-        records, timings = [], []
-        for model in track(models, "warming up and memory"):
-            watch = self.load(model)
-            timings.append({name: self.start_timing(watch, *batch) for name, batch in batches.items()})
-            arguments = watch.model, *model.input_size[:2], self.device, self.dtype
-            kept = run_if_memory_allows(partial(memory.activation_bytes, *arguments))
-            record = {"model": model.label, "img_size": model.img_size, "patch_size": model.spec["patch_size"]}
-            records.append(record | model.counts | {"activation_bytes_per_image": kept})
-            if step_batch is not None and self.device.type == "cuda":
-                step = partial(memory.step_peak_bytes, watch.model, watch.make_images(step_batch), self.dtype)
-                records[-1]["step_peak_bytes"] = run_if_memory_allows(step)
-        take_turns([row[name] for name in batches for row in timings if row[name] is not None], rounds)
-        for record, row in zip(records, timings, strict=True):
-            for name, timing in row.items():
-                if timing is None:
-                    record |= {name: None, f"{name}_iqr": None}
-                else:
-                    samples = timing.rates if name.startswith("images") else timing.milliseconds
-                    record |= summarize_samples(name, samples)
-        return records
-
-    def load(self, model: ModelAtSize) -> Stopwatch:
-        """Create a model on the device, and its stopwatch."""
-        loaded = prepare_for_inference(model.build(), self.device, self.dtype)
-        return Stopwatch(loaded, model.input_size, self.device, self.dtype, self.seconds)
-
-    def start_timing(self, watch: Stopwatch, batch: int, alone: bool) -> Timing | None:
-        """Start to time batches; None without enough memory, or without enough time for several images."""
-
-        def start() -> Timing | None:
-            if watch.find_batch_size(batch) < batch or (batch > 1 and not watch.has_time_for(batch)):
-                return None
-            return Timing(watch, watch.make_images(batch), alone=alone)
-
-        return run_if_memory_allows(start)
+def _start_timing(watch: Stopwatch, batch: int, alone: bool) -> Timing | None:
+    """Start to time batches; None without enough time for several images."""
+    if watch.find_batch_size(batch) < batch or (batch > 1 and not watch.has_time_for(batch)):
+        return None
+    return Timing(watch, watch.make_images(batch), alone=alone)
 
 
 def run_profile(config: ProfileConfig) -> dict[str, Any]:
@@ -295,18 +287,22 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
         growing = [model for row in track(config.rows, "counting") for model in row.grow(config.growth)]
     dtypes = {hardware.choose_dtype(device, config.amp, model.build(), *model.input_size[:2]) for model in models}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    bench = Bench(device=device, dtype=dtype, seconds=config.seconds)
+    measure = partial(measure_models, device=device, dtype=dtype, seconds=config.seconds)
     console = create_console(stderr=True)
     limit = (len(models) + len(growing)) * config.seconds
-    labels = ", ".join(row.label for row in config.rows)
-    console.print(f"measuring {labels}: up to about {limit:.0f} s (--seconds {config.seconds:g})")
+    labels = [row.label for row in config.rows]
+    console.print(f"measuring {', '.join(labels)}: up to about {limit:.0f} s (--seconds {config.seconds:g})")
     batches = {"latency_ms": (1, True), **{f"images_per_second_{n}": (n, False) for n in config.batch_sizes}}
     step_batch = max(MIN_STEP_BATCH, *config.batch_sizes)
-    records = bench.measure(models, batches, track(range(ROUNDS), "time"), step_batch)
-    growth = {} if config.growth is None else {"growth": _measure_growth(growing, config.batch_sizes[0], bench)}
+    records = measure(models, batches, track(range(ROUNDS), "time"), step_batch=step_batch)
+    growth = []
+    for size in sorted({model.img_size for model in growing}):  # those of the same size take turns
+        same_size = [model for model in growing if model.img_size == size]
+        growth += measure(same_size, {"ms_per_image": (config.batch_sizes[0], True)}, range(GROWTH_ROUNDS))
+    growth.sort(key=lambda record: labels.index(record["model"]))
     return {
         "rows": records,
-        **growth,
+        **({} if config.growth is None else {"growth": growth}),
         "batch_sizes": list(config.batch_sizes),
         "step_batch_size": step_batch,
         "rounds": ROUNDS,
@@ -317,16 +313,6 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
         "versions": hardware.versions(),
         "git_revision": hardware.git_revision(),
     }
-
-
-def _measure_growth(models: Sequence[ModelAtSize], batch: int, bench: Bench) -> list[dict[str, Any]]:
-    """Return a record for each model; those of the same size are measured in turns."""
-    records = []
-    for size in sorted({model.img_size for model in models}):
-        same_size = [model for model in models if model.img_size == size]
-        records += bench.measure(same_size, {"ms_per_image": (batch, True)}, range(GROWTH_ROUNDS))
-    labels = list(dict.fromkeys(model.label for model in models))
-    return sorted(records, key=lambda record: labels.index(record["model"]))
 
 
 # Tables

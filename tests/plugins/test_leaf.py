@@ -20,6 +20,7 @@ from timm.layers import Attention
 from timm.models import cait, swin_transformer
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -314,6 +315,10 @@ def test_every_kind_of_hook_fires(site: str) -> None:
             sublayer.register_forward_pre_hook,
             sublayer.register_full_backward_hook,
             sublayer.register_full_backward_pre_hook,
+            modules.register_module_forward_hook,
+            modules.register_module_forward_pre_hook,
+            modules.register_module_full_backward_hook,
+            modules.register_module_full_backward_pre_hook,
         ):
             with watched(register) as seen:
                 y = layer(x.requires_grad_())

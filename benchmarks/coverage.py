@@ -9,6 +9,7 @@ Models are created on the meta device, without memory for weights. Nothing is do
 from __future__ import annotations
 
 import argparse
+import copy
 from collections import defaultdict
 
 import timm
@@ -74,9 +75,10 @@ FAMILIES = (
 def survey(name: str) -> dict[str, str]:
     """Patch a timm model with each plugin in turn; return the outcome by plugin."""
     outcome = {}
+    with torch.device("meta"):
+        unpatched = timm.create_model(name, pretrained=False)
     for plugin in PLUGINS.values():
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
+        model = copy.deepcopy(unpatched)
         if (reason := unsupported_reason(model, plugin.name)) is not None:
             outcome[plugin.name] = f"no: {reason}"
             continue

@@ -104,7 +104,8 @@ def main() -> None:
         if given.all or family in FAMILIES:
             totals[family].append(survey(name))
             print(f"{name:48} {family:26} " + "; ".join(f"{key} {text}" for key, text in totals[family][-1].items()))
-    for family, outcomes in sorted(totals.items()):
+    totals["all"] = [outcome for outcomes in totals.values() for outcome in outcomes]
+    for family, outcomes in totals.items():
         counts = (f"{key} {sum(each[key].startswith('yes') for each in outcomes)}" for key in PLUGINS)
         print(f"{family:26} {len(outcomes):4} models: {', '.join(counts)}")
 

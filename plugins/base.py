@@ -100,6 +100,8 @@ class Plugin:
     """With init="preserve", training phases the plugin in."""
     excludes: tuple[str, ...] = ()
     """Plugins that change the same layers and cannot be combined with this one."""
+    whole_grid: bool = False
+    """The plugin arranges the patch tokens on their grid, so that none may be dropped."""
     strict: bool = False
     """Refuse a model if one of its sites cannot be changed, instead of skipping the site."""
 

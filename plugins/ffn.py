@@ -41,4 +41,5 @@ FFN = Plugin(
     title="depthwise convolution in the MLP",
     config=FFNConfig,
     citation=DHVT,
+    whole_grid=True,
 )

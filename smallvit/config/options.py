@@ -216,6 +216,10 @@ class OptimConfig:
     """Label smoothing of cross-entropy; by default 0.1."""
     plugin_warmup_ratio: float = 0.5
     """Share of the steps over which plugins created with --plugin-init preserve reach their full strength."""
+    patch_drop_rate: float = 0.0
+    """Share of a ViT's patches that are dropped at random in each training step, which saves their computations."""
+    patch_drop_ratio: float = 0.8
+    """Share of the steps after which no patches are dropped any more."""
     clip_grad: float | None = None
     """Maximum norm of the whole gradient; not clipped by default."""
 
@@ -235,8 +239,9 @@ class OptimConfig:
         require(decay is None or 0 <= decay < math.inf, "weight_decay", decay, "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
         require(smoothing is None or 0 <= smoothing < 1, "label_smoothing", smoothing, "a share from 0 to below 1")
-        ratio = self.plugin_warmup_ratio
-        require(0 <= ratio <= 1, "plugin_warmup_ratio", ratio, "a share from 0 to 1")
+        require(0 <= self.patch_drop_rate < 1, "patch_drop_rate", self.patch_drop_rate, "a share from 0 to below 1")
+        for name in ("plugin_warmup_ratio", "patch_drop_ratio"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
 
 

@@ -167,6 +167,9 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     strength = plugin_strength(number, start or setup.steps, config.optim.plugin_warmup_ratio)
     set_strength(setup, model, strength)
     setup.schedule.step_update(number - start)
+    if setup.patch_dropout is not None:
+        dropping = number <= config.optim.patch_drop_ratio * setup.steps
+        setup.patch_dropout.prob = config.optim.patch_drop_rate if dropping else 0.0
     for norm in setup.frozen_norms:
         norm.eval()
     torch.manual_seed(_seed(config.run.seed, MODEL_STREAM, epoch, step, setup.world.rank))

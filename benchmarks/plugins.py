@@ -1,6 +1,6 @@
-"""Measure the time and memory that SPT and LSA add to a training step of the paper's models.
+"""Measure the time and memory that plugins add to a training step.
 
-    python benchmarks/plugins.py [--arch vit] [--compile] [--precision fp32 bf16] [--paths] [--rounds 9]
+    python benchmarks/plugins.py [--arch vit] [--more] [--compile] [--precision fp32 bf16] [--paths] [--rounds 9]
 
 All variants take turns within each round. The table has medians over the rounds, and medians of the rounds' ratios to
 the model without plugins in the same precision. A step is forward, backward and fused AdamW. Memory is what the forward
@@ -34,6 +34,13 @@ from smallvit.utils.hardware import autocast, pick_device, pick_dtype
 
 BOTH = {"spt": True, "lsa": True}
 PLUGINS: dict[str, dict[str, Any]] = {"plain": {}, "+ SPT": {"spt": True}, "+ LSA": {"lsa": True}, "+ SPT + LSA": BOTH}
+MORE: dict[str, dict[str, Any]] = {
+    "+ stem": {"stem": True},
+    "+ FFN": {"ffn": True},
+    "+ XSA": {"xsa": True},
+    "+ stem + LSA": {"stem": True, "lsa": True},
+    "+ stem + LSA + FFN": {"stem": True, "lsa": True, "ffn": True},
+}
 EMBEDDING_ONLY = "+ SPT + LSA, embedding only"
 MERGING = ("transformers.*.pool.conv", "layers.*.downsample")
 
@@ -57,8 +64,8 @@ class Step:
         model = smallvit.create_model(arch, img_size=size, num_classes=100)
         if variant.name == EMBEDDING_ONLY:
             smallvit.patch(model, **BOTH, exclude=MERGING)
-        elif PLUGINS[variant.name]:
-            smallvit.patch(model, **PLUGINS[variant.name])
+        elif plugins := (PLUGINS | MORE)[variant.name]:
+            smallvit.patch(model, **plugins)
         self.model: nn.Module = model.to(device)
         self.optimizer = create_optimizer(model, OptimConfig(weight_decay=0.05))
         self.images = torch.randn(batch, 3, size, size, device=device)
@@ -88,9 +95,9 @@ class Step:
             return kept_bytes(self.model, self.images, self.variant.dtype)
 
 
-def variants(arch: str, dtypes: list[torch.dtype], compiled: bool, paths: bool) -> list[Variant]:
+def variants(arch: str, dtypes: list[torch.dtype], compiled: bool, paths: bool, more: bool) -> list[Variant]:
     """Return the variants to measure for an architecture."""
-    names = [*PLUGINS, *([EMBEDDING_ONLY] if arch in ("pit", "swin") else [])]
+    names = [*PLUGINS, *(MORE if more else ()), *([EMBEDDING_ONLY] if arch in ("pit", "swin") else [])]
     chosen = [Variant(*form) for form in itertools.product(dtypes, (False, True) if compiled else (False,), names)]
     forms = itertools.product(dtypes, (False,), ("plain", "+ LSA"), (False, True)) if paths else []
     return chosen + [Variant(*form) for form in forms]
@@ -119,7 +126,8 @@ def measure(arch: str, chosen: list[Variant], size: int, batch: int, rounds: int
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = options_parser(__doc__, rounds=9)
-    parser.add_argument("--arch", nargs="+", default=["vit"], choices=LEE2021)
+    parser.add_argument("--arch", nargs="+", default=["vit"], choices=(*LEE2021, "vit96"))
+    parser.add_argument("--more", action="store_true", help="also stem, FFN and XSA, which not all models take")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="also compiled (about 20 s per variant)")
     parser.add_argument("--paths", action="store_true", help="also each attention path")
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     console, size, batch, rounds = wide_console(100), options.img_size, options.batch_size, options.rounds
     console.print(f"{describe_machine(device)}, {size} px, batch {batch}, medians of {rounds}")
     for arch in options.arch:
-        chosen = variants(arch, dtypes, options.compile, options.paths)
+        chosen = variants(arch, dtypes, options.compile, options.paths, options.more)
         console.print(measure(arch, chosen, size, batch, rounds, device))
         torch.compiler.reset()
 

@@ -28,7 +28,7 @@ from smallvit.config.options import OptimConfig
 from smallvit.models.architectures import LEE2021
 from smallvit.plugins import sdpa
 from smallvit.plugins.sdpa import set_fused_attention
-from smallvit.profiling.memory import kept_bytes
+from smallvit.profiling.benchmark import kept_bytes
 from smallvit.training.optim import create_optimizer
 from smallvit.utils.hardware import autocast, pick_device, pick_dtype
 

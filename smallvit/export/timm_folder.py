@@ -45,8 +45,10 @@ def write_folder(model: Predictor, folder: Path) -> None:
     if model.info.packed:
         raise model.info.error("its weights are packed, which timm cannot load; export the run itself")
     write_text(folder / CONFIG, json.dumps(build_config(model), indent=2) + "\n")
+    metadata = read_own_metadata(model)
+    entry = {} if metadata is None else {ENTRY: json.dumps(metadata, sort_keys=True)}
     with atomic_write(folder / WEIGHTS) as partial:
-        save_file(snapshot(model.model), partial, {"format": "pt"} | _own_entry(model))
+        save_file(snapshot(model.model), partial, {"format": "pt"} | entry)
     logger, level = logging.getLogger("timm"), logging.getLogger("timm").level
     try:
         logger.setLevel(logging.ERROR)
@@ -115,11 +117,6 @@ def _pretrained_cfg(model: Predictor, own: timm.models.PretrainedCfg | None) -> 
         return config
     pretrained = timm.get_pretrained_cfg(info.timm_name).to_dict()  # only fields that are set
     return config | {name: pretrained[name] for name in COPIED if name in pretrained}
-
-
-def _own_entry(model: Predictor) -> dict[str, str]:
-    metadata = read_own_metadata(model)
-    return {} if metadata is None else {ENTRY: json.dumps(metadata, sort_keys=True)}
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool = False) -> str:

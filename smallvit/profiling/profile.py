@@ -21,9 +21,16 @@ from smallvit.config.options import Amp
 from smallvit.models import factory, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.plugins.resize import set_input_size
-from smallvit.profiling import flops, memory, scaling
-from smallvit.profiling.benchmark import ROUNDS, SECONDS, Stopwatch, Timing, summarize_samples, take_turns
-from smallvit.profiling.memory import run_if_memory_allows
+from smallvit.profiling import benchmark, flops, scaling
+from smallvit.profiling.benchmark import (
+    ROUNDS,
+    SECONDS,
+    Stopwatch,
+    Timing,
+    run_if_memory_allows,
+    summarize_samples,
+    take_turns,
+)
 from smallvit.utils import files, hardware, tables
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.terminal import create_console, track
@@ -245,12 +252,12 @@ def measure_models(
         starts = {name: partial(_start_timing, watch, *batch) for name, batch in batches.items()}
         timings.append({name: run_if_memory_allows(start) for name, start in starts.items()})
         kept = run_if_memory_allows(
-            partial(memory.activation_bytes, loaded, *model.input_size[:2], device=device, dtype=dtype)
+            partial(benchmark.activation_bytes, loaded, *model.input_size[:2], device=device, dtype=dtype)
         )
         record = {"model": model.label, "img_size": model.img_size, "patch_size": model.spec["patch_size"]}
         records.append(record | model.counts | {"activation_bytes_per_image": kept})
         if step_batch is not None and device.type == "cuda":
-            step = partial(memory.step_peak_bytes, loaded, watch.make_images(step_batch), dtype)
+            step = partial(benchmark.step_peak_bytes, loaded, watch.make_images(step_batch), dtype)
             records[-1]["step_peak_bytes"] = run_if_memory_allows(step)
     take_turns([row[name] for name in batches for row in timings if row[name] is not None], rounds)
     for record, row in zip(records, timings, strict=True):

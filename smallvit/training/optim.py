@@ -69,12 +69,8 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], new: Collection[str] = (
 
 def find_frozen_norms(model: nn.Module) -> tuple[nn.Module, ...]:
     """Return the frozen batch norms, whose statistics must not change either."""
-    return tuple(norm for norm in model.modules() if isinstance(norm, _BatchNorm) and _is_frozen(norm))
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    parameters = list(layer.parameters(recurse=False))
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.affine]
+    return tuple(norm for norm in norms if not any(each.requires_grad for each in norm.parameters()))
 
 
 def create_optimizer(

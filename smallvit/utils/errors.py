@@ -105,8 +105,4 @@ def warn(message: str) -> None:
 
 def is_utf8(text: str) -> bool:
     """Return whether a text can be encoded as UTF-8; file names may hold other bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return escape_undecodable(text) == text

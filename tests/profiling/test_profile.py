@@ -19,7 +19,7 @@ import smallvit as package
 from smallvit.cli import main
 from smallvit.cli import profile as verb
 from smallvit.models import factory
-from smallvit.profiling import benchmark, memory, scaling
+from smallvit.profiling import benchmark, scaling
 from smallvit.profiling import profile as profiling
 from smallvit.profiling.flops import count_macs, count_macs_by_layer, count_parameters
 from smallvit.profiling.profile import build_model, count_costs, parse_row
@@ -176,8 +176,8 @@ def test_layers_sum_to_the_model() -> None:
 def test_kept_bytes_of_two_layers() -> None:
     """Backward needs the image (both layers' weights want their inputs), what GELU was given, and what it gave."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 200), nn.GELU(), nn.Linear(200, 10))
-    assert memory.kept_bytes(net, torch.zeros(5, 3, 4, 4), torch.float32) == 4 * 5 * (48 + 200 + 200)
-    assert memory.activation_bytes(net, 3, 4, CPU, torch.float32) == 4 * (48 + 200 + 200)
+    assert benchmark.kept_bytes(net, torch.zeros(5, 3, 4, 4), torch.float32) == 4 * 5 * (48 + 200 + 200)
+    assert benchmark.activation_bytes(net, 3, 4, CPU, torch.float32) == 4 * (48 + 200 + 200)
 
 
 def test_shared_memory_counts_once() -> None:
@@ -188,7 +188,7 @@ def test_shared_memory_counts_once() -> None:
 
     net = Square()
     net.weight = nn.Parameter(torch.ones(3, 4, 4))
-    assert memory.kept_bytes(net, torch.zeros(5, 3, 4, 4), torch.float32) == 2 * 4 * 5 * 48
+    assert benchmark.kept_bytes(net, torch.zeros(5, 3, 4, 4), torch.float32) == 2 * 4 * 5 * 48
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,22 +202,22 @@ def test_kept_bytes_equal_the_tensors_that_autograd_saves(dtype: torch.dtype) ->
         output = model(images)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-    assert memory.kept_bytes(model, images, dtype) == sum(size for at, size in sizes.items() if at not in own)
+    assert benchmark.kept_bytes(model, images, dtype) == sum(size for at, size in sizes.items() if at not in own)
     assert output.requires_grad
 
 
 def test_run_if_memory_allows() -> None:
-    assert memory.run_if_memory_allows(lambda: torch.ones(2**50)) is None
-    assert memory.run_if_memory_allows(lambda: torch.ones(2).sum().item()) == 2
+    assert benchmark.run_if_memory_allows(lambda: torch.ones(2**50)) is None
+    assert benchmark.run_if_memory_allows(lambda: torch.ones(2).sum().item()) == 2
     with pytest.raises(RuntimeError, match="size"):
-        memory.run_if_memory_allows(lambda: torch.ones(2) @ torch.ones(3))
+        benchmark.run_if_memory_allows(lambda: torch.ones(2) @ torch.ones(3))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_step_peak_of_a_small_batch_is_weights_gradients_and_optimizer_state() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 2000), nn.GELU(), nn.Linear(2000, 10)).cuda()
     weights = 4 * sum(parameter.numel() for parameter in net.parameters())
-    peak = memory.step_peak_bytes(net, torch.zeros(2, 3, 16, 16, device="cuda"), torch.float32)
+    peak = benchmark.step_peak_bytes(net, torch.zeros(2, 3, 16, 16, device="cuda"), torch.float32)
     assert 4 * weights <= peak <= 1.1 * 4 * weights
 
 
@@ -245,7 +245,7 @@ def test_output_files_agree(profiled: Path) -> None:
 def test_memory_in_the_files_equals_measurements(profiled: Path) -> None:
     record = records(profiled / "profile.csv")[3]
     model = create(record)
-    assert int(record["activation_bytes_per_image"]) == memory.activation_bytes(model, 3, 24, CPU, torch.float32)
+    assert int(record["activation_bytes_per_image"]) == benchmark.activation_bytes(model, 3, 24, CPU, torch.float32)
 
 
 def test_growth_keeps_patches_and_stems_of_the_smallest_size(profiled: Path) -> None:
@@ -427,7 +427,7 @@ def test_bad_input_exits_with_one_line_before_anything_is_measured(
 ) -> None:
     Path("file").touch()
     monkeypatch.setattr(profiling, "Timing", None)
-    monkeypatch.setattr(memory, "activation_bytes", None)
+    monkeypatch.setattr(benchmark, "activation_bytes", None)
     failures = []
     for case, (arguments, message) in REFUSED.items():
         code, out, err = smallvit("profile", *arguments)

@@ -138,7 +138,7 @@ def _unique(values: Sequence[int] | None) -> list[int]:
 
 def _write(results: dict[str, Any], notes: list[str], out: Path) -> list[Path]:
     """Write a profile's files; return their paths."""
-    from smallvit.profiling import profile, scaling
+    from smallvit.profiling import profile
     from smallvit.utils import tables
     from smallvit.utils.files import write_text
 
@@ -150,6 +150,6 @@ def _write(results: dict[str, Any], notes: list[str], out: Path) -> list[Path]:
         (out / name).unlink(missing_ok=True)
     if growth:
         tables.write_csv(growth, out / GROWTH)
-        scaling.plot_growth(growth, out / FIGURE, f"{results['hardware']}, {results['precision']}")
+        profile.plot_growth(growth, out / FIGURE, f"{results['hardware']}, {results['precision']}")
     write_text(out / PAGE, profile.format_markdown(results, notes, FIGURE if growth else None))
     return [out / name for name in (PAGE, CSV, JSON, *([GROWTH, FIGURE] if growth else []))]

@@ -1,4 +1,13 @@
-"""Count parameters, multiply-accumulates, one-bit operations and bytes of a model."""
+"""Count parameters, multiply-accumulates, one-bit operations and bytes of a model.
+
+The cost of attention is also computed by the published formulas, in multiply-accumulates for h · w tokens of width C
+and windows of M × M tokens:
+
+    global      4 h w C² + 2 (h w)² C         Ω(MSA), Liu et al. 2021, arXiv:2103.14030, eq. 1
+    windowed    4 h w C² + 2 M² h w C         Ω(W-MSA), eq. 2
+
+They are applied to each layer, with prefix tokens counted as tokens and maps padded to whole windows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Attention
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -131,3 +143,45 @@ def _packed_bytes(weight: Tensor) -> int:
 
 def _float_bytes(value: Tensor) -> int:
     return value.numel() * (FLOAT_BYTES if value.is_floating_point() else value.element_size())
+
+
+# Attention
+
+
+def find_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost attention layers that plugins can patch, by name."""
+    from smallvit.plugins.binary_timm import is_attention
+
+    blocks = (ParallelScalingBlock, DiffParallelScalingBlock)  # layers that contain the MLP too
+    layers = {n: each for n, each in model.named_modules() if is_attention(each) and not isinstance(each, blocks)}
+    return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{other}.") for other in layers)}
+
+
+def count_attention_macs(model: nn.Module, macs: Mapping[str, int]) -> int | None:
+    """Sum the multiply-accumulates of attention layers in `count_macs_by_layer`'s result; None without attention."""
+    layers = find_attention(model)
+    return sum(macs.get(name, 0) for name in layers) if layers else None
+
+
+def compute_attention_formula(model: nn.Module) -> int | None:
+    """Compute the multiply-accumulates of all attention by the formulas; None except for timm's ViTs and Swins."""
+    if isinstance(model, SwinTransformer):
+        total, side = 0, model.patch_embed.grid_size[0]
+        for stage in model.layers:
+            for block in stage.blocks:
+                window = block.window_size[0]
+                total += (-(-side // window)) ** 2 * _apply_formula(block.attn, window**2)
+            side = -(-side // 2)
+        return total
+    if isinstance(model, VisionTransformer):
+        layers = [getattr(block, "attn", None) for block in model.blocks]
+        if all(isinstance(layer, Attention) and getattr(layer, "gate", None) is None for layer in layers):
+            return sum(
+                _apply_formula(layer, model.patch_embed.num_patches + model.num_prefix_tokens) for layer in layers
+            )
+    return None
+
+
+def _apply_formula(layer: nn.Module, tokens: int) -> int:
+    """Return the multiply-accumulates of global attention among some tokens."""
+    return tokens * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * tokens**2 * layer.proj.in_features

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import nn
 
 from smallvit.config import spec as specs
@@ -21,7 +24,7 @@ from smallvit.config.options import Amp
 from smallvit.models import factory, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.plugins.resize import set_input_size
-from smallvit.profiling import benchmark, flops, scaling
+from smallvit.profiling import benchmark, flops
 from smallvit.profiling.benchmark import (
     ROUNDS,
     SECONDS,
@@ -33,6 +36,7 @@ from smallvit.profiling.benchmark import (
 )
 from smallvit.utils import files, hardware, tables
 from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.plots import save_figure
 from smallvit.utils.terminal import create_console, track
 
 IMG_SIZE = 32
@@ -187,7 +191,7 @@ def count_costs(model: nn.Module, in_chans: int, img_size: int) -> dict[str, flo
         InputError: The model cannot take these images.
     """
     tokens: list[int] = []
-    for layer in list(scaling.find_attention(model).values())[:1]:
+    for layer in list(flops.find_attention(model).values())[:1]:
         layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[:-1].numel()))
     macs = flops.count_macs_by_layer(model, in_chans, img_size)
     operations = flops.count_operations(model, macs)
@@ -200,8 +204,8 @@ def count_costs(model: nn.Module, in_chans: int, img_size: int) -> dict[str, flo
         "ops": operations.ops,
         "packed_bytes": flops.count_packed_bytes(model),
         "float_bytes": flops.count_float_bytes(model),
-        "attention_macs": scaling.count_attention_macs(model, macs),
-        "attention_macs_formula": scaling.compute_attention_formula(model),
+        "attention_macs": flops.count_attention_macs(model, macs),
+        "attention_macs_formula": flops.compute_attention_formula(model),
     }
 
 
@@ -322,7 +326,7 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
     }
 
 
-# Tables
+# Tables and figure
 
 
 DEFINITIONS = (
@@ -401,3 +405,38 @@ def _format_cell(record: dict[str, Any], name: str) -> str:
             return f"{value:.2f} ({record['latency_ms_iqr']:.2f})"
         case _:
             return f"{value:,.0f}"
+
+
+PANELS = {
+    "attention_macs": ("attention: MACs (M)", 1e6),
+    "macs": ("model: MACs (M)", 1e6),
+    "ms_per_image": ("inference: milliseconds per image", 1.0),
+    "activation_bytes_per_image": ("activations kept for backward: MB per image", 1e6),
+}
+"""Titles and units of the figure's panels."""
+
+
+def plot_growth(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Plot costs over the image size as a PNG, one panel per value; dashed lines are the formulas.
+
+    Args:
+        records: The `growth` records of `run_profile`.
+        path: Output file.
+        title: Title of the figure.
+    """
+    panels = {name: panel for name, panel in PANELS.items() if any(record[name] is not None for record in records)}
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    sizes = sorted({record["img_size"] for record in records})
+    for number, (name, (words, unit)) in enumerate(panels.items()):
+        axes = figure.add_subplot(2, 2, number + 1)
+        axes.set(xscale="log", yscale="log", xlabel="image size (px)", title=words, xticks=sizes, xticklabels=sizes)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+        for color, label in enumerate(dict.fromkeys(record["model"] for record in records)):
+            for key, style in ((name, "o-"), (f"{name}_formula", "x--")):
+                points = [r for r in records if r["model"] == label and r.get(key) is not None]
+                x, y = [r["img_size"] for r in points], [r[key] / unit for r in points]
+                axes.plot(x, y, style, color=f"C{color}", label=label if key == name else None)
+    figure.suptitle(title)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, path)

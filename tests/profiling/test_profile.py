@@ -19,11 +19,10 @@ import smallvit as package
 from smallvit.cli import main
 from smallvit.cli import profile as verb
 from smallvit.models import factory
-from smallvit.profiling import benchmark, scaling
+from smallvit.profiling import benchmark, flops
 from smallvit.profiling import profile as profiling
 from smallvit.profiling.flops import count_macs, count_macs_by_layer, count_parameters
-from smallvit.profiling.profile import build_model, count_costs, parse_row
-from smallvit.profiling.scaling import plot_growth
+from smallvit.profiling.profile import build_model, count_costs, parse_row, plot_growth
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -44,7 +43,7 @@ def quick(patch: pytest.MonkeyPatch) -> None:
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     quick(monkeypatch)
-    monkeypatch.setattr(scaling, "plot_growth", lambda _records, path, _title: path.touch())  # takes half a second
+    monkeypatch.setattr(profiling, "plot_growth", lambda _records, path, _title: path.touch())  # takes half a second
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +114,8 @@ def test_counted_attention_equals_the_published_formulas() -> None:
     for arch in ("vit", "deit_tiny_distilled_patch16_224", "swin"):
         for size, plugins in ((32, {}), (40, BOTH)):
             model = package.create_model(arch, img_size=size, num_classes=10, plugins=plugins)
-            counted = scaling.count_attention_macs(model, count_macs_by_layer(model, 3, size))
-            if not counted == scaling.compute_attention_formula(model) == by_hand(arch, size):
+            counted = flops.count_attention_macs(model, count_macs_by_layer(model, 3, size))
+            if not counted == flops.compute_attention_formula(model) == by_hand(arch, size):
                 failures.append((arch, size, plugins, counted))
     assert not failures
 
@@ -125,11 +124,11 @@ def test_attention_without_a_formula_is_counted() -> None:
     beit, cnn = (
         package.create_model(arch, img_size=32, num_classes=2) for arch in ("beit_base_patch16_224", "resnet20")
     )
-    attention = scaling.count_attention_macs(beit, count_macs_by_layer(beit, 3, 32))
+    attention = flops.count_attention_macs(beit, count_macs_by_layer(beit, 3, 32))
     n, c = 2 * 2 + 1, 768
     assert attention == 12 * (4 * n * c * c + 2 * n * n * c)
-    assert scaling.compute_attention_formula(beit) is None
-    assert scaling.count_attention_macs(cnn, count_macs_by_layer(cnn, 3, 32)) is None
+    assert flops.compute_attention_formula(beit) is None
+    assert flops.count_attention_macs(cnn, count_macs_by_layer(cnn, 3, 32)) is None
 
 
 @pytest.mark.slow
@@ -287,7 +286,7 @@ def test_the_figure_plots_the_records(profiled: Path, tmp_path: Path, monkeypatc
     plot_growth(records, tmp_path / "all.png", "title")
     plot_growth([row for row in records if row["model"] == "resnet20"], tmp_path / "cnn.png", "title")
     assert [len(figure.axes) for figure in figures] == [4, 3]  # no panel of attention for a CNN
-    for axes, (name, (_, unit)) in zip(figures[0].axes, scaling.PANELS.items(), strict=True):
+    for axes, (name, (_, unit)) in zip(figures[0].axes, profiling.PANELS.items(), strict=True):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         lines = {line.get_label(): line for line in axes.lines}
         for label in ROWS:

@@ -71,10 +71,6 @@ class ModelAtSize:
         """Channels, height and width of the images."""
         return self.spec["in_chans"], self.img_size, self.img_size
 
-    def build(self) -> nn.Module:
-        """Create the model."""
-        return build_model(self.spec, self.img_size)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
@@ -84,14 +80,9 @@ class ModelRow:
     spec: dict[str, Any]
     """Arguments of `create_model`; those of a run include its image size."""
 
-    @property
-    def own_size(self) -> int | None:
-        """The image size of a run."""
-        return self.spec.get("img_size")
-
     def adapt_spec(self, img_size: int) -> dict[str, Any]:
         """Return the arguments of `create_model` with a patch size for this image size; a run's stay the same."""
-        if self.own_size is not None:
+        if "img_size" in self.spec:
             return self.spec
         arch, fit = self.spec["arch"], self.spec["fit"]
         return self.spec | {
@@ -251,7 +242,7 @@ def measure_models(
     """
     records, timings = [], []
     for model in track(models, "warming up and memory"):
-        loaded = prepare_for_inference(model.build(), device, dtype)
+        loaded = prepare_for_inference(build_model(model.spec, model.img_size), device, dtype)
         watch = Stopwatch(loaded, model.input_size, device, dtype, seconds)
         starts = {name: partial(_start_timing, watch, *batch) for name, batch in batches.items()}
         timings.append({name: run_if_memory_allows(start) for name, start in starts.items()})
@@ -291,12 +282,15 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
         InputError: There is no such device, or a row cannot take its images. Nothing is measured then.
     """
     device = hardware.pick_device(config.device)
-    pairs = [(row, size) for row in config.rows for size in config.img_sizes or [row.own_size or IMG_SIZE]]
+    pairs = [(row, size) for row in config.rows for size in config.img_sizes or [row.spec.get("img_size", IMG_SIZE)]]
     models = [row.at(size) for row, size in track(pairs, "creating models")]
     growing: list[ModelAtSize] = []
     if config.growth is not None:
         growing = [model for row in track(config.rows, "counting") for model in row.grow(config.growth)]
-    dtypes = {hardware.choose_dtype(device, config.amp, model.build(), *model.input_size[:2]) for model in models}
+    dtypes = {
+        hardware.choose_dtype(device, config.amp, build_model(model.spec, model.img_size), *model.input_size[:2])
+        for model in models
+    }
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     measure = partial(measure_models, device=device, dtype=dtype, seconds=config.seconds)
     console = create_console(stderr=True)

@@ -114,8 +114,8 @@ def _resize(model: nn.Module, like: nn.Module, img_size: int, card: WeightsInfo)
     """Change a model's image size to that of a second model, if it has a fixed one."""
     try:
         if isinstance(model, SwinTransformer | SwinTransformerV2):
-            model.patch_embed.set_input_size(img_size=(img_size, img_size))
-            _set_windows(model, like)
+            # timm scales the windows with the image, unless it is told their size
+            model.set_input_size((img_size, img_size), window_size=like.layers[0].blocks[0].window_size)
         else:
             set_input_size(model, img_size)
     except TypeError:
@@ -130,15 +130,6 @@ def _resample_patches(model: nn.Module, like: nn.Module) -> None:
     sizes = [getattr(each, "patch_size", None) for each in embeddings]
     if isinstance(model, VisionTransformer) and None not in sizes and sizes[0] != sizes[1]:
         model.set_input_size(img_size=embeddings[1].img_size, patch_size=sizes[1])
-
-
-def _set_windows(model: nn.Module, like: nn.Module) -> None:
-    """Set the window sizes of another Swin; timm scales them with the image size."""
-    windows = {name: module.window_size for name, module in like.named_modules() if hasattr(module, "set_window_size")}
-    for name, size in windows.items():
-        attention = model.get_submodule(name)
-        if attention.window_size != size:
-            attention.set_window_size(size)
 
 
 def _same_classes(card: WeightsInfo, own: dict[str, Any], dataset: ImageDataset) -> bool:

@@ -91,9 +91,9 @@ class Stopwatch:
         self._wait()
         return clock() - started
 
-    def has_time_for(self, batch: int, passes: int = MIN_PASSES) -> bool:
-        """Return whether the budget allows some passes of a batch, based on the largest batch tried."""
-        return passes * batch * self.per_image <= self.left
+    def has_time_for(self, batch: int) -> bool:
+        """Return whether the budget allows `MIN_PASSES` of a batch, based on the largest batch tried."""
+        return MIN_PASSES * batch * self.per_image <= self.left
 
     def find_batch_size(self, batch: int) -> int:
         """Return the largest batch size up to `batch` that the budget allows, by trying increasing ones."""

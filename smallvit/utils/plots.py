@@ -98,12 +98,12 @@ def fit_fonts(figure: Figure) -> None:
             text.set_fontfamily(families)
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to a PNG file atomically, with fonts that have its characters."""
     fit_fonts(figure)  # has reported characters that no font has
     with atomic_write(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(partial, format="png", dpi=dpi)
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def font_families(text: str) -> list[str]:
@@ -114,11 +114,11 @@ def font_families(text: str) -> list[str]:
     return [DEFAULT_FONT, *(entry.name for entry in _find_fonts(_characters_to_draw(text)))]
 
 
-def pillow_font(text: str, size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
+def pillow_font(text: str) -> ImageFont.FreeTypeFont:
     """Return the font for Pillow that has most of the characters of a text."""
     needed = _characters_to_draw(text)
     files = [findfont(DEFAULT_FONT), *(entry.fname for entry in _find_fonts(needed))]
-    return _load_font(max(files, key=lambda file: len(needed & _glyphs(file))), size)
+    return _load_font(max(files, key=lambda file: len(needed & _glyphs(file))), FONT_SIZE)
 
 
 _load_font = lru_cache(maxsize=16)(ImageFont.truetype)

@@ -61,7 +61,7 @@ def test_rare_letters_get_another_font(rare_letter: str, capsys: pytest.CaptureF
 def test_characters_without_a_font_are_reported_once(rare_letter: str, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert font_families(f"x{UNASSIGNED}") == ["DejaVu Sans"]
-        pillow_font(UNASSIGNED, 11)
+        pillow_font(UNASSIGNED)
     err = capsys.readouterr().err
     assert "no installed font has" in err
     assert "(U+EFFFF): pictures show boxes; install one" in err
@@ -78,4 +78,4 @@ def test_figures_and_sheets_show_rare_letters(rare_letter: str, tmp_path: Path) 
     assert Image.open(tmp_path / "figure.png").width > 100
     sheets = [np.asarray(draw_grid(torch.zeros(1, 3, 64, 64), [text], 1)) for text in (rare_letter, UNASSIGNED)]
     assert (sheets[0] != sheets[1]).any()
-    assert pillow_font("cat", 11).getname() == pillow_font("dog é", 11).getname()
+    assert pillow_font("cat").getname() == pillow_font("dog é").getname()

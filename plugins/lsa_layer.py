@@ -153,7 +153,10 @@ class Locality(Adapter):
         """Factor of the scores: the temperature, in place of timm's constant."""
         if self.temperature is None:
             return self.constant
-        return in_compute_dtype(self.temperature).view(-1, *[1] * self.axes_after_heads)
+        kind, temperature = self.temperature.device.type, self.temperature
+        if torch.is_autocast_enabled(kind):
+            temperature = temperature.to(torch.get_autocast_dtype(kind))
+        return temperature.view(-1, *[1] * self.axes_after_heads)
 
     @scale.setter
     def scale(self, constant: float) -> None:
@@ -319,12 +322,6 @@ class LocalitySelfAttention(Locality, Attention):
         if (gate := getattr(self, "gate", None)) is not None:  # older versions of timm have none
             y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
-
-
-def in_compute_dtype(tensor: Tensor) -> Tensor:
-    """Return the tensor in the dtype of autocast if that is enabled."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def temperatures(model: nn.Module) -> dict[str, Float[Tensor, " h"]]:

@@ -12,6 +12,7 @@ A module of another library takes part with `init="paper"` if its attribute `cut
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,32 +73,28 @@ class Dropped(nn.Identity):
     """Replaces a layer behind the convolution of a patch embedding."""
 
 
-class KeepPatchSize:
-    """`set_input_size` of a patched embedding: the image size may change, the patch size may not."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        self.embedding = embedding
-
-    def __call__(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.embedding.patch_size):
-            raise ValueError(
-                f"patch_size {patch_size}: shifted patch tokenization with patches of {self.embedding.patch_size} "
-                f"cannot be resampled; unpatch the model, change its patch size, patch it again"
-            )
-        type(self.embedding).set_input_size(self.embedding, img_size=img_size)
-
-
 def keep_patch_size(embedding: nn.Module) -> None:
     """Let the image size of a patched embedding change, but not its patch size."""
     if hasattr(embedding, "set_input_size"):
-        object.__setattr__(embedding, "set_input_size", KeepPatchSize(embedding))
+        object.__setattr__(embedding, "set_input_size", partial(_set_image_size, embedding))
 
 
 def release_patch_size(model: nn.Module, layer: nn.Module) -> None:
     """Let the patch size of the embedding around a layer change again."""
     for parent in model.modules():
-        if isinstance(vars(parent).get("set_input_size"), KeepPatchSize) and layer in parent.children():
-            del parent.set_input_size
+        if layer in parent.children():
+            vars(parent).pop("set_input_size", None)
+
+
+def _set_image_size(
+    embedding: nn.Module, img_size: int | tuple[int, int] | None = None, patch_size: Any = None
+) -> None:
+    if patch_size is not None and to_2tuple(patch_size) != to_2tuple(embedding.patch_size):
+        raise ValueError(
+            f"patch_size {patch_size}: the new layers for patches of {embedding.patch_size} cannot be resampled; "
+            "unpatch the model, change its patch size, patch it again"
+        )
+    type(embedding).set_input_size(embedding, img_size=img_size)
 
 
 def sites(model: nn.Module, config: SPTConfig, init: Init) -> Iterator[Site]:

@@ -28,17 +28,11 @@ EMBEDDINGS: dict[type[nn.Module], str] = {
 
 
 class ConvStem(nn.Sequential):
-    """Images (b, c, h, w) to tokens (b, d, ⌈h/p⌉, ⌈w/p⌉).
-
-    Raises:
-        ValueError: the patch size p is not a power of 2, or is 1.
-    """
+    """Images (b, c, h, w) to tokens (b, d, ⌈h/p⌉, ⌈w/p⌉), for a patch size p that is a power of 2."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, config: StemConfig | None = None) -> None:
         config = config or StemConfig()
         count = patch_size.bit_length() - 1
-        if patch_size != 2**count or count < 1:
-            raise ValueError(f"patch_size {patch_size}: expected a power of 2, at least 2")
         parts: list[nn.Module] = []
         for index in range(count):
             channels = max(dim >> (count - 1 - index), 1)

@@ -142,15 +142,17 @@ class Timing:
         else:
             self.seconds.append(self.watch.time(self.images, self.passes) / self.passes)
 
-    @property
-    def rates(self) -> list[float]:
-        """Images per second of each sample."""
-        return [len(self.images) / seconds for seconds in self.seconds]
+    def summarize(self, name: str) -> dict[str, float]:
+        """Return the median of the samples as `name`, and their interquartile range as `name`_iqr.
 
-    @property
-    def milliseconds(self) -> list[float]:
-        """Milliseconds per image of each sample."""
-        return [1e3 * seconds / len(self.images) for seconds in self.seconds]
+        They are images per second if the name says so, else milliseconds per image.
+        """
+        if "images_per_second" in name:
+            samples = [len(self.images) / seconds for seconds in self.seconds]
+        else:
+            samples = [1e3 * seconds / len(self.images) for seconds in self.seconds]
+        first, _, third = statistics.quantiles(samples, n=4)
+        return {name: statistics.median(samples), f"{name}_iqr": third - first}
 
     def _warm_up(self) -> float:
         """Run some passes; return the seconds of the last."""
@@ -189,9 +191,7 @@ def measure_speed(models: Sequence[nn.Module], device: torch.device, amp: Amp, s
     ]
     take_turns([timing for column in zip(*pairs, strict=True) for timing in column], range(ROUNDS))
     figures = [
-        summarize_samples("inference_images_per_second", batches.rates)
-        | summarize_samples("latency_ms", single.milliseconds)
-        for single, batches in pairs
+        batches.summarize("inference_images_per_second") | single.summarize("latency_ms") for single, batches in pairs
     ]
     return Speeds(figures=figures, batch_size=batch_size, precision=precision_name(device, dtype))
 
@@ -201,12 +201,6 @@ def take_turns(timings: Sequence[Timing], rounds: Iterable[int]) -> None:
     for _ in rounds:
         for timing in timings:
             timing.sample()
-
-
-def summarize_samples(name: str, samples: Sequence[float]) -> dict[str, float]:
-    """Return the median of samples as `name`, and their interquartile range as `name`_iqr."""
-    first, _, third = statistics.quantiles(samples, n=4)
-    return {name: statistics.median(samples), f"{name}_iqr": third - first}
 
 
 # Memory

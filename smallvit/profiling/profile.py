@@ -25,15 +25,7 @@ from smallvit.models import factory, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.plugins.resize import set_input_size
 from smallvit.profiling import benchmark, flops
-from smallvit.profiling.benchmark import (
-    ROUNDS,
-    SECONDS,
-    Stopwatch,
-    Timing,
-    run_if_memory_allows,
-    summarize_samples,
-    take_turns,
-)
+from smallvit.profiling.benchmark import ROUNDS, SECONDS, Stopwatch, Timing, run_if_memory_allows, take_turns
 from smallvit.utils import files, hardware, tables
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.plots import save_figure
@@ -257,11 +249,7 @@ def measure_models(
     take_turns([row[name] for name in batches for row in timings if row[name] is not None], rounds)
     for record, row in zip(records, timings, strict=True):
         for name, timing in row.items():
-            if timing is None:
-                record |= {name: None, f"{name}_iqr": None}
-            else:
-                samples = timing.rates if name.startswith("images") else timing.milliseconds
-                record |= summarize_samples(name, samples)
+            record |= {name: None, f"{name}_iqr": None} if timing is None else timing.summarize(name)
     return records
 
 

@@ -114,7 +114,7 @@ def _resize(model: nn.Module, like: nn.Module, img_size: int, card: WeightsInfo)
     """Change a model's image size to that of a second model, if it has a fixed one."""
     try:
         if isinstance(model, SwinTransformer | SwinTransformerV2):
-            # timm scales the windows with the image, unless it is told their size
+            # without a size, timm scales the windows with the image
             model.set_input_size((img_size, img_size), window_size=like.layers[0].blocks[0].window_size)
         else:
             set_input_size(model, img_size)

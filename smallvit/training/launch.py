@@ -168,7 +168,9 @@ def _resume(folder: Path, config: Config, timeout: float = 0.0) -> Run:
     stored = read_config(folder)
     old, new = stored.to_dict(), config.to_dict()
     extended = _extend(folder, stored, config)
-    moved = [name for name in option_names("path") if name in config.given and _has_path(old, name, new)]
+    # where both name files, contents are compared instead of names
+    paths = [name for name in option_names("path") if not {old[name], new[name]} & {None, *DATASETS}]
+    moved = [name for name in paths if name in config.given]
     free = {*option_names("resumable", "launch"), *moved, *extended, *(SET_BY_INIT if old["init"] is not None else ())}
     for name in config.given:
         if name not in free and new[name] != old[name] and not (name == "streaming" and new[name] == "auto"):
@@ -206,11 +208,6 @@ def _extend(folder: Path, stored: Config, config: Config) -> dict[str, Any]:
     if not finished or "epochs" not in config.given or after <= before:
         return {}
     return {"epochs": after, "sched_start_epoch": before}
-
-
-def _has_path(old: dict[str, Any], name: str, new: dict[str, Any]) -> bool:
-    """Return whether an option names files in both, so that contents are compared instead of names."""
-    return not {old[name], new[name]} & {None, *DATASETS}
 
 
 def _require_inputs(folder: Path, config: Config, moved: Collection[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -51,10 +51,11 @@ def patch(
         plugins: True, or a configuration, by plugin: `spt=True, lsa=LSAConfig(mask=False)`.
 
     Raises:
-        UnsupportedModelError: the model has no layer that a plugin can change, or a layer has its own `forward`. The
-            model is then unchanged.
+        UnsupportedModelError: the model has no layer that a plugin can change, or a layer has its own `forward`.
         TypeError: an unknown plugin, or a value that is neither a bool nor its configuration.
         ValueError: no plugin is given, two exclude each other, or the patterns match no layer.
+
+        The model is then unchanged.
     """
     if init not in ("paper", "preserve"):
         raise ValueError(f"init {init!r}: expected paper or preserve")
@@ -72,9 +73,14 @@ def patch(
         _select(model, PLUGINS[name], config, init, include, exclude)  # raises before anything has changed
     before = list(model.parameters())
     has_optimizer = _have_optimizer(before)
-    for name, config in configs.items():
-        for site in _select(model, PLUGINS[name], config, init, include, exclude):
-            PLUGINS[name].apply(model, site, config, init)
+    kept = {(plugin, layer) for plugin, _, layer in patched_layers(model)}
+    try:
+        for name, config in configs.items():
+            for site in _select(model, PLUGINS[name], config, init, include, exclude, together=configs):
+                PLUGINS[name].apply(model, site, config, init)
+    except Exception:  # plugins may leave each other no layer
+        _remove(model, kept)
+        raise
     known = set(map(id, before))
     if has_optimizer and (new := [name for name, each in model.named_parameters() if id(each) not in known]):
         warnings.warn(
@@ -118,10 +124,15 @@ def unpatch(model: nn.Module, *, strict: bool = False) -> nn.Module:
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-    while patched := list(patched_layers(model)):  # again, since a restored layer may contain patched ones
-        for plugin, _, layer in reversed(patched):
-            PLUGINS[plugin].remove(model, layer)
+    _remove(model)
     return model
+
+
+def _remove(model: nn.Module, kept: Collection[tuple[str, nn.Module]] = ()) -> None:
+    """Remove plugins from all layers except those `kept`."""
+    while patched := [(plugin, layer) for plugin, _, layer in patched_layers(model) if (plugin, layer) not in kept]:
+        for plugin, layer in reversed(patched):  # and then of layers within a restored one
+            PLUGINS[plugin].remove(model, layer)
 
 
 def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
@@ -130,7 +141,9 @@ def patched_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         yield from ((plugin.name, name, layer) for name, layer in plugin.patched(model))
 
 
-def unsupported_reason(model: nn.Module, plugin: str, sites: Sequence[Site] | None = None) -> str | None:
+def unsupported_reason(
+    model: nn.Module, plugin: str, sites: Sequence[Site] | None = None, together: Collection[str] = ()
+) -> str | None:
     """Return why a plugin can change none of a model's layers, by default all its sites; None if it can, or has."""
     sites = list(PLUGINS[plugin].sites(model)) if sites is None else sites
     done = {name for name, _, _ in patched_layers(model)}
@@ -140,7 +153,8 @@ def unsupported_reason(model: nn.Module, plugin: str, sites: Sequence[Site] | No
         reasons = (f"{type(site.layer).__name__} ({site.reason or MINOR})" for site in sites)
         return "none of its layers fits: " + ", ".join(dict.fromkeys(reasons))
     if done:
-        return f"no layer is left for it after {', '.join(sorted(done))}; give all plugins in the same call"
+        advice = "" if done <= set(together) else "; give all plugins in the same call"
+        return f"no layer is left for it after {', '.join(sorted(done))}{advice}"
     return "it has no layer of a known kind"
 
 
@@ -155,9 +169,15 @@ def _config(name: str, value: bool | PluginConfig) -> PluginConfig | None:
 
 
 def _select(
-    model: nn.Module, plugin: Plugin, config: PluginConfig, init: Init, include: list[str], exclude: list[str]
+    model: nn.Module,
+    plugin: Plugin,
+    config: PluginConfig,
+    init: Init,
+    include: list[str],
+    exclude: list[str],
+    together: Collection[str] = (),
 ) -> list[Site]:
-    """Return the sites that a plugin changes now.
+    """Return the sites that a plugin changes now, `together` with others of the same call.
 
     Raises:
         UnsupportedModelError, ValueError: as of `patch`.
@@ -168,7 +188,7 @@ def _select(
 
     cannot = f"cannot patch this {type(model).__name__} with {plugin.title}"
     sites = list(plugin.sites(model, config, init))
-    if (reason := unsupported_reason(model, plugin.name, sites)) is not None:
+    if (reason := unsupported_reason(model, plugin.name, sites, together)) is not None:
         raise UnsupportedModelError(f"{cannot}: {reason}")
     matched = [site for site in sites if matches(site.name)]
     chosen = [site for site in matched if site.reason is None]

@@ -85,6 +85,19 @@ def test_patching_twice_changes_nothing(model: nn.Module) -> None:
     assert torch.equal(model(images()), expected)
 
 
+def test_plugins_that_leave_each_other_no_layer_change_nothing() -> None:
+    model = smallvit.patch(MODELS["vit"]().eval(), ffn=True, include="blocks.0.*")
+    modules, before = dict(model.named_modules()), model(images())
+    with pytest.raises(UnsupportedModelError, match=r"no layer is left for it after binary, ffn, spt$"):
+        smallvit.patch(model, spt=True, binary=True, ffn=True, xsa=True)
+    assert dict(model.named_modules()) == modules
+    assert {change.plugin for change in smallvit.describe(model).changes} == {"ffn"}
+    assert torch.equal(model(images()), before)
+    smallvit.patch(model, binary=True)
+    with pytest.raises(UnsupportedModelError, match="after binary, ffn; give all plugins in the same call"):
+        smallvit.patch(model, xsa=True)
+
+
 def test_plugins_can_be_added_one_after_the_other(model: nn.Module) -> None:
     smallvit.patch(model, spt=True)
     smallvit.patch(model, lsa=True)

@@ -22,11 +22,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from smallvit.cli import hints
 from smallvit.config import recipes
-from smallvit.config.config import Config, apply_regularization, option_names
+from smallvit.config.config import Config, option_names
 from smallvit.config.model import expand_arch
 from smallvit.config.options import REGULARIZATION
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
+from smallvit.training.launch import apply_regularization
 from smallvit.training.losses import LOSSES
 from smallvit.utils.errors import WORDS, InputError, is_utf8, require
 

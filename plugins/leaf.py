@@ -112,7 +112,7 @@ class Adapter:
     """
 
     adapters: ClassVar[dict[type[nn.Module], type[Any]]] = {}
-    """Adapter by layer class; every plugin has its own table, which defining a class fills."""
+    """Adapter by layer class, which defining one fills; each direct subclass of `Adapter` has its own table."""
     adapted: ClassVar[type[nn.Module]]
     """The layer class that this one adapts."""
     added: tuple[str, ...] = ()
@@ -121,6 +121,8 @@ class Adapter:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         mixin, *rest = cls.__bases__
+        if mixin is Adapter:
+            cls.adapters = {}
         if rest and issubclass(mixin, Adapter):  # not what others derive from an adapter, such as FSDP
             cls.adapted = rest[0]
             cls.adapters[cls.adapted] = fx_leaf(cls)

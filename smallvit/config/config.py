@@ -16,8 +16,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from smallvit.config.model import InitConfig, ModelConfig, expand_arch
 from smallvit.config.options import (
-    AUTO_REGULARIZATION,
-    REGULARIZATION,
     AugmentConfig,
     ComputeConfig,
     DataConfig,
@@ -150,16 +148,6 @@ def _to_plain(value: Any) -> Any:
     if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return value
-
-
-def apply_regularization(config: Config) -> Config:
-    """Return the configuration with the values of its regularization preset for options that are None."""
-    name = config.optim.regularization
-    values = AUTO_REGULARIZATION if name == "auto" else REGULARIZATION[name]
-    if config.optim.loss != "ce":
-        values = values | {"label_smoothing": 0.0}
-    options = config.to_dict()
-    return config.replace(**{name: value for name, value in values.items() if options[name] is None})
 
 
 def format_train_command(

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from smallvit.config.config import Config, apply_regularization, format_train_command, option_names, strip_folder
+from smallvit.config.config import Config, format_train_command, option_names, strip_folder
 from smallvit.experiments.catalog import (
     EXPERIMENTS,
     Experiment,
@@ -35,6 +35,7 @@ from smallvit.experiments.catalog import (
 )
 from smallvit.runs.aggregate import REQUIRED_NUMBERS, REQUIRED_STRINGS
 from smallvit.runs.curves import RunView
+from smallvit.training.launch import apply_regularization
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import LOCK, locked, write_text
 

@@ -11,15 +11,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from smallvit.config.config import Config, apply_regularization, option_names
+from smallvit.config.config import Config, option_names
 from smallvit.config.model import ALIASES, ARCH, ModelConfig, flatten_spec
+from smallvit.config.options import AUTO_REGULARIZATION, REGULARIZATION
 from smallvit.datasets.catalog import DATASETS, is_hub_source, require_data
 from smallvit.models import weights_info
 from smallvit.models.architectures import OURS, require_multiple, require_name
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, RunExistsError, is_follower, read_config
-from smallvit.training.losses import LOSSES, create_objective, loss_option_names
+from smallvit.training.losses import LOSSES, create_objective, get_loss, loss_option_names
 from smallvit.utils import files
 from smallvit.utils.errors import InputError, flag, warn
 from smallvit.utils.files import LOCK, partial_name
@@ -44,11 +45,22 @@ def resolve(config: Config) -> Config:
     return apply_regularization(inherit_from_init(config))
 
 
+def apply_regularization(config: Config) -> Config:
+    """Return the configuration with the values of its regularization preset for options that are None."""
+    name = config.optim.regularization
+    values = AUTO_REGULARIZATION if name == "auto" else REGULARIZATION[name]
+    if not get_loss(config.optim.loss, distillation=False).label_smoothing:
+        values = values | {"label_smoothing": 0.0}
+    options = config.to_dict()
+    return config.replace(**{name: value for name, value in values.items() if options[name] is None})
+
+
 def warn_ineffective(config: Config) -> None:
     """Warn on standard error of options that have no effect with the others."""
     ineffective = config.model.find_ineffective() + config.distill.find_ineffective()
     if config.optim.label_smoothing and not LOSSES[config.optim.loss].label_smoothing:
-        ineffective.append(("label_smoothing", "--loss ce; remove it"))
+        smoothed = " or ".join(name for name, loss in LOSSES.items() if loss.label_smoothing)
+        ineffective.append(("label_smoothing", f"--loss {smoothed}; remove it"))
     chosen = (config.optim.loss, config.distill.distill if config.distill.teacher else None)
     losses = loss_option_names()
     ineffective += [

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from smallvit.config.options import DistillConfig, OptimConfig
-from smallvit.utils.errors import InputError, flag, suggest
+from smallvit.utils.errors import InputError, flag, require, suggest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -101,9 +101,10 @@ class Loss:
     """Function of logits (b, k), targets (b, k) and the options; returns the mean over the batch. Targets are label
     distributions, or the teacher's logits; with `features`, both are lists of feature maps."""
     options: type | None = None
-    """Frozen dataclass of the loss's own options; its fields become flags, --<loss>-<field>."""
+    """Frozen dataclass of the loss's own options; its fields become flags, --<loss>-<field>. A ValueError of its
+    `__post_init__` that opens with a field, as `gamma -1.0: expected 0 or more`, is shown as an error of the flag."""
     label_smoothing: bool = False
-    """Whether the function takes `label_smoothing`."""
+    """Whether the function takes `label_smoothing` and smooths the targets itself."""
     distillation: bool = False
     """Whether the targets are a teacher's outputs; chosen by --distill instead of --loss."""
     features: bool = False
@@ -223,7 +224,11 @@ def loss_option_names() -> dict[str, str]:
 
 
 def _own_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a loss's own options, by field, with the defaults of those not given."""
+    """Return a loss's own options, by field, with the defaults of those not given.
+
+    Raises:
+        InputError: an unknown option, or a value that the loss refuses by a ValueError that opens with the field.
+    """
     known = loss_option_names()
     for option in options:
         if option not in known:
@@ -231,4 +236,9 @@ def _own_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if LOSSES[name].options is None:
         return {}
     own = {option.removeprefix(f"{name}_"): value for option, value in options.items() if known[option] == name}
-    return asdict(LOSSES[name].options(**own))
+    for option, value in own.items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}_{option}", value, "a finite number")
+    try:
+        return asdict(LOSSES[name].options(**own))
+    except ValueError as error:
+        raise InputError(f"{flag(name)}-{error}") from None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit import datasets
-from smallvit.config.config import Config, apply_regularization
+from smallvit.config.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
@@ -27,7 +27,7 @@ from smallvit.models import factory
 from smallvit.plugins import PLUGINS
 from smallvit.plugins.patch import describe
 from smallvit.training import optim
-from smallvit.training.launch import resolve
+from smallvit.training.launch import apply_regularization, resolve
 from smallvit.training.losses import Objective, create_objective
 from smallvit.training.optim import InitialWeights
 from smallvit.utils import distributed, hardware

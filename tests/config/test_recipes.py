@@ -18,8 +18,9 @@ from torch import nn
 import smallvit as package
 from smallvit.cli.parser import options_parser
 from smallvit.cli.parser import parse as parse_arguments
-from smallvit.config.config import Config, apply_regularization, option_types
+from smallvit.config.config import Config, option_types
 from smallvit.config.recipes import RECIPES, SMALL_BATCH, apply_recipe
+from smallvit.training.launch import apply_regularization
 from smallvit.training.optim import create_optimizer
 from smallvit.utils.errors import InputError
 

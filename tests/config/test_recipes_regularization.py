@@ -6,8 +6,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from smallvit.config.config import Config, apply_regularization
+from smallvit.config.config import Config
 from smallvit.config.options import REGULARIZATION, OptimConfig
+from smallvit.training.launch import apply_regularization
 
 NAMES = ("dropout", "drop_path", "weight_decay", "label_smoothing")
 PUBLISHED = {  # dropout, stochastic depth, weight decay, label smoothing

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from smallvit import Config, InputError
-from smallvit.config.config import apply_regularization, option_names
+from smallvit.config.config import option_names
 from smallvit.experiments import records
 from smallvit.experiments.catalog import EXPERIMENTS, required_options
 from smallvit.experiments.records import Record
 from smallvit.experiments.tables import TrialResult
-from smallvit.training.launch import inherit_from_init
+from smallvit.training.launch import apply_regularization, inherit_from_init
 
 ROOT = Path(__file__).parents[2]
 RESULTS, README, PAGE = ROOT / "results", ROOT / "README.md", ROOT / "RESULTS.md"

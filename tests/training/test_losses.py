@@ -16,6 +16,7 @@ from smallvit.cli.parser import parse as parse_arguments
 from smallvit.config.config import Config
 from smallvit.config.options import DistillConfig, OptimConfig
 from smallvit.training import losses
+from smallvit.training.launch import apply_regularization, warn_ineffective
 from smallvit.training.losses import LOSSES, Loss, Objective, binary_cross_entropy, create_objective, soft_distillation
 from smallvit.utils.errors import InputError
 
@@ -169,18 +170,25 @@ def test_published_values_are_the_defaults(options: dict[str, Any], weight: floa
 
 @dataclass(frozen=True, kw_only=True)
 class FocalOptions:
+    """Options of the focal loss."""
+
     gamma: float = 2.0
     """Exponent of the modulating factor."""
 
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise ValueError(f"gamma {self.gamma}: expected 0 or more")
 
-def focal(logits: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
+
+def focal(logits: Tensor, targets: Tensor, *, gamma: float, label_smoothing: float) -> Tensor:
     """Return the focal loss (Lin et al. 2017, arXiv:1708.02002)."""
+    targets = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
     log_p = logits.float().log_softmax(1)
     return -(targets * (1 - log_p.exp()) ** gamma * log_p).sum(1).mean()
 
 
 def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    entry = Loss(help="focal loss", function=focal, options=FocalOptions)
+    entry = Loss(help="focal loss", function=focal, options=FocalOptions, label_smoothing=True)
     monkeypatch.setitem(LOSSES, "focal", entry)
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
@@ -193,14 +201,20 @@ def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     equal = Fixed(torch.zeros(B, K))
     targets = torch.eye(K)[torch.arange(B) % K]
     assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx((1 - 1 / K) ** 3 * np.log(K), rel=1e-5)
+    assert apply_regularization(config).optim.label_smoothing == 0.1  # of the preset
+    warn_ineffective(Config.build(loss="bce", label_smoothing=0.2))
+    assert "--label-smoothing has no effect without --loss ce or focal; remove it" in capsys.readouterr().err
+    for value, message in (("-1", "-1.0: expected 0 or more"), ("nan", "nan: expected a finite number")):
+        assert main(["train", "--data", "digits", "--loss", "focal", f"--focal-gamma={value}"]) == 2
+        assert capsys.readouterr().err.endswith(f"--focal-gamma {message}\n")
     other = Config.build(loss_options={"focal_gamma": 3.0})
     assert losses.create_objective(other.optim).loss is LOSSES["ce"]
 
 
 def test_unknown_losses_and_options_of_losses_are_input_errors() -> None:
     for options, message in (
-        ({"loss": "cee"}, "--loss cee: expected one of ce, bce"),
-        ({"loss": "soft"}, "--loss soft: expected one of ce, bce"),
+        ({"loss": "cee"}, "--loss cee: expected one of .*ce, .*bce"),
+        ({"loss": "soft"}, "--loss soft: expected one of "),
         ({"loss_options": {"ce_gamma": 1}}, "unknown option --ce-gamma"),
     ):
         with pytest.raises(InputError, match=message):

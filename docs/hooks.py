@@ -15,6 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from smallvit.plugins import PLUGINS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "build" / "package" / "smallvit"
 FOLDERS = ("plugins", "datasets", "cli")
@@ -25,6 +27,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Pages above docs/ with their names on the site."""
+CONFIGS = "<!-- configurations of all plugins -->"
+"""Where api.md documents the configuration of every plugin."""
 
 
 def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
@@ -52,7 +56,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links for the site; links to files that are not on it become plain text."""
+    """Rewrite links for the site, where links to files that are not on it become plain text; list the plugins."""
+    configs = [f"::: smallvit.{plugin.config.__name__}" for plugin in PLUGINS.values()]
+    markdown = markdown.replace(CONFIGS, "\n\n".join(configs))
     if page.file.src_uri in PAGES.values():
         for name, target in PAGES.items():
             markdown = markdown.replace(f"]({name}", f"]({target}")

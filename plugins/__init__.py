@@ -8,32 +8,17 @@ Plugins change leaf modules only: attention layers, patch embeddings, poolings a
 Forward passes of timm stay unchanged, and so do parameter names, except in layers that are replaced.
 """
 
+# ruff: noqa: F401, I001
+
 from smallvit.plugins.base import Plugin, PluginConfig
+
+# One line per plugin, in the order in which they are applied
+from smallvit.plugins.spt import SPT, SPTConfig
+from smallvit.plugins.lsa import LSA, LSAConfig
 from smallvit.plugins.binary import BINARY, BinaryConfig
 from smallvit.plugins.ffn import FFN, FFNConfig
-from smallvit.plugins.lsa import LSA, LSAConfig
-from smallvit.plugins.spt import SPT, SPTConfig
 from smallvit.plugins.stem import STEM, StemConfig
 from smallvit.plugins.xsa import XSA, XSAConfig
 
-__all__ = [
-    "PLUGINS",
-    "BinaryConfig",
-    "FFNConfig",
-    "LSAConfig",
-    "Plugin",
-    "PluginConfig",
-    "SPTConfig",
-    "StemConfig",
-    "XSAConfig",
-]
-
-PLUGINS: dict[str, Plugin] = {
-    "spt": SPT,
-    "lsa": LSA,
-    "binary": BINARY,
-    "ffn": FFN,
-    "stem": STEM,
-    "xsa": XSA,
-}
+PLUGINS: dict[str, Plugin] = {each.name: each for each in list(globals().values()) if isinstance(each, Plugin)}
 """All plugins by name, in the order in which they are applied."""

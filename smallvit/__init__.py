@@ -6,18 +6,14 @@ Attributes are imported when first used, so that `import smallvit` and `smallvit
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from smallvit.plugins import PLUGINS
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BinaryConfig": "smallvit.plugins",
     "Config": "smallvit.config.config",
-    "FFNConfig": "smallvit.plugins",
     "InputError": "smallvit.utils.errors",
-    "LSAConfig": "smallvit.plugins",
-    "SPTConfig": "smallvit.plugins",
-    "StemConfig": "smallvit.plugins",
     "TrainingError": "smallvit.utils.errors",
-    "XSAConfig": "smallvit.plugins",
     "add_distillation_token": "smallvit.plugins.distillation",
     "create_model": "smallvit.models.factory",
     "describe": "smallvit.plugins.patch",
@@ -30,6 +26,7 @@ _HOMES = {
     "set_lsa_strength": "smallvit.plugins.lsa_layer",
     "train": "smallvit.training.train",
     "unpatch": "smallvit.plugins.patch",
+    **{plugin.config.__name__: plugin.config.__module__ for plugin in PLUGINS.values()},
 }
 
 _PACKAGES = (
@@ -56,12 +53,7 @@ if TYPE_CHECKING:
     from smallvit.models.checkpoint import load_model as load_model
     from smallvit.models.factory import create_model as create_model
     from smallvit.models.initialization import initialize as initialize
-    from smallvit.plugins import BinaryConfig as BinaryConfig
-    from smallvit.plugins import FFNConfig as FFNConfig
-    from smallvit.plugins import LSAConfig as LSAConfig
-    from smallvit.plugins import SPTConfig as SPTConfig
-    from smallvit.plugins import StemConfig as StemConfig
-    from smallvit.plugins import XSAConfig as XSAConfig
+    from smallvit.plugins import *  # noqa: F403
     from smallvit.plugins.distillation import add_distillation_token as add_distillation_token
     from smallvit.plugins.lsa_layer import set_lsa_strength as set_lsa_strength
     from smallvit.plugins.patch import describe as describe

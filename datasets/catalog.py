@@ -46,10 +46,10 @@ class DatasetInfo:
     """Number of training images; of all images if there is no published test set."""
     num_test: int
     """Number of labeled test images; 0 if the test set is split off here."""
-    mean: tuple[float, ...]
-    """Mean of each channel."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel; by default measured on the training images."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, likewise."""
     flip: bool
     """Whether a mirrored image keeps its class."""
     aug: str = "lee2021"
@@ -62,6 +62,10 @@ class DatasetInfo:
     """Format of the files, a key of `readers.READERS`; image-folder is one zip or tar file of class folders."""
     folder: str | None = None
     """Folder under `--data-dir`; by default the data set's name."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, if the files do not have them."""
+    hub: str | None = None
+    """Name on the Hugging Face Hub, for model cards."""
     citation: str
     """Authors, year and title."""
     license: str
@@ -73,6 +77,8 @@ def _archives(url: str | None, *files: tuple[str, str, int | None]) -> tuple[Arc
     return tuple(Archive(file=file, url=url and f"{url}/{file}", md5=md5, size=size) for file, md5, size in files)
 
 
+DIGITS = tuple("0123456789")
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KRIZHEVSKY = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
 NETZER = "Netzer et al. 2011, Reading Digits in Natural Images with Unsupervised Feature Learning"
 CIFAR100 = DatasetInfo(
@@ -90,6 +96,7 @@ CIFAR100 = DatasetInfo(
         ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", 169_001_437),
     ),
     reader="cifar",
+    hub="uoft-cs/cifar100",
     citation=KRIZHEVSKY,
     license="no license stated; its authors ask to be cited",
 )
@@ -97,6 +104,7 @@ CIFAR100 = DatasetInfo(
 SVHN = DatasetInfo(
     title="SVHN, cropped digits",
     num_classes=10,
+    class_names=DIGITS,
     img_size=32,
     num_train=73_257,
     num_test=26_032,
@@ -110,6 +118,7 @@ SVHN = DatasetInfo(
         ("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", 64_275_384),
     ),
     reader="svhn",
+    hub="ufldl-stanford/svhn",
     citation=NETZER,
     license="for non-commercial use",
 )
@@ -118,12 +127,11 @@ DATASETS: dict[str, DatasetInfo] = {
     "digits": DatasetInfo(
         title="Optical Recognition of Handwritten Digits",
         num_classes=10,
+        class_names=DIGITS,
         img_size=8,
         in_chans=1,
         num_train=1797,
         num_test=0,
-        mean=(0.3053,),
-        std=(0.3759,),
         flip=False,
         aug="basic",
         policy="cifar10",
@@ -146,6 +154,7 @@ DATASETS: dict[str, DatasetInfo] = {
             ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071),
         ),
         reader="cifar",
+        hub="uoft-cs/cifar10",
         citation=KRIZHEVSKY,
         license="no license stated; its authors ask to be cited",
     ),
@@ -177,12 +186,14 @@ DATASETS: dict[str, DatasetInfo] = {
             "http://cs231n.stanford.edu",
             ("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", 248_100_043),
         ),
+        hub="zh-plus/tiny-imagenet",
         citation="Le and Yang 2015, Tiny ImageNet Visual Recognition Challenge, Stanford CS231n",
         license="ImageNet's: for non-commercial research and education",
     ),
     "mnist": DatasetInfo(
         title="MNIST",
         num_classes=10,
+        class_names=DIGITS,
         img_size=28,
         in_chans=1,
         num_train=60_000,
@@ -200,12 +211,14 @@ DATASETS: dict[str, DatasetInfo] = {
             ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", 4_542),
         ),
         reader="mnist",
+        hub="ylecun/mnist",
         citation="LeCun, Bottou, Bengio, Haffner 1998, Gradient-Based Learning Applied to Document Recognition",
         license="CC BY-SA 3.0",
     ),
     "fashion-mnist": DatasetInfo(
         title="Fashion-MNIST",
         num_classes=10,
+        class_names=FASHION,
         img_size=28,
         in_chans=1,
         num_train=60_000,
@@ -223,6 +236,7 @@ DATASETS: dict[str, DatasetInfo] = {
             ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310", 5_148),
         ),
         reader="mnist",
+        hub="zalando-datasets/fashion_mnist",
         citation="Xiao, Rasul, Vollgraf 2017, Fashion-MNIST, arXiv:1708.07747",
         license="MIT",
     ),
@@ -244,6 +258,7 @@ DATASETS: dict[str, DatasetInfo] = {
             ("ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf", None),
         ),
         reader="imagenet",
+        hub="ILSVRC/imagenet-1k",
         citation="Russakovsky et al. 2015, ImageNet Large Scale Visual Recognition Challenge, arXiv:1409.0575",
         license="for non-commercial research and education, after registration at https://image-net.org/download",
     ),

@@ -149,7 +149,7 @@ def assemble(
     train = parts["train"]
     named = config.data in DATASETS or not os.path.exists(os.path.expanduser(config.data))
     source = config.data if named else os.path.realpath(os.path.expanduser(config.data))
-    mean, std = (info.mean, info.std) if info and info.archives else train.channel_statistics()
+    mean, std = (info.mean, info.std) if info and info.mean else train.channel_statistics()
     defaults = {name: getattr(info, name) for name in UNKNOWN} if info else UNKNOWN
     return ImageDataset(
         name=config.data if named else Path(source).name,

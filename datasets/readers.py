@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from smallvit.datasets.catalog import DATASETS
@@ -27,8 +28,6 @@ from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import LOCK, atomic_folder, locked
-
-DIGITS = tuple("0123456789")
 
 
 class Arrays(NamedTuple):
@@ -114,11 +113,12 @@ def _unpack_imagenet_val(archive: Path, folder: Path, wnids: list[str]) -> None:
 def _read_digits(name: str, folder: Path) -> Arrays:
     digits = load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]  # 0..16 to 0..255
-    return Arrays({"all": Images(pixels, torch.from_numpy(digits.target.astype(np.int64)))}, DIGITS)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return Arrays({"all": Images(pixels, labels)}, DATASETS[name].class_names)
 
 
 def _read_cifar(name: str, folder: Path) -> Arrays:
-    reader = CIFAR10 if name == "cifar10" else CIFAR100
+    reader = {CIFAR10.filename: CIFAR10, CIFAR100.filename: CIFAR100}[DATASETS[name].archives[0].file]
     base = folder / reader.base_folder
     if not _is_cifar_intact(reader, base):
         (archive,) = fetch(folder.name, DATASETS[name].archives, folder)
@@ -152,25 +152,25 @@ def _read_svhn(name: str, folder: Path) -> Arrays:
         split = archive.file.split("_")[0]  # train, test or extra
         parts["test" if split == "test" else "train"].append(SVHN(folder, split))
     pixels = [np.concatenate([each.data for each in part]) for part in parts.values()]
-    return _arrays(pixels, [np.concatenate([each.labels for each in part]) for part in parts.values()], DIGITS)
+    labels = [np.concatenate([each.labels for each in part]) for part in parts.values()]
+    return _arrays(pixels, labels, DATASETS[name].class_names)
 
 
 def _read_mnist(name: str, folder: Path) -> Arrays:
-    reader = MNIST if name == "mnist" else FashionMNIST
-    archives = DATASETS[name].archives
-    files = [folder / reader.__name__ / "raw" / Path(archive.file).stem for archive in archives]
+    info = DATASETS[name]  # archives: training images and labels, test images and labels
+    unpacked = folder / info.title.replace("-", "") / "raw"  # as torchvision names it
+    files = [unpacked / Path(archive.file).stem for archive in info.archives]
     if not all(file.is_file() for file in files):
-        paths = fetch(name, archives, folder)
+        paths = fetch(folder.name, info.archives, folder)
         with locked(folder / LOCK, f"unpacks {name}"):
             for path, file in zip(paths, files, strict=True):
                 unpack_gzip(path, file)
-    train, test = reader(folder, train=True), reader(folder, train=False)
-    pixels = [part.data[:, None].numpy() for part in (train, test)]
-    return _arrays(pixels, (train.targets, test.targets), DIGITS if name == "mnist" else reader.classes)
+    pixels = [read_image_file(str(file))[:, None].numpy() for file in files[::2]]
+    return _arrays(pixels, [read_label_file(str(file)) for file in files[1::2]], info.class_names)
 
 
 def _arrays(pixels: Iterable[np.ndarray], labels: Iterable[object], class_names: Sequence[str]) -> Arrays:
-    """Collect pixels (n, c, h, w) and labels of the training and test images."""
+    """Collect pixels (n, c, h, w) in uint8 and labels (n), of the training and of the test images."""
     splits = {
         split: Images(torch.from_numpy(np.ascontiguousarray(x)), torch.as_tensor(y, dtype=torch.int64))
         for split, x, y in zip(("train", "test"), pixels, labels, strict=True)

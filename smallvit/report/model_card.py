@@ -21,18 +21,6 @@ from smallvit.report.run_summary import read_run_summary
 from smallvit.runs.run import Run
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-HUB_DATASETS = {
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-    "cifar100-coarse": "uoft-cs/cifar100",
-    "svhn": "ufldl-stanford/svhn",
-    "svhn-extra": "ufldl-stanford/svhn",
-    "tiny-imagenet": "zh-plus/tiny-imagenet",
-    "mnist": "ylecun/mnist",
-    "fashion-mnist": "zalando-datasets/fashion_mnist",
-    "imagenet": "ILSVRC/imagenet-1k",
-}
-"""Names of data sets on the Hub."""
 PLACEHOLDER = "OWNER/NAME"
 """Repository of a card that is not pushed."""
 DEIT = Citation(
@@ -103,7 +91,7 @@ def _card_data(name: str, data: str, top1: float, plugins: list[str], terms: str
     """Return the card's metadata for the Hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset = HUB_DATASETS.get(data)
+    dataset = DATASETS[data].hub if data in DATASETS else None
     result = EvalResult(
         task_type="image-classification",
         dataset_type=dataset or strip_folder(data.rstrip(os.sep)),

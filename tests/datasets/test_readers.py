@@ -19,7 +19,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN, imagenet
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, imagenet
 
 from smallvit.config.options import DataConfig
 from smallvit.datasets import create_dataset, readers
@@ -143,13 +143,9 @@ def idx(content: np.ndarray) -> bytes:
 
 def make_mnist(monkeypatch: pytest.MonkeyPatch, name: str) -> Miniature:
     train, test = images(len(name), 5, 28, 28), images(len(name) + 1, 2, 28, 28)
-    parts = {
-        "train-images-idx3-ubyte.gz": train,
-        "train-labels-idx1-ubyte.gz": np.array([9, 0, 1, 2, 3], dtype=np.uint8),
-        "t10k-images-idx3-ubyte.gz": test,
-        "t10k-labels-idx1-ubyte.gz": np.array([5, 6], dtype=np.uint8),
-    }
-    files = {file: gzip.compress(idx(content)) for file, content in parts.items()}
+    parts = (train, np.array([9, 0, 1, 2, 3], dtype=np.uint8), test, np.array([5, 6], dtype=np.uint8))
+    archives = DATASETS[name].archives
+    files = {each.file: gzip.compress(idx(content)) for each, content in zip(archives, parts, strict=True)}
     set_checksums(monkeypatch, (name,), files)
     return Miniature(files, (train[:, None], [9, 0, 1, 2, 3]), (test[:, None], [5, 6]))
 
@@ -204,17 +200,19 @@ def test_svhn_needs_the_extra_images_only_when_they_are_asked_for(tmp_path: Path
     assert same(read("svhn-extra", tmp_path), svhn)
 
 
-def test_mnist_and_fashion_mnist_keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = {name: make_mnist(monkeypatch, name) for name in ("mnist", "fashion-mnist")}
-    for name, miniature in both.items():
+def test_data_sets_in_mnists_format_keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_sets = {name: make_mnist(monkeypatch, name) for name, entry in DATASETS.items() if entry.reader == "mnist"}
+    for name, miniature in all_sets.items():
         miniature.put(tmp_path / name)
         assert same(read(name, tmp_path), miniature)
-    for name, miniature in both.items():
+    for name, miniature in all_sets.items():
         for file in miniature.files:
             (tmp_path / name / file).unlink()
         assert same(read(name, tmp_path), miniature)  # from the unpacked files alone
+        assert len(read(name, tmp_path).class_names) == DATASETS[name].num_classes
     assert read("mnist", tmp_path).class_names == tuple("0123456789")
     assert read("fashion-mnist", tmp_path).class_names == FASHION
+    assert (tmp_path / "fashion-mnist" / FashionMNIST.__name__ / "raw").is_dir()
 
 
 @sweep("name", [name for name, info in DATASETS.items() if info.archives])
@@ -422,35 +420,39 @@ def test_every_data_set_has_a_reader_and_every_reader_a_data_set() -> None:
         assert info.folder is None or info.folder in DATASETS, name
 
 
-@sweep("suffix", ["zip", "tar.gz"])
-def test_a_new_data_set_of_class_folders_is_one_entry(tmp_path: Path, monkeypatch, suffix: str) -> None:
+FLOWERS = DatasetInfo(
+    title="Flowers",
+    num_classes=2,
+    img_size=16,
+    num_train=2,
+    num_test=2,
+    flip=True,
+    policy="imagenet",
+    archives=(Archive(file="flowers.tar.gz", url="https://example.org/flowers.tar.gz", md5="0" * 32),),
+    citation="Nobody 2026",
+    license="MIT",
+)
+
+
+@sweep("name, entry", [("flowers", FLOWERS), *((n, e) for n, e in DATASETS.items() if e.reader == "image-folder")])
+def test_an_archive_of_class_folders_needs_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, entry: DatasetInfo
+) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
-    files = {f"flowers/{split}/{name}/0.png": buffer.getvalue() for split in ("train", "test") for name in "ab"}
-    archive = tmp_path / "mirror" / f"flowers.{suffix}"
-    archive.parent.mkdir()
-    if suffix == "zip":
-        with zipfile.ZipFile(archive, "w") as packed:
-            for name, content in files.items():
-                packed.writestr(name, content)
+    files = {f"{name}/{split}/{label}/0.png": buffer.getvalue() for split in ("train", "test") for label in "ab"}
+    (archive,) = entry.archives
+    path = tmp_path / archive.file
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for file, content in files.items():
+                packed.writestr(file, content)
     else:
-        archive.write_bytes(tar_of(files))
-    entry = DatasetInfo(
-        title="Flowers",
-        num_classes=2,
-        img_size=16,
-        num_train=2,
-        num_test=2,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.2, 0.2),
-        flip=True,
-        policy="imagenet",
-        archives=(Archive(file=archive.name, url=archive.as_uri(), md5=md5(archive.read_bytes())),),
-        citation="Nobody 2026",
-        license="MIT",
-    )
-    monkeypatch.setitem(DATASETS, "flowers", entry)
+        path.write_bytes(tar_of(files))
+    archive = replace(archive, url=path.as_uri(), md5=md5(path.read_bytes()))
+    monkeypatch.setitem(DATASETS, name, replace(entry, archives=(archive,)))
     for _ in range(2):
-        data = create_dataset(DataConfig(data="flowers", data_dir=str(tmp_path / "data"), val_fraction=0))
-        assert (data.class_names, data.img_size, len(data.train), len(data.test)) == (("a", "b"), 16, 2, 2)
-        assert (data.mean, data.policy, data.source, data.content) == (entry.mean, "imagenet", "flowers", None)
+        data = create_dataset(DataConfig(data=name, data_dir=str(tmp_path / "data"), val_fraction=0))
+        assert (data.class_names, data.img_size, len(data.train), len(data.test)) == (("a", "b"), entry.img_size, 2, 2)
+        assert (data.policy, data.source, data.content) == (entry.policy, name, None)
+        assert data.mean == pytest.approx(entry.mean or (1, 0, 0))

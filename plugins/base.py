@@ -1,6 +1,6 @@
 """Define what a plugin is: its configuration, and the functions that change layers of a model.
 
-A plugin `x` is two files and an entry of `smallvit.plugins.PLUGINS`:
+A plugin `x` is two files and an import in `plugins/__init__.py`:
 
     x.py        a frozen `PluginConfig` and a `Plugin`; imports no torch, since the command line reads it
     x_timm.py   the layer, and the functions that `Plugin` documents: sites, apply, describe, describe_loss; and remove,

@@ -37,7 +37,7 @@ def patch(
     """Patch plugins into a timm model, in place, and return it.
 
     Layers that are patched already stay unchanged, so patching twice has no effect. Plugins are applied in the order
-    of `PLUGINS`: pass those that are to be combined in one call.
+    of `PLUGINS`: pass those that are to be combined in one call. If it raises, the model is unchanged.
 
     Create the optimizer afterwards: one that exists already does not train the new parameters, and a `UserWarning` says
     so.
@@ -54,8 +54,6 @@ def patch(
         UnsupportedModelError: the model has no layer that a plugin can change, or a layer has its own `forward`.
         TypeError: an unknown plugin, or a value that is neither a bool nor its configuration.
         ValueError: no plugin is given, two exclude each other, or the patterns match no layer.
-
-        The model is then unchanged.
     """
     if init not in ("paper", "preserve"):
         raise ValueError(f"init {init!r}: expected paper or preserve")

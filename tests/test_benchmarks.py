@@ -116,3 +116,32 @@ def test_shared_cores_settings_differ_in_the_wait_policy_only(monkeypatch: pytes
     assert waits["passive"] == waits["spinning"] | {"OMP_WAIT_POLICY": "passive"}
     assert waits["spincount"] == waits["spinning"] | {"GOMP_SPINCOUNT": "1000"}
     assert {each["OMP_NUM_THREADS"] for each in waits.values()} == {"3"}
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_lengthens_the_schedule_until_the_target_is_reached(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = _module("time_to_accuracy", monkeypatch)
+    trained: list[float] = []
+
+    def train_ours(given: object, seed: int, share: float, out: Path) -> object:
+        trained.append(share)
+        return module.Outcome(top1=100.0 if share >= 0.5 else 0.0, seconds=1.0, images=10)
+
+    monkeypatch.setattr(module, "train_ours", train_ours)
+    small = ["--epochs", "1", "--train-fraction", "0.2", "--workers", "0", "--aug", "mix", "--device", "cpu"]
+    module.main([*small, "--seeds", "2", "--shares", "0.2", "0.5", "1.0"])
+    assert trained == [0.2, 0.5, 0.5]
+    assert "times shorter, 2 seeds" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did not reach"):
+        module.main([*small, "--seeds", "1", "--shares", "0.2"])
+
+
+def test_the_usual_script_warms_up_and_follows_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _module("time_to_accuracy", monkeypatch)
+    rates = [module.learning_rate(step, 100) for step in range(100)]
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert max(rates) == pytest.approx(module.LR)
+    assert rates[55] == pytest.approx((module.LR + module.MIN_LR) / 2)
+    assert rates[-1] < 0.01 * module.LR

@@ -22,7 +22,6 @@ Draw the attention of a trained transformer: every layer and head, rollout,
 relevance, learned temperatures.
 
   smallvit attend runs/vit-spt-lsa-cifar100
-  smallvit attend runs/vit-spt-lsa-cifar100 --compare runs/vit-cifar100
   smallvit attend runs/vit-spt-lsa-cifar100 cat.jpg dog.jpg --out attention
   smallvit attend deit_tiny_patch16_224:pretrained cat.jpg --out attention
 
@@ -49,7 +48,7 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Draw the attention, and print a table of the layers and the files written."""
     options = parse(parser(), argv)
-    name, images, compare, out = (options.pop(each) for each in ("name", "images", "compare", "out"))
+    name, images, out = (options.pop(each) for each in ("name", "images", "out"))
     hints.require_run("smallvit attend", argv, name, images)
     for option in SPLIT_OPTIONS if images else ():
         if option in options:
@@ -70,12 +69,10 @@ def main(argv: list[str]) -> int:
     from smallvit.attention.attend import attend, list_outputs, resolve_output  # imports torch
 
     folder = resolve_output(name, None if images else config.data.data, selection.get("split", "test"), out)
-    names = [name] if compare is None else [name, compare]
     command = shlex.join(["smallvit", "attend", *argv])
-    results = attend(names, images, config, out=folder, command=command, overwrite=overwrite, **selection)
+    results = attend(name, images, config, out=folder, command=command, overwrite=overwrite, **selection)
     console = Console(emoji=False, markup=False)
-    for each in filter(None, (results, results["compared"])):
-        console.print(format_layers(each))
+    console.print(format_layers(results))
     for file in list_outputs(folder):
         print(file)
     return 0
@@ -106,7 +103,6 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="Image files. [images of --split]")
     group = parser.add_argument_group("attend", "Images to analyze, and files to write.")
     unset = {"default": argparse.SUPPRESS}
-    group.add_argument("--compare", metavar="RUN", help="Another model, drawn next to the first.")
     group.add_argument("--count", type=int, metavar="N", help="Number of images to select from the split. [8]", **unset)
     group.add_argument("--split", metavar="{train,val,test}", help="Split to select images from. [test]", **unset)
     group.add_argument("--out", metavar="DIR", help="Folder to write to. [RUN/attend]")

@@ -1,4 +1,4 @@
-"""Analyze the attention of trained models over a few images, and write pictures and statistics: `smallvit attend`.
+"""Analyze the attention of a trained model over a few images, and write pictures and statistics: `smallvit attend`.
 
 Axes: n images, h heads, i j rows and columns of tokens, c channels, s pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from smallvit.datasets.dataset import Images
 from smallvit.datasets.decode import describe_decode_error
 from smallvit.datasets.listing import SPLITS
 from smallvit.evaluation import artifacts, leakage
-from smallvit.evaluation.predict import decode
-from smallvit.evaluation.predictor import Predictor, create_predictor, read_model_info
+from smallvit.evaluation.predict import try_decode
+from smallvit.evaluation.predictor import Predictor, load_predictor
 from smallvit.models import weights, weights_info
 from smallvit.plugins.lsa_layer import temperatures
 from smallvit.runs.run import Run
@@ -77,7 +77,7 @@ class AttentionAnalysis:
 
 
 def attend(
-    names: Sequence[str],
+    name: str,
     images: Sequence[str | Path],
     config: Config,
     *,
@@ -88,10 +88,10 @@ def attend(
     console: Console | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Draw the attention of one or two models and return the contents of attention.json.
+    """Draw the attention of a model and return the contents of attention.json.
 
     Args:
-        names: Run folder, weights file or timm model, and optionally another one to compare.
+        name: Run folder, weights file or timm model.
         images: Image files; if empty, `count` images of a split of the configuration's data.
         config: Data and device.
         split: Split to select images from.
@@ -102,38 +102,51 @@ def attend(
         command: The command line to record in attention.json.
 
     Raises:
-        InputError: a model, data set, split or image does not exist, a model has no attention, or `out` holds results.
+        InputError: the model, data set, split or image does not exist, the model has no attention, or `out` holds
+            results.
     """
     require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}{suggest(split, SPLITS)}")
     require(count >= 1, "count", count, "at least 1")
     check_output_folder(out, overwrite=overwrite)
     console = console or create_console(stderr=True)
-    models = _create_predictors(names, config)
-    data, examples = None, []
-    for model in models:
-        output = Console(quiet=True) if examples else console  # report skipped images once
-        if images:
-            paths = map(str, images)
-            examples.append([_read_file(model, path, config.data.max_megapixels, output) for path in paths])
-        else:
-            dataset = _load_dataset(model, config, split, console)
-            data = data or dataset.name
-            examples.append(examples_from_split(dataset, split, count, output))
+    compute, size = config.compute, config.data.img_size
+    model = load_predictor(
+        name, "attend", arch=config.model.arch, img_size=size, device=compute.device, amp=compute.amp
+    )
+    if images:
+        data, examples = None, [_read_file(model, str(path), config.data.max_megapixels, console) for path in images]
+    else:
+        dataset = datasets.create_dataset(replace(config.data, img_size=model.img_size), ranges=model.info.gray_ranges)
+        weights.check_channels(model.info, dataset)
+        for warning in leakage.check_test_split(model.info, dataset, config.data, (split,)):
+            console.print(warning)
+        data, examples = dataset.name, examples_from_split(dataset, split, count, console)
     with create_progress(console) as bar:
-        task = bar.add_task("analyzing", total=sum(map(len, examples)))
-        analyzed = [analyze_attention(*pair, lambda: bar.advance(task)) for pair in zip(models, examples, strict=True)]
-        described = [_describe(*each) for each in zip(models, examples, analyzed, strict=True)]
+        task = bar.add_task("analyzing", total=len(examples))
+        analysis = analyze_attention(model, examples, lambda: bar.advance(task))
         results = {
-            **described[0],
-            "compared": described[1] if len(described) > 1 else None,
-            "hardware": hardware.describe_hardware(models[0].device),
+            "name": model.info.name,
+            "layers": analysis.layers,
+            "images": [
+                {
+                    "source": example.source,
+                    "predicted": view.predicted,
+                    "probability": view.probability,
+                    "label": example.label,
+                }
+                for example, view in zip(examples, analysis.views, strict=True)
+            ],
+            "weights_sha256": weights_info.compute_sha256(model.info),
+            "img_size": model.img_size,
+            "precision": model.precision,
+            "hardware": hardware.describe_hardware(model.device),
             "versions": hardware.versions(),
             "git_revision": hardware.git_revision(),
             "data": data,
             "split": None if images else split,
             "command": command,
         }
-        _write(out, results, dict(zip(short_names(names), analyzed, strict=True)), examples[0], bar)
+        _write(out, results, analysis, examples, bar)
     return results
 
 
@@ -209,22 +222,6 @@ def learned_temperature(model: nn.Module, layer: str) -> dict[str, Any]:
     return {"temperature": learned.tolist(), "initial_temperature": model.get_submodule(layer).constant}
 
 
-def _describe(model: Predictor, examples: Sequence[Example], analysis: AttentionAnalysis) -> dict[str, Any]:
-    """Return the statistics of layers and the predictions of a model as plain values for JSON."""
-    rows = zip(examples, analysis.views, strict=True)
-    return {
-        "name": model.info.name,
-        "layers": analysis.layers,
-        "images": [
-            {"source": each.source, "predicted": view.predicted, "probability": view.probability, "label": each.label}
-            for each, view in rows
-        ],
-        "weights_sha256": weights_info.compute_sha256(model.info),
-        "img_size": model.img_size,
-        "precision": model.precision,
-    }
-
-
 # Images
 
 
@@ -244,7 +241,7 @@ def examples_from_split(dataset: datasets.ImageDataset, split: str, count: int, 
             try:
                 pixels = images.decode(index)
             except Exception as error:  # decoders raise errors of many types on damaged files
-                _print(console, f"skipped: {source} ({describe_decode_error(error, source)})")
+                console.print(f"skipped: {source} ({describe_decode_error(error, source)})")
                 continue
         examples.append(Example(pixels=pixels, source=source, label=dataset.class_names[images.labels[index]]))
     if not examples:
@@ -254,30 +251,15 @@ def examples_from_split(dataset: datasets.ImageDataset, split: str, count: int, 
 
 def _read_file(model: Predictor, path: str, max_megapixels: float, console: Console) -> Example:
     """Decode an image file as `predict` does."""
-    try:
-        pixels, note = decode(model, path, max_megapixels)
-    except Exception as error:  # decoders raise errors of many types on damaged files
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"{path}: {reason or describe_decode_error(error, path)}") from None
-    if note is not None:
-        _print(console, note)
+    prediction, pixels = try_decode(model, max_megapixels, path)
+    if pixels is None:
+        raise InputError(f"{path}: {prediction.error}")
+    if prediction.note is not None:
+        console.print(prediction.note)
     return Example(pixels=pixels, source=path)
 
 
-def _load_dataset(model: Predictor, config: Config, split: str, console: Console) -> datasets.ImageDataset:
-    """Load the configured data at the model's image size, and check that the split was not trained on."""
-    dataset = datasets.create_dataset(replace(config.data, img_size=model.img_size), ranges=model.info.gray_ranges)
-    weights.check_channels(model.info, dataset)
-    for warning in leakage.check_test_split(model.info, dataset, config.data, (split,)):
-        _print(console, warning)
-    return dataset
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, emoji=False, highlight=False)
-
-
-# Models and files
+# Files
 
 
 def resolve_output(name: str, data: str | None, split: str, out: str | None) -> Path:
@@ -310,38 +292,17 @@ def list_outputs(folder: Path) -> list[Path]:
     return [folder / name for name in (OVERVIEW, HEADS, TEMPERATURES, *layers, RESULTS) if name in names]
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Return the base names of models where these differ, else the names."""
-    short = [Path(files.absolute_name(name)).name if files.is_path(name) else name for name in names]
-    return short if len(set(short)) == len(names) else list(names)
-
-
-def _create_predictors(names: Sequence[str], config: Config) -> list[Predictor]:
-    infos = [read_model_info(names[0], "attend", config.model.arch)]
-    infos += [read_model_info(name, "--compare", None) for name in names[1:]]
-    if len(set(map(weights_info.compute_fingerprint, infos))) < len(infos):
-        raise infos[1].error("the same model; choose another one")
-    compute, size = config.compute, config.data.img_size
-    hardware.pick_device(compute.device)
-    return [create_predictor(info, size or info.spec["img_size"], compute.device, compute.amp) for info in infos]
-
-
 def _write(
-    folder: Path,
-    results: dict[str, Any],
-    analyzed: Mapping[str, AttentionAnalysis],
-    examples: Sequence[Example],
-    bar: Progress,
+    folder: Path, results: dict[str, Any], analysis: AttentionAnalysis, examples: Sequence[Example], bar: Progress
 ) -> None:
     """Write all files, and replace earlier ones once all are complete."""
     labels = [example.label or os.path.basename(example.source) for example in examples]
-    pixels, first = [example.pixels for example in examples], next(iter(analyzed.values()))
-    layers = {name: analysis.layers for name, analysis in analyzed.items()}
+    pixels = [example.pixels for example in examples]
     with atomic_update(folder, list_outputs) as partial:
-        views = {name: analysis.views for name, analysis in analyzed.items()}
-        visualize.draw_overview(pixels, labels, views, partial / OVERVIEW)
-        visualize.draw_heads(layers, partial / HEADS)
-        visualize.draw_temperatures(layers, partial / TEMPERATURES)
+        visualize.draw_overview(pixels, labels, analysis.views, partial / OVERVIEW)
+        visualize.draw_heads(analysis.layers, partial / HEADS)
+        visualize.draw_temperatures(analysis.layers, partial / TEMPERATURES)
         for index in bar.track(range(len(pixels)), description="drawing"):
-            visualize.draw_layers(pixels[index], labels[index], first.maps[index], partial / f"layers-{index + 1}.png")
+            file = partial / f"layers-{index + 1}.png"
+            visualize.draw_layers(pixels[index], labels[index], analysis.maps[index], file)
         (partial / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

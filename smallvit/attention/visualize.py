@@ -30,8 +30,6 @@ OVERVIEW_SIDE, LAYERS_SIDE = 192, 128
 """Maximum side in pixels of a drawn image."""
 MAX_PANELS = 12
 """Maximum number of layers, and of heads, in the picture of one image."""
-DODGE = 0.3
-"""Width, in layers, over which the dots of several models are spread."""
 
 Pixels = UInt8[np.ndarray, "c y x"]
 Layers = Sequence[Mapping[str, Any]]
@@ -48,34 +46,29 @@ class AttentionView:
     """Attention of the last layer, rollout and relevance."""
 
 
-def draw_overview(
-    images: Sequence[Pixels], labels: Sequence[str], views: Mapping[str, Sequence[AttentionView]], path: Path
-) -> None:
-    """Draw a row for each image: the image, and attention of the last layer, rollout and relevance of each model.
+def draw_overview(images: Sequence[Pixels], labels: Sequence[str], views: Sequence[AttentionView], path: Path) -> None:
+    """Draw a row for each image: the image, and attention of the last layer, rollout and relevance.
 
     Args:
         images: Images of one size.
         labels: Class or file name of each image.
-        views: The views of each image, by the name of the model.
+        views: The view of each image.
         path: The PNG to write.
     """
     kinds = ("attention, last layer", "rollout", "relevance, predicted class")
     side = _drawn_side(images[0].shape[-1], OVERVIEW_SIDE)
     panels, captions = [], []
-    for image, label, *of_image in zip(images, labels, *views.values(), strict=True):
-        named = list(zip([f", {name}" for name in views] if len(views) > 1 else [""], of_image, strict=True))
-        predictions = [f"{view.predicted} {view.probability:.0%}{name}" for name, view in named]
+    for image, label, view in zip(images, labels, views, strict=True):
         panels.append(resize_image(image, side))
-        captions.append("\n".join(map(_one_line, [label, *predictions])))
-        for name, view in named:
-            for kind, weights in zip(kinds, map(relative_to_uniform, view.maps), strict=True):
-                panels.append(overlay_map(image, weights, weights.min(), weights.max(), side, smooth=True))
-                captions.append(f"{kind}\n{weights.min():.2g} – {weights.max():.2g}{_one_line(name)}")
+        captions.append(f"{_one_line(label)}\n{_one_line(view.predicted)} {view.probability:.0%}")
+        for kind, weights in zip(kinds, map(relative_to_uniform, view.maps), strict=True):
+            panels.append(overlay_map(image, weights, weights.min(), weights.max(), side, smooth=True))
+            captions.append(f"{kind}\n{weights.min():.2g} – {weights.max():.2g}")
     title = (
-        "Below each image: its label and predictions. Below each map: its minimum (darkest) and maximum "
+        "Below each image: its label and prediction. Below each map: its minimum (darkest) and maximum "
         "(brightest), in multiples of uniform attention. Attention is the mean over heads."
     )
-    _save_grid(panels, captions, 1 + len(kinds) * len(views), title, path)
+    _save_grid(panels, captions, 1 + len(kinds), title, path)
 
 
 def draw_layers(image: Pixels, label: str, maps: Mapping[str, Float[np.ndarray, "h i j"]], path: Path) -> None:
@@ -145,51 +138,44 @@ def select_evenly(number: int, maximum: int) -> list[int]:
     return np.linspace(0, number - 1, min(number, maximum)).round().astype(int).tolist()
 
 
-def draw_heads(models: Mapping[str, Layers], path: Path) -> None:
-    """Plot the entropy and the mean distance of each head by layer, in one color for each model."""
+def draw_heads(layers: Layers, path: Path) -> None:
+    """Plot the entropy and the mean distance of each head by layer."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     units = {"entropy": "entropy of attention (nats)", "distance": "mean distance of attention (pixels)"}
     for axes, (quantity, label) in zip(figure.subplots(1, 2), units.items(), strict=True):
-        for number, (name, layers) in enumerate(models.items()):
-            shift = DODGE * (number - (len(models) - 1) / 2) / len(models)
-            defined = [index for index, layer in enumerate(layers) if layer[quantity] is not None]
-            depth, heads = np.array(defined) + shift, [layers[index][quantity] for index in defined]
-            color, title = f"C{number}", escape_undecodable(name.lstrip("_"))  # matplotlib hides names with a leading _
-            _plot_heads(axes, depth, heads, [color] * len(heads))
-            axes.plot(depth, [np.mean(values) for values in heads], color=color, label=title)
-            uniform = [layers[index][f"uniform_{quantity}"] for index in defined]
-            axes.plot(depth, uniform, "--", color=color, linewidth=1)
-        axes.plot([], [], "--", color="0.3", linewidth=1, label="uniform attention")
+        depth = [index for index, layer in enumerate(layers) if layer[quantity] is not None]
+        heads = [layers[index][quantity] for index in depth]
+        _plot_heads(axes, depth, heads, ["C0"] * len(heads))
+        axes.plot(depth, [np.mean(values) for values in heads], color="C0", label="mean over heads")
+        uniform = [layers[index][f"uniform_{quantity}"] for index in depth]
+        axes.plot(depth, uniform, "--", color="0.3", linewidth=1, label="uniform attention")
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
         axes.set(ylabel=label)
-        for text in axes.legend(fontsize=8).get_texts():
-            text.set_parse_math(False)
-        _label_layers(axes)
-    figure.suptitle("Each dot is a head (mean over images). Lines are means over heads.", fontsize=9)
-    save_figure(figure, path)
-
-
-def draw_temperatures(models: Mapping[str, Layers], path: Path) -> None:
-    """Plot the learned temperatures of each head by layer, one panel for each model that learns them, if any."""
-    learned = {name: [layer for layer in layers if layer["temperature"]] for name, layers in models.items()}
-    learned = {name: layers for name, layers in learned.items() if layers}
-    if not learned:
-        return
-    figure = Figure(figsize=(6, 0.4 + 3.8 * len(learned)), layout="constrained")
-    for axes, (name, layers) in zip(figure.subplots(len(learned), squeeze=False)[:, 0], learned.items(), strict=True):
-        depth, initial = np.arange(len(layers)), [layer["initial_temperature"] for layer in layers]
-        colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-        _plot_heads(axes, depth, [layer["temperature"] for layer in layers], colors)
-        style = {"colors": "k", "linestyles": "--", "linewidth": 1, "label": "initial: head_dim$^{-0.5}$"}
-        axes.hlines(initial, depth - 0.5, depth + 0.5, **style)
-        axes.set(ylabel="temperature of each head")
-        axes.set_title(escape_undecodable(name), fontsize=9, parse_math=False)
         axes.legend(fontsize=8)
         _label_layers(axes)
+    figure.suptitle("Each dot is a head (mean over images).", fontsize=9)
     save_figure(figure, path)
 
 
-def _plot_heads(axes: Axes, depth: np.ndarray, heads: Sequence[Sequence[float]], colors: Sequence[Any]) -> None:
+def draw_temperatures(layers: Layers, path: Path) -> None:
+    """Plot the learned temperatures of each head by layer, if there are any."""
+    learned = [layer for layer in layers if layer["temperature"]]
+    if not learned:
+        return
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes, depth = figure.subplots(), np.arange(len(learned))
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(learned)))
+    _plot_heads(axes, depth, [layer["temperature"] for layer in learned], colors)
+    initial = [layer["initial_temperature"] for layer in learned]
+    style = {"colors": "k", "linestyles": "--", "linewidth": 1, "label": "initial: head_dim$^{-0.5}$"}
+    axes.hlines(initial, depth - 0.5, depth + 0.5, **style)
+    axes.set(ylabel="temperature of each head")
+    axes.legend(fontsize=8)
+    _label_layers(axes)
+    save_figure(figure, path)
+
+
+def _plot_heads(axes: Axes, depth: Sequence[int], heads: Sequence[Sequence[float]], colors: Sequence[Any]) -> None:
     for x, values, color in zip(depth, heads, colors, strict=True):
         axes.plot([x] * len(values), values, "o", color=color, markersize=4.5, alpha=0.55, markeredgewidth=0)
 

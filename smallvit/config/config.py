@@ -23,7 +23,6 @@ from smallvit.config.options import (
     OptimConfig,
     RunConfig,
 )
-from smallvit.config.other_names import suggest_option
 from smallvit.utils.errors import InputError, flag, is_utf8, require, suggest
 
 
@@ -66,6 +65,8 @@ class Config:
         options = expand_arch(options)
         for name, value in options.items():
             if name not in types:
+                from smallvit.config.other_names import suggest_option  # for this message only
+
                 raise InputError(f"unknown option {name!r}{suggest_option(name, {each: each for each in types})}")
             group, kind = types[name]
             groups[group][name] = _checked(name, value, kind)

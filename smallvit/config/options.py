@@ -286,7 +286,7 @@ class DistillConfig:
 
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
-LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+LOGGERS = ("tensorboard", "wandb")
 """What `--log` takes; `smallvit.runs.trackers` knows them."""
 
 
@@ -334,7 +334,7 @@ class RunConfig:
     keep: int = option(0, "resumable")
     """Number of latest epochs whose weights are kept, in addition to last and best."""
     log: str | None = option(None, "resumable", "shared", "local")
-    """Send metrics to trackers: tensorboard, wandb, mlflow, trackio, or several, separated by commas."""
+    """Send metrics to trackers: tensorboard, wandb, or both, separated by a comma."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")

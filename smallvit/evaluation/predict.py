@@ -113,7 +113,7 @@ def predict_images(
     weights.check_classifier(model.info)
     names = readable_names(model.class_names)
     batches = [images[start : start + model.batch_size] for start in range(0, len(images), model.batch_size)]
-    decode_one = partial(_try_decode, model, max_megapixels)
+    decode_one = partial(try_decode, model, max_megapixels)
     with ThreadPoolExecutor(usable_cores()) as pool:
         ahead = pool.map(decode_one, batches[0] if batches else [])
         for following in [*batches[1:], []]:
@@ -218,7 +218,7 @@ def _list_folder(folder: str | Path, ignored: list[str]) -> list[str]:
     return [*images, *(error.filename for error in errors)] or [str(folder)]
 
 
-def _try_decode(
+def try_decode(
     model: Predictor, max_megapixels: float, image: ImageInput
 ) -> tuple[Prediction, UInt8[np.ndarray, "c s s"] | None]:
     """Return a prediction without classes, and the pixels unless it has an error."""

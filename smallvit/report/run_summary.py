@@ -230,7 +230,7 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
                 evaluator.evaluate_run(folder, config, flip=flip, out=str(out), command=command, **common)
             else:
                 command = shlex.join([*command, "--count", str(IMAGES), *moved])
-                attend([folder], [], config, count=IMAGES, out=out, command=command, **common)
+                attend(folder, [], config, count=IMAGES, out=out, command=command, **common)
         except (InputError, OSError) as error:
             reasons[name] = f"{name}: {error}"
     return read_run_summary(run.folder, reasons)

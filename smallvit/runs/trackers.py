@@ -1,4 +1,4 @@
-"""Log metrics to TensorBoard, Weights & Biases, MLflow and Trackio, as `--log` names them.
+"""Log metrics to TensorBoard and Weights & Biases, as `--log` names them.
 
 Each epoch's line of metrics.jsonl is logged with the epoch as step, and summary.json at the end. A tracker's package is
 imported only when it is named. trackers.json in the run's folder holds the run's id and the last epoch that each
@@ -74,57 +74,7 @@ class Wandb:
         self.run.finish(exit_code=int(failed))
 
 
-class MLflow:
-    """MLflow's local store, or the server in MLFLOW_TRACKING_URI."""
-
-    MAX_PARAMS, MAX_LENGTH = 100, 500  # per call, and of a parameter's value: limits that every server accepts
-
-    def __init__(self, folder: Path, options: dict[str, Any], id: str, sent: int) -> None:
-        import mlflow
-
-        self.mlflow = mlflow
-        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id
-        known = mlflow.search_runs([experiment], f"tags.`smallvit.id` = '{id}'", output_format="list")
-        if known:
-            self.id = mlflow.start_run(known[0].info.run_id, nested=True).info.run_id
-            return  # MLflow rejects changed parameters, such as --device of a resumed run
-        self.id = mlflow.start_run(run_name=folder.name, nested=True, tags={"smallvit.id": id}).info.run_id
-        params = [(name, str(value)[: self.MAX_LENGTH]) for name, value in options.items()]
-        for start in range(0, len(params), self.MAX_PARAMS):
-            mlflow.log_params(dict(params[start : start + self.MAX_PARAMS]), run_id=self.id)
-
-    def log(self, epoch: int, figures: dict[str, float]) -> None:
-        self.mlflow.log_metrics(figures, step=epoch, run_id=self.id)
-
-    def finish(self, epoch: int, summary: dict[str, Any]) -> None:
-        self.log(epoch, {f"summary/{name}": value for name, value in select_numbers(summary).items()})
-        self.mlflow.set_tags({name: value for name, value in summary.items() if isinstance(value, str)})
-
-    def close(self, failed: bool) -> None:
-        self.mlflow.end_run("FAILED" if failed else "FINISHED")
-
-
-class Trackio:
-    """Trackio's local database, or the one in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL."""
-
-    def __init__(self, folder: Path, options: dict[str, Any], id: str, sent: int) -> None:
-        import trackio
-
-        name = f"{folder.name}-{id}"  # Trackio identifies a run to resume by its name alone
-        self.run = trackio.init(PROJECT, name=name, config=options, resume="allow", embed=False)
-        self.end = trackio.finish
-
-    def log(self, epoch: int, figures: dict[str, float]) -> None:
-        self.run.log(figures, step=epoch)
-
-    def finish(self, epoch: int, summary: dict[str, Any]) -> None:
-        self.log(epoch, {f"summary/{name}": value for name, value in summary.items()})
-
-    def close(self, failed: bool) -> None:
-        self.end()
-
-
-TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
+TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Trackers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from rich.console import Console
 import smallvit as package
 from smallvit import datasets
 from smallvit.attention import attend, visualize
-from smallvit.attention.attend import short_names
 from smallvit.cli import main
 from smallvit.config.options import DataConfig
 from smallvit.models import checkpoint
@@ -35,37 +35,38 @@ def train_briefly(folder: Path, *options: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a ViT without plugins for a moment; return its run folder."""
-    return train_briefly(tmp_path_factory.mktemp("runs") / "plain")
+def drawn(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw the attention of a model; return the folder."""
+    out = tmp_path_factory.mktemp("attention") / "drawn"
+    assert main(["attend", str(trained_run), "--count", "3", "--out", str(out), *ON_CPU]) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
-def compared(trained_run: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw the attention of two models; return the folder."""
-    out = tmp_path_factory.mktemp("attention") / "both"
-    models = [str(trained_run), "--compare", str(plain)]
-    assert main(["attend", *models, "--count", "3", "--out", str(out), *ON_CPU]) == 0
-    return out
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw the attention of a ViT without plugins, trained for a moment; return the run folder."""
+    run = train_briefly(tmp_path_factory.mktemp("runs") / "plain")
+    assert main(["attend", str(run), "--count", "3", *ON_CPU]) == 0
+    return run
 
 
 def read_results(folder: Path) -> dict:
     return json.loads((folder / "attention.json").read_text())
 
 
-def test_all_files_are_written(compared: Path) -> None:
-    assert sorted(path.name for path in compared.iterdir()) == sorted([*PICTURES, "attention.json"])
+def test_all_files_are_written(drawn: Path) -> None:
+    assert sorted(path.name for path in drawn.iterdir()) == sorted([*PICTURES, "attention.json"])
     for name in PICTURES:
-        with Image.open(compared / name) as picture:
+        with Image.open(drawn / name) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_statistics(compared: Path) -> None:
+def test_statistics(drawn: Path, plain: Path) -> None:
     centers = np.array([(2 * row + 1, 2 * column + 1) for row in range(4) for column in range(4)])
     mean = np.linalg.norm(centers[:, None] - centers[None], axis=2).mean()
-    results = read_results(compared)
-    for layers, keys, scale in ((results["layers"], 16, 16 / 15), (results["compared"]["layers"], 17, 1)):
+    without_plugins = read_results(plain / "attend")["layers"]
+    for layers, keys, scale in ((read_results(drawn)["layers"], 16, 16 / 15), (without_plugins, 17, 1)):
         assert [layer["layer"] for layer in layers] == [f"blocks.{depth}.attn" for depth in range(6)]
         for layer in layers:
             assert (layer["grid"], layer["keys"], layer["heads"]) == ([4, 4], 17, 6)
@@ -76,19 +77,19 @@ def test_statistics(compared: Path) -> None:
             assert layer["uniform_distance"] == pytest.approx(mean * scale)
 
 
-def test_temperatures_are_those_of_the_weights(compared: Path, trained_run: Path) -> None:
+def test_temperatures_are_those_of_the_weights(drawn: Path, plain: Path, trained_run: Path) -> None:
     weights, _ = checkpoint.load_weights(trained_run / "best.safetensors")
-    for layer in read_results(compared)["layers"]:
+    for layer in read_results(drawn)["layers"]:
         assert layer["temperature"] == weights[f"{layer['layer']}.temperature"].tolist()
         assert layer["initial_temperature"] == pytest.approx((96 // 6) ** -0.5)
-    assert all(layer["temperature"] is None for layer in read_results(compared)["compared"]["layers"])
+    assert all(layer["temperature"] is None for layer in read_results(plain / "attend")["layers"])
 
 
-def test_predictions_match_the_model(compared: Path, trained_run: Path) -> None:
+def test_predictions_match_the_model(drawn: Path, trained_run: Path) -> None:
     dataset = datasets.create_dataset(DataConfig())
     model = package.load_model(trained_run)
     mean, std = dataset.statistics(torch.device("cpu"))
-    for image in read_results(compared)["images"]:
+    for image in read_results(drawn)["images"]:
         data, split, index = image["source"].split()
         assert (data, split) == ("digits", "test")
         with torch.no_grad():
@@ -98,9 +99,10 @@ def test_predictions_match_the_model(compared: Path, trained_run: Path) -> None:
         assert image["label"] == str(int(dataset.test.labels[int(index)]))
 
 
-def test_results_record_their_origin(compared: Path, trained_run: Path) -> None:
-    results = read_results(compared)
-    assert results["weights_sha256"] != results["compared"]["weights_sha256"]
+def test_results_record_their_origin(drawn: Path, trained_run: Path) -> None:
+    results = read_results(drawn)
+    weights = (trained_run / "best.safetensors").read_bytes()
+    assert results["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert (results["name"], results["img_size"], results["precision"]) == (str(trained_run), 8, "fp32")
     assert results["command"].startswith("smallvit attend ")
     assert (results["data"], results["split"]) == ("digits", "test")
@@ -108,10 +110,10 @@ def test_results_record_their_origin(compared: Path, trained_run: Path) -> None:
 
 
 def test_overwrite_replaces_earlier_results_and_keeps_other_files(
-    compared: Path, plain: Path, smallvit: Command, tmp_path: Path
+    drawn: Path, plain: Path, smallvit: Command, tmp_path: Path
 ) -> None:
     for name in PICTURES:
-        (tmp_path / name).write_bytes((compared / name).read_bytes())
+        (tmp_path / name).write_bytes((drawn / name).read_bytes())
     other = {"mine.txt", "layers-mine.png", "layers-1.png.png"}
     for name in other:
         (tmp_path / name).write_text("mine")
@@ -181,17 +183,14 @@ def test_image_files_are_drawn(
 
 BAD_INPUT = [
     (["RUN", "none.png"], "none.png: No such file or directory"),
-    (["RUN", "FOLDER"], ": Is a directory"),
+    (["RUN", "FOLDER"], ": a folder without images"),
     (["RUN", "BROKEN"], "broken.png: cannot identify image file"),
     (["RUN", "--split", "tset"], "did you mean 'test'?"),
     (["RUN", "--count", "0"], "--count 0: expected at least 1"),
-    (["RUN", "--compare", "RUN"], "the same model; choose another one"),
-    (["RUN", "--compare", "RUN/best.safetensors"], "the same model; choose another one"),
     (["RUN", "IMAGE", "--count", "1"], "--count has no effect with image files"),
     (["RUN", "IMAGE", "--split", "val"], "--split has no effect with image files"),
     (["RUN", "IMAGE", "--data", "digits"], "--data has no effect with image files"),
     (["RUN", "IMAGE", "--split-seed", "1"], "--split-seed has no effect with image files"),
-    (["RUN", "--compare", "runs/none"], "--compare runs/none: no such file or folder"),
     (["RUN", "--split-seed", "1"], "--split-seed 0"),
     (["RUN", "--data", "FOLDER"], "channels"),
     (["WEIGHTS"], "--data"),
@@ -205,7 +204,7 @@ def test_bad_input_is_a_one_line_error(
 ) -> None:
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "alone.safetensors").write_bytes((trained_run / "best.safetensors").read_bytes())
-    paths = {"RUN": trained_run, "RUN/best.safetensors": trained_run / "best.safetensors", "FOLDER": image_folder}
+    paths = {"RUN": trained_run, "FOLDER": image_folder}
     paths |= {"WEIGHTS": tmp_path / "alone.safetensors", "IMAGE": image_folder / "dark" / "000.png"}
     paths |= {"BROKEN": tmp_path / "broken.png"}
     out, failures = tmp_path / "attention", []
@@ -256,7 +255,7 @@ def test_unwritable_folder_is_an_error_before_computing(
     trained_run: Path, smallvit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(attend, "_create_predictors", None)
+    monkeypatch.setattr(attend, "load_predictor", None)
     for path in ("file", "file/below"):
         code, _, err = smallvit("attend", trained_run, "--out", tmp_path / path, "--overwrite", *ON_CPU)
         assert (code, len(err.splitlines())) == (2, 1)
@@ -304,8 +303,8 @@ def test_overlay_is_brightest_at_the_maximum() -> None:
         for token in ((0, 0), (1, 2), (3, 3)):
             weights = np.zeros((4, 4))
             weights[token] = 1
-            drawn = visualize.overlay_map(gray, weights, 0, 1, 64, smooth=smooth).astype(float).sum(axis=0)
-            means = drawn.reshape(4, 16, 4, 16).mean(axis=(1, 3))
+            panel = visualize.overlay_map(gray, weights, 0, 1, 64, smooth=smooth).astype(float).sum(axis=0)
+            means = panel.reshape(4, 16, 4, 16).mean(axis=(1, 3))
             assert np.unravel_index(means.argmax(), means.shape) == token
             if not smooth:
                 others = np.delete(means.flatten(), 4 * token[0] + token[1])
@@ -343,12 +342,6 @@ def test_images_are_drawn_by_whole_factors_or_reduced() -> None:
     assert [visualize._drawn_side(size, 128) for size in (8, 48, 64, 100, 128, 224)] == [128, 96, 128, 100, 128, 128]
 
 
-def test_names_with_markup_are_drawn(compared: Path, tmp_path: Path) -> None:
-    layers = read_results(compared)["layers"]
-    visualize.draw_temperatures({"$x^$": layers}, tmp_path / "temperatures.png")
-    visualize.draw_heads({"$x^$": layers}, tmp_path / "heads.png")
-
-
 def test_images_are_selected_evenly_over_the_classes() -> None:
     dataset = datasets.create_dataset(DataConfig())
     console = Console(quiet=True)
@@ -358,9 +351,3 @@ def test_images_are_selected_evenly_over_the_classes() -> None:
         assert counts.sum() == count
         assert counts.min() >= least
     assert len(attend.examples_from_split(dataset, "test", 10**6, console)) == len(dataset.test)
-
-
-def test_short_names_are_distinct() -> None:
-    assert short_names(["runs/a", "runs/b"]) == ["a", "b"]
-    assert short_names(["one/run", "two/run"]) == ["one/run", "two/run"]
-    assert short_names(["timm_vit:pretrained"]) == ["timm_vit:pretrained"]

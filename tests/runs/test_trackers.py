@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 import sys
 from contextlib import suppress
@@ -97,7 +96,7 @@ def test_no_name_imports_and_writes_nothing(run: Path) -> None:
     check = (
         "import sys; from pathlib import Path; from smallvit.runs.trackers import open_trackers\n"
         f"with open_trackers((), Path({str(run)!r}), {{}}) as boards: boards.log({{'epoch': 1}}); boards.finish({{}})\n"
-        "sys.exit(bool({'torch', 'tensorboard', 'wandb', 'mlflow', 'trackio'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'tensorboard', 'wandb'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
     assert list(run.iterdir()) == []
@@ -135,8 +134,8 @@ def test_a_board_that_joins_late_or_missed_something_gets_the_epochs_it_lacks(
 ) -> None:
     first, second = Noting(), Noting()
     monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda *_: first)
-    monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda *_: second)
-    for names, epochs in ((("wandb",), (1, 2)), (("wandb", "mlflow"), (1, 2, 3))):
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda *_: second)
+    for names, epochs in ((("wandb",), (1, 2)), (("wandb", "tensorboard"), (1, 2, 3))):
         with open_trackers(names, run, OPTIONS) as boards:
             for epoch in epochs:
                 boards.log(figures(epoch))
@@ -172,8 +171,8 @@ def test_a_board_that_fails_is_dropped_with_one_warning(
 ) -> None:
     good = Noting()
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Failing)
-    monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda *_: good)
-    with open_trackers(("wandb", "mlflow"), run, OPTIONS) as boards:
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda *_: good)
+    with open_trackers(("wandb", "tensorboard"), run, OPTIONS) as boards:
         for epoch in (1, 2):
             boards.log(figures(epoch))
         boards.finish(SUMMARY)
@@ -182,15 +181,15 @@ def test_a_board_that_fails_is_dropped_with_one_warning(
     assert "val_top1" not in good.got[0][1]
     assert good.got[-1][1] == {"test_top1": 97.5, "val_top1": 30.0, "epochs": 4, "device": "cpu"}
     assert good.closed_as == [False]
-    assert json.loads((run / RECORD).read_text())["sent"] == {"mlflow": 2}
+    assert json.loads((run / RECORD).read_text())["sent"] == {"tensorboard": 2}
 
 
 def test_a_run_that_fails_is_closed_as_failed_and_leaves_nothing_before_its_first_checkpoint(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = Noting()
-    monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda *_: board)
-    with suppress(ZeroDivisionError), open_trackers(("tensorboard", "mlflow"), run, OPTIONS) as boards:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda *_: board)
+    with suppress(ZeroDivisionError), open_trackers(("tensorboard", "wandb"), run, OPTIONS) as boards:
         boards.log(figures(1))
         assert {path.name for path in run.iterdir()} == {"tensorboard", RECORD}
         raise ZeroDivisionError
@@ -206,25 +205,3 @@ def test_wandb_keeps_an_offline_run_under_one_id(run: Path, monkeypatch: pytest.
     written = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len(written) == 2
     assert {path.name for path in written} == {f"run-{json.loads((run / RECORD).read_text())['id']}.wandb"}
-
-
-def test_mlflow_continues_its_run_without_doubled_points(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.parent}/mlflow.db")
-    interrupted_and_resumed("mlflow", run)
-    (tracked,) = mlflow.search_runs(experiment_names=["smallvit"], output_format="list")
-    assert (tracked.info.run_name, tracked.info.status) == ("run", "FINISHED")
-    assert tracked.data.params["arch"] == "vit"
-    assert tracked.data.metrics["summary/test_top1"] == 97.5
-    history = mlflow.MlflowClient().get_metric_history(tracked.info.run_id, "train_loss")
-    assert [(point.step, point.value) for point in history] == [(epoch, 2 / epoch) for epoch in (1, 2, 3, 4)]
-
-
-def test_trackio_continues_its_run_without_doubled_points(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(run.parent / "trackio"))  # read when the package is imported
-    pytest.importorskip("trackio")
-    interrupted_and_resumed("trackio", run)
-    with sqlite3.connect(run.parent / "trackio" / "smallvit.db") as database:
-        rows = [(step, json.loads(metrics)) for step, metrics in database.execute("SELECT step, metrics FROM metrics")]
-    assert sorted(step for step, metrics in rows if "train_loss" in metrics) == [1, 2, 3, 4]
-    assert [metrics["summary/test_top1"] for _, metrics in rows if "summary/test_top1" in metrics] == [97.5]

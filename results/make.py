@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from smallvit import InputError
 from smallvit.experiments import records, tables
 from smallvit.experiments.catalog import DHVT2022, EXPERIMENTS, GANI2022, strip_plugins
-from smallvit.experiments.plots import plot_comparison
 from smallvit.experiments.records import Record
 from smallvit.experiments.tables import COLUMNS, TrialResult, collect_results, unique
+from smallvit.runs.aggregate import plot_comparison
 from smallvit.utils.files import atomic_write, write_text
 from smallvit.utils.tables import MISSING, Spread, binary_notes, markdown_table
 

@@ -7,7 +7,6 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from smallvit.config.options import ComputeConfig
-from smallvit.experiments import plots
 from smallvit.experiments.grid import Grid, plan_runs
 from smallvit.models import checkpoint
 from smallvit.profiling import benchmark
@@ -106,5 +105,5 @@ def _write(out: Path, records: list[dict[str, object]], lines: list[str], title:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     tables.write_csv(records, out / CSV)
     (out / PICTURE).unlink(missing_ok=True)
-    picture = PICTURE if plots.plot_comparison(records, out / PICTURE, title) else None
+    picture = PICTURE if aggregate.plot_comparison(records, out / PICTURE, title) else None
     write_text(out / MARKDOWN, aggregate.format_comparison(records, lines, title, picture))

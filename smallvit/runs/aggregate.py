@@ -1,13 +1,18 @@
-"""Group finished runs that differ only in their seed, compute means over seeds, and format the comparison. No torch."""
+"""Group finished runs that differ only in their seed, and compare the means over seeds: table and picture. No torch."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from smallvit.config.config import option_names
 from smallvit.config.spec import format_label, format_value
@@ -17,6 +22,7 @@ from smallvit.runs.run import Run
 from smallvit.utils import tables
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import read_safetensors
+from smallvit.utils.plots import save_figure
 from smallvit.utils.tables import MISSING, Spread
 
 REQUIRED_NUMBERS = (
@@ -45,6 +51,12 @@ FIELDS = (
     *("peak_memory_bytes", "images_seen", "epochs", "batch_size"),
 )
 """Fields of a record after model and seeds; accuracies in per cent, iqr is the interquartile range."""
+PANELS = {"inference_images_per_second": "inference images/s", "train_images_per_second": "training images/s"}
+"""Speeds that accuracy is plotted against."""
+MARKERS = "os^Dv"
+"""Shapes of points: the first for ten colors, then the next."""
+MIN_SIZE, MAX_SIZE = 6.0, 15.0
+"""Diameters of points; areas in between are proportional to the number of parameters."""
 MEASUREMENT_NOTE = (
     "Train images/s: augmentation, forward, backward and optimizer; mean over seeds, each measured during its own run, "
     "so other load on the machine shows. Memory: peak during training, allocated on the GPU or, without one, of the "
@@ -286,3 +298,47 @@ def _describe_options(runs: Sequence[AggregatedRun], recipes: dict[str, str]) ->
         if len(values) > 1:
             differing.append(f"{name.replace('_', '-')} ({', '.join(values)})")
     return [*lines, "Rows differ in options: " + ", ".join(sorted(differing))] if differing else lines
+
+
+# Picture
+
+
+def plot_comparison(records: list[dict[str, Any]], path: Path, title: str) -> bool:
+    """Plot accuracy against each known speed as a PNG, with standard deviations as bars; return False without speeds.
+
+    Args:
+        records: Records of `AggregatedRun.record`.
+        path: The PNG file.
+        title: Title of the figure.
+    """
+    panels = [name for name in PANELS if any(record[name] is not None for record in records)]
+    if not panels:
+        return False
+    measured = [record for record in records if record["parameters"] is not None]
+    figure = Figure(figsize=(5.2 * len(panels) + 3, max(4.8, 1 + 0.22 * len(measured))), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _plot_points(axes, measured, name)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.suptitle(f"{title}\nbars: standard deviation over seeds; areas: parameters", fontsize=10)
+    save_figure(figure, path)
+    return True
+
+
+def _plot_points(axes: Axes, records: Sequence[dict[str, Any]], name: str) -> None:
+    largest = max(record["parameters"] for record in records)
+    for number, record in enumerate(records):
+        speed, top1 = record[name] or math.nan, record["test_top1"]
+        size = math.sqrt(MIN_SIZE**2 + (MAX_SIZE**2 - MIN_SIZE**2) * record["parameters"] / largest)
+        style = {"marker": MARKERS[number // 10 % len(MARKERS)], "color": f"C{number % 10}", "alpha": 0.6}
+        label = f"{record['model']} ({record['parameters'] / 1e6:,.2f} M)"
+        axes.plot(speed, top1, linestyle="", markersize=size, markeredgewidth=0, label=label, **style)
+        axes.errorbar(speed, top1, yerr=record["test_top1_std"], color="0.2", capsize=3, linewidth=1, zorder=3)
+    axes.set(xscale="log", xlabel=f"{PANELS[name]} (log scale)", ylabel="test top-1 (%)")
+    axes.margins(0.2)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, -0.5), min(top, 100.5))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)

@@ -13,14 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from PIL import Image
 from torch import nn
 
@@ -28,8 +26,9 @@ from smallvit import Config, InputError, TrainingError
 from smallvit.cli import main
 from smallvit.config import recipes
 from smallvit.config.spec import RowSpec, expand_ablation, format_label, parse_spec
-from smallvit.experiments import grid, plots
+from smallvit.experiments import grid
 from smallvit.profiling import benchmark
+from smallvit.runs import aggregate
 from smallvit.runs.run import Run
 from smallvit.training import setup
 from smallvit.training import train as engine
@@ -489,11 +488,11 @@ def test_speed_is_measured_with_alternating_models(monkeypatch: pytest.MonkeyPat
 
 
 def record(model: str, top1: float, speeds: tuple[float, float], parameters: int) -> dict[str, Any]:
-    figures = dict(zip(plots.PANELS, speeds, strict=True))
+    figures = dict(zip(aggregate.PANELS, speeds, strict=True))
     return {"model": model, "test_top1": top1, "test_top1_std": 0.3, "parameters": parameters} | figures
 
 
-def test_labels_in_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_legend_names_every_model_apart_from_the_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crowd = [
         record("vit", 73.8, (24000, 7697), 2_692_426),
         record("vit+spt", 76.3, (23800, 7500), 2_710_000),
@@ -507,14 +506,13 @@ def test_labels_in_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytes
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **b: (figures.append(figure), save(figure, *a, **b)))
-    assert plots.plot_comparison(crowd, tmp_path / "picture.png", "title")
-    for axes in figures[0].axes:
-        boxes = [text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)]
-        assert len(boxes) == len(crowd)
-        assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
-        for one, other in combinations(boxes, 2):
-            both = one.intersection(one, other)
-            assert both is None or both.width * both.height < 0.2 * min(b.width * b.height for b in (one, other))
+    assert aggregate.plot_comparison(crowd, tmp_path / "picture.png", "title")
+    figures[0].draw_without_rendering()
+    (legend,) = figures[0].legends
+    assert [text.get_text().split(" (")[0] for text in legend.get_texts()] == [each["model"] for each in crowd]
+    box = legend.get_window_extent()
+    assert box.x1 <= figures[0].bbox.x1
+    assert all(axes.bbox.x1 <= box.x0 for axes in figures[0].axes)
 
 
 def test_a_label_parses_back_to_its_row() -> None:

@@ -8,8 +8,7 @@ from dataclasses import fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli import hints
-from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse
+from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse, require_run
 from smallvit.config.config import Config
 from smallvit.config.options import DataConfig
 from smallvit.utils.errors import InputError, flag
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Draw the attention, and print a table of the layers and the files written."""
     options = parse(parser(), argv)
     name, images, out = (options.pop(each) for each in ("name", "images", "out"))
-    hints.require_run("smallvit attend", argv, name, images)
+    require_run("smallvit attend", argv, name, images)
     for option in SPLIT_OPTIONS if images else ():
         if option in options:
             raise InputError(f"{flag(option)} has no effect with image files; remove it")

@@ -11,6 +11,8 @@ import ast
 import contextlib
 import inspect
 import os
+import re
+import shlex
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -20,11 +22,14 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from smallvit.cli import hints
 from smallvit.config import recipes
 from smallvit.config.config import Config, option_names
 from smallvit.config.model import expand_arch
 from smallvit.config.options import REGULARIZATION
+from smallvit.config.other_names import suggest_option
+from smallvit.datasets.catalog import DATASETS
+from smallvit.models.architectures import CIFAR_RESNETS, OURS, timm_names
+from smallvit.models.weights_info import EXPORTED
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
 from smallvit.training.launch import apply_regularization
@@ -105,13 +110,95 @@ class Parser(argparse.ArgumentParser):
         self._args = args
         options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
-            raise InputError(hints.explain_unknown(self.prog, self._actions, args, unknown))
+            raise InputError(self._explain_unknown(unknown))
         out = getattr(options, "out", None) or ""
         require(is_utf8(out), "out", ascii(out), "a name in UTF-8; choose another")  # now, not when all is computed
         return options
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(hints.explain_error(self.prog, self._actions, self._args, message))
+        raise InputError(self._explain_error(message.removeprefix("argument ")))
+
+    def _explain_unknown(self, unknown: Sequence[str]) -> str:
+        """Return the message for arguments that the verb does not take, with what was meant."""
+        args = self._args
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        shown = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
+        bare = [each.metavar for each in self._actions if not each.option_strings and each.nargs != "*"]
+        shown |= {str(name): str(name) for name in bare}
+        text = next((each for each in unknown if each.startswith("-")), unknown[0])
+        if text.startswith("-"):
+            text = text.partition("=")[0]
+            return f"{text}: no such option{suggest_option(text, shown) or f'; see {self.prog} --help'}"
+        index = args.index(text)
+        if (flag := _guess_flag(text)) in flags:
+            command = shlex.join([*self.prog.split(), *args[:index], flag, *args[index:]])
+            return f"unknown argument {text!r}; use {command}"
+        if index and args[index - 1] in flags and flags[args[index - 1]].nargs == 0:
+            return f"{args[index - 1]} takes no value; remove {text!r}"
+        return f"unknown argument {text!r}; see {self.prog} --help"
+
+    def _explain_error(self, message: str) -> str:
+        """Return argparse's message with what was expected, and the command where RUN is missing."""
+        required = "the following arguments are required: "
+        if message in (f"{required}RUN", f"{required}RUN, IMAGE"):
+            run = find_newest_run()
+            command = shlex.join([*self.prog.split(), run or "RUN", *self._args])
+            command += " IMAGE ..." * message.endswith("IMAGE")
+            return f"RUN is missing; use {command}" + ("" if run else ", with the folder of a run")
+        name = re.sub(r": expected (one|at least one) argument$", "", message.removeprefix(required))
+        for action in self._actions:
+            if name == ("/".join(action.option_strings) or action.metavar):
+                value = f" {action.metavar or '{' + ','.join(action.choices or ()) + '}'}" if name[0] == "-" else ""
+                about = " ".join((action.help or "").replace("%%", "%").split())
+                return f"{name}{value}: the value is missing. {about}"
+        if wrong := re.fullmatch(r"(\S+): invalid (int|float) value: '(.*)'", message):
+            return f"{wrong[1]} {wrong[3]}: expected {'a whole number' if wrong[2] == 'int' else 'a number'}"
+        return f"{message.replace('ignored explicit argument', 'takes no value; remove')}; see {self.prog} --help"
+
+
+def find_newest_run() -> str | None:
+    """Return the folder under runs/ with the newest weights; None without one."""
+    newest = max(Path("runs").glob(f"*/{Run.BEST}"), key=os.path.getmtime, default=None)
+    return None if newest is None else str(newest.parent)
+
+
+def is_run(name: str) -> bool:
+    """Return whether a folder holds a run or an exported model."""
+    folder = Path(os.path.expanduser(name))
+    return any(os.path.exists(folder / each) for each in (Run.CONFIG, Run.BEST, EXPORTED))
+
+
+def _guess_flag(text: str) -> str | None:
+    """Return the flag of a value that was given without one."""
+    if is_run(text):
+        return "--resume" if os.path.exists(Path(os.path.expanduser(text)) / Run.CONFIG) else "--init"
+    if text in DATASETS or os.path.exists(os.path.expanduser(text)):
+        return "--data"
+    arch = re.split(r"[+,.]", text)[0]
+    return "--arch" if arch in OURS or arch in CIFAR_RESNETS or arch in timm_names() else None
+
+
+def require_run(prog: str, args: Sequence[str], run: str, images: Sequence[str], *, folders: bool = False) -> None:
+    """Check that RUN was not forgotten, so that the first image is taken for it.
+
+    Args:
+        prog: The program and the verb.
+        args: All arguments that were given.
+        run: What was given as RUN.
+        images: The images after it.
+        folders: Whether the verb also takes folders of images.
+
+    Raises:
+        InputError: RUN is an image, or a folder of images without further images.
+    """
+    from smallvit.datasets.listing import is_image
+
+    folder = os.path.isdir(os.path.expanduser(run))
+    if is_run(run) or not (folders and not images if folder else is_image(run)):
+        return
+    named = next(filter(is_run, images), None)
+    command = [*prog.split(), named or find_newest_run() or "RUN", *(each for each in args if each != named)]
+    raise InputError(f"{run}: {'a folder of images' if folder else 'an image'}, not a run; use {shlex.join(command)}")
 
 
 class _FullHelp(argparse.Action):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from smallvit.cli import hints
-from smallvit.cli.parser import Parser
-from smallvit.config.options import MAX_MEGAPIXELS, Amp
+from smallvit.cli.parser import EVALUATION_HELP, Parser, options_parser, parse, require_run
+from smallvit.config.config import Config
 from smallvit.utils.errors import InputError, group_errors, print_message, require
 from smallvit.utils.files import atomic_write, check_output_file
 
@@ -38,43 +36,41 @@ else 2.
 See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")
+OPTIONS = ("arch", "img_size", "max_megapixels", "device", "amp")
 
 
 def parser() -> Parser:
     """Create the argument parser."""
-    parser = Parser("smallvit predict", DESCRIPTION)
+    return options_parser("smallvit predict", DESCRIPTION, OPTIONS, _add_arguments, EVALUATION_HELP)
+
+
+def _add_arguments(parser: Parser) -> None:
+    """Add the arguments that are not configuration options."""
     what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
     images = "image files, folders, or - to read names from standard input, one per line"
-    parser.add_argument("run", metavar="RUN", help=what)
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help=images)
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="Classes per image. [5]")
-    parser.add_argument("--format", choices=FORMATS, help="Output format. [table, or the suffix of --out]")
-    parser.add_argument("--out", metavar="FILE", help="Output file (.csv or .jsonl).")
-    parser.add_argument("--overwrite", action="store_true", help="Replace --out.")
-    parser.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
-    parser.add_argument("--img-size", type=int, metavar="N", help="Image size in pixels. [the model's]")
-    parser.add_argument("--arch", metavar="NAME", help="The timm model in a weights file of another program.")
-    limit = f"Largest image to decode, in millions of pixels. [{MAX_MEGAPIXELS:g}]"
-    parser.add_argument("--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="X", help=limit)
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [auto]")
-    parser.add_argument("--amp", choices=get_args(Amp), default="auto", help="Mixed precision. [auto]")
-    return parser
+    group = parser.add_argument_group("predict", "What to classify, and how to print it.")
+    group.add_argument("run", metavar="RUN", help=what)
+    group.add_argument("images", metavar="IMAGE", nargs="*", help=images)
+    group.add_argument("--top", type=int, default=5, metavar="N", help="Classes per image. [5]")
+    group.add_argument("--format", choices=FORMATS, help="Output format. [table, or the suffix of --out]")
+    group.add_argument("--out", metavar="FILE", help="Output file (.csv or .jsonl).")
+    group.add_argument("--overwrite", action="store_true", help="Replace --out.")
+    group.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
 
 
 def main(argv: list[str]) -> int:
     """Classify the images and write predictions as they are computed."""
-    options = parser().parse_args(argv)
-    hints.require_run("smallvit predict", argv, options.run, options.images, folders=True)
-    path, form = _resolve_output(options)
-    require(options.top >= 1, "top", options.top, "at least 1")
-    require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
-    limit = options.max_megapixels
-    require(0 < limit <= 1000, "max_megapixels", limit, "above 0, at most 1000")
-    names = _read_names(options.images, options.run)
+    options = parse(parser(), argv)
+    config = Config.build(**{name: options.pop(name) for name in OPTIONS if name in options})
+    run, top = options["run"], options["top"]
+    require_run("smallvit predict", argv, run, options["images"], folders=True)
+    path, form = _resolve_output(options["out"], options["format"], overwrite=options["overwrite"])
+    require(top >= 1, "top", top, "at least 1")
+    names = _read_names(options["images"], run)
 
     from smallvit.models.weights_info import read_weights_info
 
-    read_weights_info(options.run, "predict")  # before torch is imported
+    read_weights_info(run, "predict")  # before torch is imported
 
     from rich.console import Console
 
@@ -83,11 +79,11 @@ def main(argv: list[str]) -> int:
     from smallvit.evaluation.predictor import load_predictor
     from smallvit.utils.terminal import create_progress
 
-    arguments = {"arch": options.arch, "img_size": options.img_size, "device": options.device, "amp": options.amp}
-    model = load_predictor(options.run, "predict", **arguments)
+    arguments = {"arch": config.model.arch, "img_size": config.data.img_size}
+    model = load_predictor(run, "predict", **arguments, device=config.compute.device, amp=config.compute.amp)
     ignored: list[str] = []
-    images, settings = predict.list_images(names, ignored), {"top": options.top, "flip": options.flip}
-    predictions = predict.predict_images(model, images, max_megapixels=options.max_megapixels, **settings)
+    images, settings = predict.list_images(names, ignored), {"top": top, "flip": options["flip"]}
+    predictions = predict.predict_images(model, images, max_megapixels=config.data.max_megapixels, **settings)
     failed: list[Prediction] = []
     notes: Counter[str] = Counter()
 
@@ -106,7 +102,7 @@ def main(argv: list[str]) -> int:
             nullcontext(sys.stdout) if partial is None else open(partial, "w", **text) as file,
             create_progress(Console(stderr=True), disable=on_screen) as bar,
         ):
-            predict.write_predictions(collect(), file, form, model.class_names, options.top)
+            predict.write_predictions(collect(), file, form, model.class_names, top)
         named = group_errors((each.path, each.error) for each in failed)
         unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: {named}"
         if len(failed) == len(images):
@@ -122,16 +118,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _resolve_output(options: Namespace) -> tuple[Path | None, str]:
+def _resolve_output(out: str | None, form: str | None, *, overwrite: bool) -> tuple[Path | None, str]:
     """Return the output file and the format."""
-    if options.out is None:
-        if options.overwrite:
+    if out is None:
+        if overwrite:
             raise InputError("--overwrite has no effect without --out; add --out FILE")
         if sys.stdout is None:
             raise InputError("standard output is closed; add --out FILE")
-        return None, options.format or FORMATS[0]
-    form = options.format or ("jsonl" if options.out.lower().endswith(".jsonl") else "csv")
-    return check_output_file(options.out, f".{form}", overwrite=options.overwrite), form
+        return None, form or FORMATS[0]
+    form = form or ("jsonl" if out.lower().endswith(".jsonl") else "csv")
+    return check_output_file(out, f".{form}", overwrite=overwrite), form
 
 
 def _read_names(arguments: list[str], run: str) -> list[str]:

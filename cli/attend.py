@@ -8,9 +8,10 @@ from dataclasses import fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse, require_run
+from smallvit.cli.parser import Parser, evaluation_config, evaluation_parser, parse, require_run
 from smallvit.config.config import Config
 from smallvit.config.options import DataConfig
+from smallvit.models import weights_info
 from smallvit.utils.errors import InputError, flag
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SPLIT_OPTIONS = ("count", "split", *(option.name for option in fields(DataConfig
 
 def parser() -> Parser:
     """Return the argument parser."""
-    return options_parser("smallvit attend", DESCRIPTION, EVALUATION_OPTIONS, _add_arguments, EVALUATION_HELP)
+    return evaluation_parser("smallvit attend", DESCRIPTION, _add_arguments)
 
 
 def main(argv: list[str]) -> int:
@@ -55,15 +56,13 @@ def main(argv: list[str]) -> int:
     overwrite = options.pop("overwrite")
     selection = {each: options.pop(each) for each in ("count", "split") if each in options}
 
+    if images:
+        weights_info.read_weights_info(name, "attend")  # before torch is imported
+        config = Config.build(**options)
+    else:
+        config = evaluation_config(name, "attend", options)
+
     from rich.console import Console
-
-    from smallvit.datasets.catalog import require_data
-    from smallvit.models import weights_info
-
-    info = weights_info.read_weights_info(name, "attend")
-    config = Config.build(**(options if images else weights_info.add_data_options(info, options)))
-    if not images:
-        require_data(config.data.data)
 
     from smallvit.attention.attend import attend, list_outputs, resolve_output  # imports torch
 
@@ -98,7 +97,6 @@ def format_layers(results: dict[str, Any]) -> Table:
 
 
 def _add_arguments(parser: Parser) -> None:
-    parser.add_argument("name", metavar="RUN", help="A run folder, a weights file, or a timm model with weights.")
     parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="Image files. [images of --split]")
     group = parser.add_argument_group("attend", "Images to analyze, and files to write.")
     unset = {"default": argparse.SUPPRESS}

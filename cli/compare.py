@@ -95,10 +95,10 @@ def _compare_rows(options: dict[str, Any], command: str) -> int:
     first = options.pop("seed", 0)
     out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", _data_name(config.data.data)))))
 
-    from smallvit.experiments import compare, grid
+    from smallvit.experiments import compare
 
     seeds = range(first, first + own["seeds"])
-    plan = grid.Grid(
+    plan = compare.Grid(
         rows=rows, flags=options, seeds=seeds, out=out, recipe=own["common"], images_seen=own["images_seen"]
     )
     try:

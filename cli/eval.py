@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse
-from smallvit.config.config import Config
+from smallvit.cli.parser import Parser, evaluation_config, evaluation_parser, parse
 
 DESCRIPTION = """\
 Evaluate a trained model: accuracy with confidence interval, per-class metrics,
@@ -35,7 +34,7 @@ OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 
 def parser() -> Parser:
     """Create the argument parser."""
-    return options_parser("smallvit eval", DESCRIPTION, EVALUATION_OPTIONS, _add_arguments, EVALUATION_HELP)
+    return evaluation_parser("smallvit eval", DESCRIPTION, _add_arguments)
 
 
 def main(argv: list[str]) -> int:
@@ -44,11 +43,7 @@ def main(argv: list[str]) -> int:
     name = options.pop("name")
     own: dict[str, Any] = {each: options.pop(each) for each in OWN}
 
-    from smallvit.datasets.catalog import require_data
-    from smallvit.models import weights_info
-
-    config = Config.build(**weights_info.add_data_options(weights_info.read_weights_info(name, "eval"), options))
-    require_data(config.data.data)
+    config = evaluation_config(name, "eval", options)
 
     from smallvit.evaluation import artifacts, evaluator  # import torch
     from smallvit.utils.terminal import create_console
@@ -70,8 +65,6 @@ def main(argv: list[str]) -> int:
 def _add_arguments(parser: Parser) -> None:
     """Add the arguments that are not configuration options."""
     group = parser.add_argument_group("eval", "What to evaluate.")
-    what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
-    group.add_argument("name", metavar="RUN", help=what)
     group.add_argument("--split", default="test", metavar="{test,val,train,all}", help="Split to evaluate on. [test]")
     group.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
     group.add_argument(

@@ -27,9 +27,9 @@ from smallvit.config.config import Config, option_names
 from smallvit.config.model import expand_arch
 from smallvit.config.options import REGULARIZATION
 from smallvit.config.other_names import suggest_option
-from smallvit.datasets.catalog import DATASETS
+from smallvit.datasets.catalog import DATASETS, require_data
+from smallvit.models import weights_info
 from smallvit.models.architectures import CIFAR_RESNETS, OURS, timm_names
-from smallvit.models.weights_info import EXPORTED
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
 from smallvit.training.launch import apply_regularization
@@ -165,7 +165,7 @@ def find_newest_run() -> str | None:
 def is_run(name: str) -> bool:
     """Return whether a folder holds a run or an exported model."""
     folder = Path(os.path.expanduser(name))
-    return any(os.path.exists(folder / each) for each in (Run.CONFIG, Run.BEST, EXPORTED))
+    return any(os.path.exists(folder / each) for each in (Run.CONFIG, Run.BEST, weights_info.EXPORTED))
 
 
 def _guess_flag(text: str) -> str | None:
@@ -315,6 +315,34 @@ def _stored(file: str, flags: Collection[str]) -> dict[str, Any]:
         followed = apply_regularization(Config.from_dict(bare)).to_dict()
         return bare | {name: stored[name] for name in stored.keys() - bare if stored[name] != followed[name]}
     return stored
+
+
+def evaluation_parser(
+    prog: str,
+    description: str,
+    own: Callable[[Parser], None] = lambda _: None,
+    only: Collection[str] = EVALUATION_OPTIONS,
+    help_texts: Mapping[str, str] = MappingProxyType({}),
+) -> Parser:
+    """Create the parser of a verb that evaluates a trained model, as `options_parser` does."""
+
+    def add_arguments(parser: Parser) -> None:
+        what = "A run folder, a weights file (.safetensors), or a timm model with pretrained weights."
+        parser.add_argument("name", metavar="RUN", help=what)
+        own(parser)
+
+    return options_parser(prog, description, only, add_arguments, EVALUATION_HELP | help_texts)
+
+
+def evaluation_config(name: str, verb: str, options: Mapping[str, Any]) -> Config:
+    """Return the configuration to evaluate a trained model with: the run's data options, replaced by those given.
+
+    Raises:
+        InputError: There is no such model or data, or an option is invalid.
+    """
+    config = Config.build(**weights_info.add_data_options(weights_info.read_weights_info(name, verb), options))
+    require_data(config.data.data)
+    return config
 
 
 @cache

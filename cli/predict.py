@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smallvit.cli.parser import EVALUATION_HELP, Parser, options_parser, parse, require_run
+from smallvit.cli.parser import Parser, evaluation_parser, parse, require_run
 from smallvit.config.config import Config
 from smallvit.utils.errors import InputError, group_errors, print_message, require
 from smallvit.utils.files import atomic_write, check_output_file
@@ -41,15 +41,13 @@ OPTIONS = ("arch", "img_size", "max_megapixels", "device", "amp")
 
 def parser() -> Parser:
     """Create the argument parser."""
-    return options_parser("smallvit predict", DESCRIPTION, OPTIONS, _add_arguments, EVALUATION_HELP)
+    return evaluation_parser("smallvit predict", DESCRIPTION, _add_arguments, OPTIONS)
 
 
 def _add_arguments(parser: Parser) -> None:
     """Add the arguments that are not configuration options."""
-    what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
     images = "image files, folders, or - to read names from standard input, one per line"
     group = parser.add_argument_group("predict", "What to classify, and how to print it.")
-    group.add_argument("run", metavar="RUN", help=what)
     group.add_argument("images", metavar="IMAGE", nargs="*", help=images)
     group.add_argument("--top", type=int, default=5, metavar="N", help="Classes per image. [5]")
     group.add_argument("--format", choices=FORMATS, help="Output format. [table, or the suffix of --out]")
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> int:
     """Classify the images and write predictions as they are computed."""
     options = parse(parser(), argv)
     config = Config.build(**{name: options.pop(name) for name in OPTIONS if name in options})
-    run, top = options["run"], options["top"]
+    run, top = options["name"], options["top"]
     require_run("smallvit predict", argv, run, options["images"], folders=True)
     path, form = _resolve_output(options["out"], options["format"], overwrite=options["overwrite"])
     require(top >= 1, "top", top, "at least 1")

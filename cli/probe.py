@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from smallvit.cli.parser import EVALUATION_HELP, EVALUATION_OPTIONS, Parser, options_parser, parse
-from smallvit.config.config import Config
+from smallvit.cli.parser import EVALUATION_OPTIONS, Parser, evaluation_config, evaluation_parser, parse
 from smallvit.utils.files import check_output_file
 
 if TYPE_CHECKING:
@@ -27,24 +26,19 @@ are top-1 in percent. Nothing is written unless --out is given, a JSON file.
 See also: smallvit eval, smallvit train --init; docs/probing.md.
 """
 OPTIONS = (*EVALUATION_OPTIONS, "balanced", "out", "overwrite")
-HELP = EVALUATION_HELP | {"out": "Output file (.json).", "overwrite": "Replace --out."}
+HELP = {"out": "Output file (.json).", "overwrite": "Replace --out."}
 
 
 def parser() -> Parser:
     """Create the argument parser."""
-    return options_parser("smallvit probe", DESCRIPTION, OPTIONS, _add_name, HELP)
+    return evaluation_parser("smallvit probe", DESCRIPTION, only=OPTIONS, help_texts=HELP)
 
 
 def main(argv: list[str]) -> int:
     """Evaluate the features, print a table, and write the results to --out."""
     options = parse(parser(), argv)
     name = options.pop("name")
-
-    from smallvit.datasets.catalog import require_data
-    from smallvit.models import weights_info
-
-    config = Config.build(**weights_info.add_data_options(weights_info.read_weights_info(name, "probe"), options))
-    require_data(config.data.data)
+    config = evaluation_config(name, "probe", options)
     out, overwrite = config.run.out, config.run.overwrite
     path = None if out is None else check_output_file(out, ".json", overwrite=overwrite)
 
@@ -73,8 +67,3 @@ def create_table(results: dict[str, Any]) -> Table:
     table.add_row("linear", f"C {results['C']:g}", "" if val is None else f"{val:.2f}", f"{results['linear_top1']:.2f}")
     table.add_row("neighbors", f"k {results['k']}", "", f"{results['knn_top1']:.2f}")
     return table
-
-
-def _add_name(parser: Parser) -> None:
-    what = "a run folder, a weights file (.safetensors), or a timm model with pretrained weights"
-    parser.add_argument("name", metavar="RUN", help=what)

@@ -29,9 +29,9 @@ from smallvit.config.config import Config
 from smallvit.datasets.dataset import Images
 from smallvit.datasets.decode import describe_decode_error
 from smallvit.datasets.listing import SPLITS
-from smallvit.evaluation import artifacts, leakage
+from smallvit.evaluation import artifacts
 from smallvit.evaluation.predict import try_decode
-from smallvit.evaluation.predictor import Predictor, load_predictor
+from smallvit.evaluation.predictor import Predictor, check_test_split, load_predictor
 from smallvit.models import weights, weights_info
 from smallvit.plugins.lsa_layer import temperatures
 from smallvit.runs.run import Run
@@ -118,7 +118,7 @@ def attend(
     else:
         dataset = datasets.create_dataset(replace(config.data, img_size=model.img_size), ranges=model.info.gray_ranges)
         weights.check_channels(model.info, dataset)
-        for warning in leakage.check_test_split(model.info, dataset, config.data, (split,)):
+        for warning in check_test_split(model.info, dataset, config.data, (split,)):
             console.print(warning)
         data, examples = dataset.name, examples_from_split(dataset, split, count, console)
     with create_progress(console) as bar:

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from smallvit.evaluation.metrics import Outputs
-from smallvit.evaluation.stats import METHODS, format_comparison
+from smallvit.evaluation.stats import METHODS, format_comparison, list_confusions
 from smallvit.models import weights_info
 from smallvit.runs.run import Run
 from smallvit.utils.errors import collapse_whitespace
@@ -231,15 +231,14 @@ def _class_rows(classes: list[dict[str, Any]]) -> list[list[str]]:
 
 def _format_confusions(record: dict[str, Any]) -> Iterator[str]:
     """Yield the most frequent confusions, if there are any."""
-    classes, pairs = record["classes"], []
-    for row, (true, counts) in enumerate(zip(classes, record["confusion"], strict=True)):
-        pairs += [(n, true, classes[column]["name"]) for column, n in enumerate(counts) if n and column != row]
-    if pairs:
+    images = {each["name"]: each["images"] for each in record["classes"]}
+    confusions = list_confusions(record)[:TOP_CONFUSIONS]
+    if confusions:
         yield ""
         yield "most frequent confusions (true class → predicted class)"
-    for count, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:TOP_CONFUSIONS]:
-        names = f"{collapse_whitespace(true['name'])} → {collapse_whitespace(predicted)}"
-        yield f"  {names}: {count:,} of {true['images']:,}"
+    for each in confusions:
+        names = " → ".join(collapse_whitespace(each[name]) for name in ("true", "predicted"))
+        yield f"  {names}: {each['images']:,} of {images[each['true']]:,}"
 
 
 def _robustness_rows(robustness: dict[str, dict[str, float]], top1: float) -> list[list[str]]:

@@ -25,9 +25,9 @@ from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.listing import SPLITS
 from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
-from smallvit.evaluation import artifacts, leakage, metrics, stats
+from smallvit.evaluation import artifacts, metrics, stats
 from smallvit.evaluation.metrics import Outputs
-from smallvit.evaluation.predictor import Predictor, create_predictor, read_model_info
+from smallvit.evaluation.predictor import Predictor, check_test_split, create_predictor, is_trained_on, read_model_info
 from smallvit.models import weights, weights_info
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
@@ -180,7 +180,7 @@ def evaluate_run(
     }
     record = {
         "name": escape_undecodable(name),
-        "data": escape_undecodable(infos[0].data if leakage.is_trained_on(infos[0], dataset) else dataset.name),
+        "data": escape_undecodable(infos[0].data if is_trained_on(infos[0], dataset) else dataset.name),
         "split": split,
         **metrics.compute_metrics(outputs, tasks[0].class_names),
         "skipped_images": len(tasks[0].labels) - len(outputs),
@@ -254,8 +254,8 @@ def _list_notes(tasks: Sequence[EvaluationTask], config: Config) -> Iterator[str
     first, dataset = tasks[0], tasks[0].dataset
     yield from dataset.notes
     for task in tasks:
-        yield from leakage.check_test_split(task.predictor.info, task.dataset, config.data, task.splits)
-    if not leakage.is_trained_on(first.predictor.info, dataset) and dataset.drew_test and first.splits == ("test",):
+        yield from check_test_split(task.predictor.info, task.dataset, config.data, task.splits)
+    if not is_trained_on(first.predictor.info, dataset) and dataset.drew_test and first.splits == ("test",):
         yield f"only a test split of {dataset.name} is evaluated; --split all evaluates all images"
     present, total = len(dataset.class_names), len(first.class_names)
     if present < total:

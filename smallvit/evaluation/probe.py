@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from smallvit import datasets
 from smallvit.config.config import Config
 from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
-from smallvit.evaluation import leakage
-from smallvit.evaluation.predictor import create_predictor, read_model_info
+from smallvit.evaluation.predictor import check_test_split, create_predictor, read_model_info
 from smallvit.models import weights
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
@@ -70,7 +69,7 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     dataset = datasets.create_dataset(replace(config.data, img_size=size), ranges=info.gray_ranges)
     weights.check_channels(info, dataset)
     console = create_console(stderr=True)
-    for warning in leakage.check_test_split(info, dataset, config.data):
+    for warning in check_test_split(info, dataset, config.data):
         console.print(warning)
     predictor = create_predictor(info, size, config.compute.device, config.compute.amp)
     device, dtype = predictor.device, predictor.dtype

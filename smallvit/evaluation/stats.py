@@ -1,4 +1,4 @@
-"""Compute confidence intervals of accuracies, and test the difference of two models on the same images.
+"""Compute intervals of accuracies, test the difference of two models on the same images, and list confusions.
 
 Resampling n images with replacement draws binomial counts of correct predictions (multinomial counts for two models).
 The bootstrap distribution is therefore known: percentiles of one accuracy are exact, and those of a difference need
@@ -88,3 +88,19 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         f"{difference:+.2f} points ({method} {low:+.2f} to {high:+.2f}), {significant} ({test}; only the first is "
         f"correct on {comparison['only_one']:,} images, only the second on {comparison['only_other']:,})"
     )
+
+
+def list_confusions(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the confusions, the most frequent first: true and predicted class, images, percentage of the true class.
+
+    Args:
+        metrics: The contents of metrics.json.
+    """
+    names = [each["name"] for each in metrics["classes"]]
+    pairs = [
+        {"true": names[i], "predicted": names[j], "images": count, "share": 100 * count / sum(row)}
+        for i, row in enumerate(metrics["confusion"])
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair["images"])

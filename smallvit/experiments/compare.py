@@ -1,23 +1,214 @@
-"""Compare models: train missing runs, measure inference speed, and write tables and a picture."""
+"""Compare models: train missing runs, measure inference speed, and write tables and a picture.
+
+A grid has one run per row and seed, each in its own folder and process.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any
 
-from smallvit.config.options import ComputeConfig
-from smallvit.experiments.grid import Grid, plan_runs
-from smallvit.models import checkpoint
+import torch
+from rich.console import Console
+
+from smallvit import datasets
+from smallvit.config.config import Config, option_names
+from smallvit.config.options import ComputeConfig, OptimConfig
+from smallvit.config.spec import RowSpec, format_value
+from smallvit.datasets.dataset import ImageDataset
+from smallvit.models import checkpoint, factory, weights_info
 from smallvit.profiling import benchmark
 from smallvit.runs import aggregate
 from smallvit.runs.aggregate import AggregatedRun
+from smallvit.runs.curves import read_run
+from smallvit.runs.run import Run
+from smallvit.training.launch import resolve
+from smallvit.training.setup import create_setup
 from smallvit.utils import hardware, tables
-from smallvit.utils.errors import InputError
+from smallvit.utils.errors import InputError, flag
 from smallvit.utils.files import write_text
+from smallvit.utils.signals import SignalHandler, SignalInterrupt
 from smallvit.utils.terminal import create_console, print_table
 
 MARKDOWN, CSV, PICTURE = "compare.md", "compare.csv", "compare.png"
+CNN_RECIPE = "cnn"
+"""Recipe of convolutional models that name none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Rows and seeds to train and compare."""
+
+    rows: Sequence[RowSpec]
+    flags: dict[str, Any]
+    """Options of all rows."""
+    seeds: range
+    out: Path
+    recipe: str | None = None
+    """Recipe of all rows that name none."""
+    images_seen: int | None = None
+    """Budget in images, if it is not given in epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a grid or an experiment."""
+
+    row: RowSpec
+    seed: int
+    folder: Path
+    recipe: str | None
+    options: dict[str, Any]
+    """Options for `Config.build`."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds this run, finished.
+
+        Raises:
+            InputError: The folder holds another or a damaged run.
+        """
+        if not (self.folder / Run.CONFIG).exists():
+            return False
+        view = read_run(self.folder)
+        expected, actual = (resolve(config).to_dict() for config in (Config.build(**self.options), view.config))
+        for name, value in expected.items():
+            undecided = name == "streaming" and value == "auto"
+            if name not in option_names("resumable", "launch") and value != actual[name] and not undecided:
+                raise InputError(
+                    f"{self.folder}: holds a run with {flag(name)} {format_value(actual[name])}, "
+                    f"not {format_value(value)}; choose another --out, or remove the folder"
+                )
+        return view.summary is not None
+
+    def train(self, prefix: str, console: Console) -> bool:
+        """Train the run unless it is finished, and return whether it is finished now; messages start with `prefix`.
+
+        Raises:
+            SignalInterrupt: A signal stopped the run; it has been saved.
+        """
+        title = f"{prefix} {self.row.label}, seed {self.seed}:"
+        if self.is_finished:
+            console.print(f"{title} already finished, {self.folder}")
+            return True
+        console.print(f"\n{title} {'resuming ' if (self.folder / Run.STATE).exists() else ''}{self.folder}")
+        code = train(self.options, self.folder)
+        if code:
+            console.print(f"{title} failed (exit code {code}); continuing with the other runs")
+        return code == 0
+
+    def check(self) -> None:
+        """Set up the training and discard it again.
+
+        Raises:
+            InputError: A file or option does not fit.
+        """
+        with self.row.named():
+            state = self.folder / Run.STATE
+            saved = weights_info.read_progress(state) if state.exists() else None
+            create_setup(resolve(Config.build(**self.options)), saved=saved)
+        torch.cuda.empty_cache()
+
+
+def plan_runs(grid: Grid) -> list[PlannedRun]:
+    """Return the runs of a grid: the first seed of all rows, then their second, and so on.
+
+    Raises:
+        InputError: The data cannot be used, a row is given twice or is invalid, or rows differ in their epochs.
+    """
+    labels = [row.label for row in grid.rows]
+    if duplicates := [label for label in labels if labels.count(label) > 1]:
+        raise InputError(f"row {duplicates[0]}: given twice")
+    dataset = datasets.create_dataset(Config.build(**grid.flags).data)
+    flags = grid.flags | {"data": dataset.source}
+    recipes, options = [], []
+    for row in grid.rows:
+        with row.named():
+            recipes.append(_select_recipe(grid, row, dataset))
+            size = {"img_size": dataset.img_size} if row.options.get("init") else {}  # not that of the weights
+            options.append(row.given(flags | size, recipes[-1]))
+            Config.build(**options[-1])
+    epochs = _common_epochs(grid, options, len(dataset.train))
+    return [
+        PlannedRun(
+            row=row,
+            seed=seed,
+            folder=grid.out / row.folder(seed),
+            recipe=recipe,
+            options=each | {"epochs": epochs, "seed": seed},
+        )
+        for seed in grid.seeds
+        for row, recipe, each in zip(grid.rows, recipes, options, strict=True)
+    ]
+
+
+def _select_recipe(grid: Grid, row: RowSpec, dataset: ImageDataset) -> str | None:
+    if (name := row.recipe or grid.recipe) is not None:
+        return name
+    with torch.device("meta"):
+        sizes = {"img_size": dataset.img_size, "in_chans": dataset.in_chans, "num_classes": len(dataset.class_names)}
+        model = factory.create_model(row.arch, **sizes)
+    return CNN_RECIPE if hardware.is_convolutional(model) else None
+
+
+def _common_epochs(grid: Grid, options: Sequence[dict[str, Any]], images: int) -> int:
+    if grid.images_seen is not None:
+        return math.ceil(grid.images_seen / images)
+    lengths = [each.get("epochs", OptimConfig.epochs) for each in options]
+    if len(set(lengths)) > 1:
+        listed = ", ".join(f"{row.label} {epochs}" for row, epochs in zip(grid.rows, lengths, strict=True))
+        raise InputError(f"the rows' recipes differ in their epochs ({listed}); give --epochs or --images-seen for all")
+    return lengths[0]
+
+
+class SignalForwarder(SignalHandler):
+    """Forward SIGINT and SIGTERM to a child process; a terminal sends them there too, which counts once."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start the process."""
+        self.process = subprocess.Popen(command)
+        if self.received:
+            self.process.send_signal(self.received)
+        return self.process
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal, and send it to the child process."""
+        self.received = number
+        if self.process is not None:
+            self.process.send_signal(number)
+
+
+def train(options: dict[str, Any], folder: Path) -> int:
+    """Train in `folder` in another process, resuming a run there, and return its exit code.
+
+    Args:
+        options: Options for `Config.build`.
+        folder: The run's folder.
+
+    Raises:
+        SignalInterrupt: A signal stopped the run; it has been saved.
+    """
+    with TemporaryDirectory() as temporary, SignalForwarder() as forwarder:
+        file = Path(temporary, "config.json")
+        file.write_text(json.dumps(options), encoding="utf-8")
+        arguments = ["--config", str(file), "--out", str(folder), "--auto-resume"]
+        code = forwarder.start([sys.executable, "-P", "-m", "smallvit", "train", *arguments]).wait()
+    if forwarder.received or code in (130, 143):
+        raise SignalInterrupt(forwarder.received or code - 128)
+    return code
+
+
+# Comparison
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from smallvit.config.spec import run_folder_name
 from smallvit.datasets.catalog import DATASETS
 from smallvit.experiments import records, tables
 from smallvit.experiments.catalog import Experiment, Trial, get_experiment
-from smallvit.experiments.grid import PlannedRun
+from smallvit.experiments.compare import PlannedRun
 from smallvit.runs.aggregate import read_finished_run
 from smallvit.runs.run import Run
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError, flag
+from smallvit.utils.files import check_output_folder
 
 RECORDS = "records.jsonl"
 SIZES = "{:,} classes, {:,} training and {:,} test images of {} channels and {} pixels"
@@ -63,16 +64,15 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialRun:
+class TrialRun(PlannedRun):
     """One run of a trial."""
 
     trial: Trial
-    run: PlannedRun
 
     @property
     def lacks_teacher(self) -> bool:
         """Whether the trial needs a teacher that is not trained yet."""
-        return self.trial.teacher is not None and not (Path(self.run.options["teacher"]) / Run.SUMMARY).exists()
+        return self.trial.teacher is not None and not (Path(self.options["teacher"]) / Run.SUMMARY).exists()
 
 
 def reproduce(plan: Plan, console: Console) -> bool:
@@ -86,7 +86,7 @@ def reproduce(plan: Plan, console: Console) -> bool:
     """
     runs = plan_trials(plan)
     for each in runs:
-        Config.build(**each.run.options)
+        Config.build(**each.options)
     missing = _select_missing(runs, plan)
     if missing:
         _check(plan, missing)
@@ -108,16 +108,16 @@ def reproduce(plan: Plan, console: Console) -> bool:
 
 def plan_trials(plan: Plan) -> list[TrialRun]:
     """Return the runs: the first seed of all trials, then their second, and so on; teachers before their students."""
-    return [TrialRun(trial=trial, run=_plan_run(plan, trial, seed)) for seed in plan.seeds for trial in plan.trials]
-
-
-def _plan_run(plan: Plan, trial: Trial, seed: int) -> PlannedRun:
-    row = trial.parse()
-    options = row.given(plan.experiment.options(plan.budget) | plan.flags, row.recipe) | {"seed": seed}
-    if trial.teacher is not None:
-        options["teacher"] = str((plan.out / run_folder_name(trial.teacher, seed)).resolve())
-    folder = plan.out / run_folder_name(trial.label, seed)
-    return PlannedRun(row=row, seed=seed, folder=folder, recipe=row.recipe, options=options)
+    runs = []
+    for seed in plan.seeds:
+        for trial in plan.trials:
+            row = trial.parse()
+            options = row.given(plan.experiment.options(plan.budget) | plan.flags, row.recipe) | {"seed": seed}
+            if trial.teacher is not None:
+                options["teacher"] = str((plan.out / run_folder_name(trial.teacher, seed)).resolve())
+            folder = plan.out / run_folder_name(trial.label, seed)
+            runs.append(TrialRun(trial=trial, row=row, seed=seed, folder=folder, recipe=row.recipe, options=options))
+    return runs
 
 
 def _select_missing(runs: Sequence[TrialRun], plan: Plan) -> list[TrialRun]:
@@ -128,20 +128,20 @@ def _select_missing(runs: Sequence[TrialRun], plan: Plan) -> list[TrialRun]:
         for trial in plan.trials
         for record in records.select_records(known, plan.name, trial)
     }
-    new = [each for each in runs if (each.trial.label, each.run.seed) not in recorded]
-    teachers = {(each.trial.teacher, each.run.seed) for each in new}
-    return [each for each in runs if each in new or (each.trial.label, each.run.seed) in teachers]
+    new = [each for each in runs if (each.trial.label, each.seed) not in recorded]
+    teachers = {(each.trial.teacher, each.seed) for each in new}
+    return [each for each in runs if each in new or (each.trial.label, each.seed) in teachers]
 
 
 def _check(plan: Plan, missing: Sequence[TrialRun]) -> None:
     """Check device, data, folders and record files before anything is trained."""
     hardware.pick_device(plan.flags.get("device", "auto"))
     _check_data(plan)
-    for each in {each.trial.label: each for each in missing if not each.run.is_finished}.values():
+    for each in {each.trial.label: each for each in missing if not each.is_finished}.values():
         if not each.lacks_teacher:
-            each.run.check()
+            each.check()
     for file in plan.files:
-        records.check_writable(file)
+        check_output_folder(file.parent, "--out or --record", overwrite=True)
 
 
 def _check_data(plan: Plan) -> None:
@@ -163,16 +163,16 @@ def _check_data(plan: Plan) -> None:
 
 def _run(each: TrialRun, prefix: str, is_missing: bool, plan: Plan, console: Console) -> bool:
     """Train a run if it is missing, and record it; return whether it is finished."""
-    seed = each.run.seed
+    seed = each.seed
     if not is_missing:
         console.print(f"{prefix} seed {seed} is already recorded")
         return True
     if each.lacks_teacher:
         console.print(f"{prefix} seed {seed} is skipped, since {each.trial.teacher} failed")
         return False
-    if not each.run.train(prefix, console):
+    if not each.train(prefix, console):
         return False
-    view = read_finished_run(each.run.folder)
+    view = read_finished_run(each.folder)
     record = records.create_record(view, plan.name, each.trial.label, seed, plan.budget)
     for file in plan.files:
         records.append(file, record)

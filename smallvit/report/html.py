@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.ticker import EngFormatter
 
 from smallvit import __version__
 from smallvit.config.config import default_options, format_train_command, option_names, option_types
 from smallvit.config.spec import format_value
-from smallvit.evaluation.stats import format_comparison
+from smallvit.evaluation.stats import format_comparison, list_confusions
 from smallvit.plugins import PLUGINS
 from smallvit.report import pictures
 from smallvit.report.run_summary import RunSummary
 from smallvit.runs.aggregate import aggregate_runs, comparison_rows, describe_conditions
-from smallvit.utils.errors import InputError, escape_undecodable, flag
+from smallvit.utils.errors import InputError, escape_undecodable, flag, format_duration
 from smallvit.utils.files import write_text
 
 TEMPLATE = "page.html.jinja"
@@ -26,7 +27,6 @@ NOT_MEASURED = ("inference_images_per_second", "latency_ms")
 INFERENCE = "Inference: not measured here; use smallvit compare RUN RUN ..."
 MAX_CONFUSIONS = 8
 """Pairs of classes in the table of frequent confusions."""
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def write_report(runs: Sequence[RunSummary], path: Path) -> None:
@@ -37,7 +37,11 @@ def write_report(runs: Sequence[RunSummary], path: Path) -> None:
     """
     loader = jinja2.PackageLoader("smallvit.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": format_short, "duration": format_duration, "comparison": format_comparison}
+    environment.filters |= {
+        "short": EngFormatter(places=1),
+        "duration": format_duration,
+        "comparison": format_comparison,
+    }
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
@@ -72,7 +76,7 @@ def _describe(run: RunSummary) -> dict[str, Any]:
         "curves": pictures.plot_training(run.view.history),
         "pictures": run.gallery.test,
         "attention": run.gallery.attention,
-        "confusions": list_confusions(metrics) if metrics else [],
+        "confusions": list_confusions(metrics)[:MAX_CONFUSIONS] if metrics else [],
         "classes": sorted(metrics["classes"] if metrics else (), key=lambda e: (e["f1"] is None, e["f1"] or 0)),
         "changed": changed,
         "others": others,
@@ -96,18 +100,6 @@ def _compare(runs: dict[str, RunSummary]) -> dict[str, Any]:
     }
 
 
-def list_confusions(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the most frequent confusions: true and predicted class, images, share of the true class in per cent."""
-    names = [each["name"] for each in metrics["classes"]]
-    pairs = [
-        {"true": names[i], "predicted": names[j], "images": count, "share": 100 * count / sum(row)}
-        for i, row in enumerate(metrics["confusion"])
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
-    return sorted(pairs, key=lambda pair: -pair["images"])[:MAX_CONFUSIONS]
-
-
 def list_options(run: RunSummary) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """Return the changed options as flag, value and default, and all others as flag, value and group."""
     values, defaults, types = run.view.config.to_dict(), default_options(), option_types()
@@ -118,19 +110,3 @@ def list_options(run: RunSummary) -> tuple[list[tuple[str, str, str]], list[tupl
         elif name not in option_names("launch"):
             others.append((flag(name), format_value(value), types[name][0]))
     return changed, others
-
-
-def format_short(value: float) -> str:
-    """Format a large number with three significant digits and a unit."""
-    for unit, letter in UNITS:
-        if value >= unit:
-            return f"{value / unit:.3g} {letter}" if value < 999.5 * unit else f"{value / unit:,.0f} {letter}"
-    return f"{value:,.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as hours, minutes or seconds."""
-    for unit, name in ((3600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.1f} s"

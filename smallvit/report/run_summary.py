@@ -209,7 +209,8 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
     """
     from smallvit import datasets
     from smallvit.attention.attend import attend
-    from smallvit.evaluation import evaluator, leakage
+    from smallvit.evaluation import evaluator
+    from smallvit.evaluation.predictor import is_trained_on
     from smallvit.utils import hardware
 
     hardware.pick_device(device)
@@ -218,7 +219,7 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
     if data is not None:
         config, moved = config.replace(data=data), ["--data", data]
         dataset = datasets.create_dataset(replace(config.data, img_size=run.spec["img_size"]))
-        if not leakage.is_trained_on(run.info, dataset):
+        if not is_trained_on(run.info, dataset):
             raise InputError(f"--data {data}: differs from the images of {run.folder}")
     for name in run.computable:
         command, out = _result_command(run.view, name), (run.folder / name).parent

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smallvit.config.model import ArchOptions
 from smallvit.config.options import DataConfig
 from smallvit.datasets.dataset import ImageDataset
-from smallvit.evaluation import leakage
+from smallvit.evaluation.predictor import check_test_split
 from smallvit.models import factory, weights_info
 from smallvit.models import weights as trained
 from smallvit.models.weights_info import WeightsInfo
@@ -51,7 +51,7 @@ def load_initial_weights(
     if card.packed:
         raise card.error("its weights are packed to one bit each and cannot be trained; give the run itself")
     trained.check_channels(card, dataset)
-    warnings = leakage.check_test_split(card, dataset, config)
+    warnings = check_test_split(card, dataset, config)
     source = trained.load_trained_model(card)
     notes = [own["arch"], *warnings]
     if shrink:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from smallvit.config.config import Config
 from smallvit.datasets.dataset import ImageDataset
-from smallvit.evaluation import leakage
+from smallvit.evaluation.predictor import check_test_split
 from smallvit.models import weights, weights_info
 from smallvit.models.factory import prepare_for_inference
 from smallvit.models.weights_info import WeightsInfo
@@ -145,7 +145,7 @@ def _require_fit(card: WeightsInfo, config: Config, dataset: ImageDataset, *, sa
     if card.spec is None:
         raise card.error("its file does not name the model; give a run's folder or weights")
     weights.check_channels(card, dataset)
-    leakage.check_test_split(card, dataset, config.data)
+    check_test_split(card, dataset, config.data)
     if not same_classes:
         return []
     classes = card.class_names or ()

@@ -26,7 +26,7 @@ from smallvit import Config, InputError, TrainingError
 from smallvit.cli import main
 from smallvit.config import recipes
 from smallvit.config.spec import RowSpec, expand_ablation, format_label, parse_spec
-from smallvit.experiments import grid
+from smallvit.experiments import compare
 from smallvit.profiling import benchmark
 from smallvit.runs import aggregate
 from smallvit.runs.run import Run
@@ -41,7 +41,7 @@ ROWS = ("--arch", "vit", "--arch", "vit+spt+lsa,lr=0.003", "--seeds", "2")
 
 
 def train_here(options: dict[str, Any], folder: Path) -> int:
-    """Replace `grid.train` by training in this process."""
+    """Replace `compare.train` by training in this process."""
     try:
         engine.train(Config.build(**options, out=str(folder), auto_resume=True))
     except TrainingError:
@@ -66,7 +66,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(folder.name)
         return train_here(options, folder)
 
-    monkeypatch.setattr(grid, "train", train)
+    monkeypatch.setattr(compare, "train", train)
     return names
 
 
@@ -75,14 +75,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a comparison of two rows with two seeds."""
     out = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "train", train_here)
+        patch.setattr(compare, "train", train_here)
         patch.setattr(benchmark, "ROUNDS", 3)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
-        assert compare(*ROWS, *FLAGS, "--out", out) == 0
+        assert run_compare(*ROWS, *FLAGS, "--out", out) == 0
     return out
 
 
-def compare(*arguments: object) -> int:
+def run_compare(*arguments: object) -> int:
     return main(["compare", *map(str, arguments)])
 
 
@@ -102,8 +102,8 @@ def records(out: Path) -> list[dict[str, str]]:
 
 
 def test_rows_need_no_flag(smallvit: Command, monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> None:
-    monkeypatch.setattr(grid.PlannedRun, "check", lambda _: None)
-    monkeypatch.setattr(grid, "train", lambda _, folder: trained.append(folder.name) or 1)
+    monkeypatch.setattr(compare.PlannedRun, "check", lambda _: None)
+    monkeypatch.setattr(compare, "train", lambda _, folder: trained.append(folder.name) or 1)
     smallvit("compare", "vit", "vit+spt,lr=0.003", "--arch", "vit+lsa", *FLAGS)
     assert trained == ["vit+lsa-seed0", "vit-seed0", "vit+spt,lr=0.003-seed0"]
 
@@ -291,10 +291,10 @@ def test_an_ablation_has_no_plugin_each_plugin_and_both() -> None:
     assert labels == ["vit,lr=0.1", "vit+spt,lr=0.1", "vit+lsa,lr=0.1", "vit+spt+lsa,lr=0.1"]
 
 
-def planned(*rows: str, **options: Any) -> list[grid.PlannedRun]:
+def planned(*rows: str, **options: Any) -> list[compare.PlannedRun]:
     flags = {"train_fraction": 0.2} | options.pop("flags", {})
     texts = [parse_spec(row) for row in rows]
-    return grid.plan_runs(grid.Grid(rows=texts, flags=flags, seeds=range(2, 4), out=Path("out"), **options))
+    return compare.plan_runs(compare.Grid(rows=texts, flags=flags, seeds=range(2, 4), out=Path("out"), **options))
 
 
 def test_a_budget_in_images_is_rounded_up_to_whole_epochs() -> None:
@@ -425,7 +425,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert err == "comparison interrupted; run the same command to resume\n"
     assert not (lost / Run.SUMMARY).exists()
 
-    monkeypatch.setattr(grid, "train", train_here)
+    monkeypatch.setattr(compare, "train", train_here)
     code, out, _ = smallvit(*arguments)
     assert code == 0
     assert "resuming " in out
@@ -438,14 +438,14 @@ def test_an_interrupted_comparison_is_resumed(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 def test_sigterm_is_forwarded_and_stops_the_comparison(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, processes = grid.SignalForwarder.start, []
+    start, processes = compare.SignalForwarder.start, []
 
-    def asleep(relay: grid.SignalForwarder, command: list[str]) -> subprocess.Popen[bytes]:
+    def asleep(relay: compare.SignalForwarder, command: list[str]) -> subprocess.Popen[bytes]:
         processes.append(start(relay, [sys.executable, "-c", "import time; time.sleep(1800)"]))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return processes[-1]
 
-    monkeypatch.setattr(grid.SignalForwarder, "start", asleep)
+    monkeypatch.setattr(compare.SignalForwarder, "start", asleep)
     code, _, err = smallvit("compare", *ROWS, *FLAGS, "--out", "out")
     assert code == 143
     assert err == "comparison interrupted; run the same command to resume\n"

@@ -27,7 +27,7 @@ from smallvit.cli import main
 from smallvit.cli.parser import options_parser, parse
 from smallvit.config.config import format_train_command, option_names
 from smallvit.datasets.catalog import DATASETS
-from smallvit.experiments import catalog, grid, records, tables
+from smallvit.experiments import catalog, compare, records, tables
 from smallvit.experiments.catalog import EXPERIMENTS, Experiment, Trial, find_equivalent
 from smallvit.experiments.records import Record
 from smallvit.experiments.tables import TrialResult, collect_results
@@ -75,7 +75,7 @@ PARTS = {
 
 @dataclass
 class Trainer:
-    """Replace `grid.train` by training in this process."""
+    """Replace `compare.train` by training in this process."""
 
     names: list[str] = field(default_factory=list)
     """Names of the folders trained in."""
@@ -109,7 +109,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     trainer = Trainer()
-    monkeypatch.setattr(grid, "train", trainer)
+    monkeypatch.setattr(compare, "train", trainer)
     return trainer
 
 
@@ -129,7 +129,7 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     out, text = tmp_path_factory.mktemp("reproduced") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
-        patch.setattr(grid, "train", Trainer())
+        patch.setattr(compare, "train", Trainer())
         patch.setattr(catalog, "MIN_EPOCHS", 2)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
         assert reproduce(NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", out) == 0
@@ -603,7 +603,7 @@ def test_a_run_recorded_meanwhile_is_not_trained(
         records.append(Path("kept") / f"{NAME}.jsonl", theirs)
         return trained(options, folder)
 
-    monkeypatch.setattr(grid, "train", train)
+    monkeypatch.setattr(compare, "train", train)
     arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 1, "--record", "kept", "--out", "out")
     code, out, _ = smallvit("reproduce", *arguments)
     assert (code, trained.names) == (0, ["vit-seed0"])

@@ -202,7 +202,7 @@ def test_the_page_shows_the_summary(run: Path) -> None:
     assert f"{values['test_images']} test images" in page.text
     for shown in (
         f"{values['parameters']:,} trainable",
-        f"{values['macs'] / 1e6:.3g} M",
+        f"{values['macs'] / 1e6:.1f} M",
         f"{values['epochs']} epochs",
         f"{values['images_per_second']:,.0f}",
         f"{values['peak_memory_bytes'] / 1e9:.2f} GB",

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
@@ -64,15 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb and return the exit code that `USAGE` lists.
 
     Args:
-        argv: The arguments; None uses `sys.argv` and sets up OpenMP's environment, as the program's entry point does.
+        argv: The arguments; None is the program's entry point, which uses `sys.argv` and sets up OpenMP and SIGINT.
     """
     if argv is None:
         set_openmp_defaults()
-    _escape_unprintable()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+        argv = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # characters that the terminal cannot show
     try:
         try:
-            with _interruptible():
-                return _run(sys.argv[1:] if argv is None else argv)
+            return _run(argv)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where errors can be reported
@@ -120,26 +121,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
         os._exit(128 + number)
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Handle SIGINT by `_interrupt`, unless another program has installed a handler."""
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_default and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupt)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is _interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _escape_unprintable() -> None:
-    """Escape characters that the terminal cannot show."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard_streams() -> None:

@@ -25,7 +25,6 @@ relevance, learned temperatures.
   smallvit attend runs/vit-spt-lsa-cifar100 cat.jpg dog.jpg --out attention
   smallvit attend deit_tiny_patch16_224:pretrained cat.jpg --out attention
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights.
 Without image files, images are selected from the run's own test split, evenly
 over the classes. Writes overview.png, layers-<n>.png for each image,
 heads.png, temperatures.png (if temperatures are learned) and attention.json to

@@ -17,7 +17,6 @@ calibration, mistakes, robustness.
   smallvit eval runs/vit-spt-lsa-cifar100 --data DIR --split all --out results
   smallvit eval vit_tiny_patch16_224:pretrained --data imagenet
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights.
 Without --data, the model is evaluated on the run's data with the run's data
 options; flags override them. The defaults in brackets apply to other data.
 Classes of other data are matched by name.

@@ -34,7 +34,7 @@ from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, read_options
 from smallvit.training.launch import apply_regularization
 from smallvit.training.losses import LOSSES
-from smallvit.utils.errors import WORDS, InputError, is_utf8, require
+from smallvit.utils.errors import WORDS, InputError, flag, is_utf8, require
 
 DEFAULTS_FROM = {
     "recipe": ("NAME", "Defaults of a recipe (see smallvit list recipes)."),
@@ -121,8 +121,8 @@ class Parser(argparse.ArgumentParser):
     def _explain_unknown(self, unknown: Sequence[str]) -> str:
         """Return the message for arguments that the verb does not take, with what was meant."""
         args = self._args
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
-        shown = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
+        flags = {each: action for action in self._actions for each in action.option_strings}
+        shown = {each.lstrip("-").replace("-", "_"): each for each in flags}
         bare = [each.metavar for each in self._actions if not each.option_strings and each.nargs != "*"]
         shown |= {str(name): str(name) for name in bare}
         text = next((each for each in unknown if each.startswith("-")), unknown[0])
@@ -130,8 +130,8 @@ class Parser(argparse.ArgumentParser):
             text = text.partition("=")[0]
             return f"{text}: no such option{suggest_option(text, shown) or f'; see {self.prog} --help'}"
         index = args.index(text)
-        if (flag := _guess_flag(text)) in flags:
-            command = shlex.join([*self.prog.split(), *args[:index], flag, *args[index:]])
+        if (guess := _guess_flag(text)) in flags:
+            command = shlex.join([*self.prog.split(), *args[:index], guess, *args[index:]])
             return f"unknown argument {text!r}; use {command}"
         if index and args[index - 1] in flags and flags[args[index - 1]].nargs == 0:
             return f"{args[index - 1]} takes no value; remove {text!r}"
@@ -235,7 +235,7 @@ def options_parser(
     either = common.add_mutually_exclusive_group()
     for name, (metavar, sentence) in DEFAULTS_FROM.items():
         if only is None or name in only:
-            either.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
+            either.add_argument(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=sentence)
     for group, group_class in get_type_hints(Config).items():
         chosen = [o for o in fields(group_class) if only is None or f"{group}.*" in only or o.name in only]
         _add_options(common, group_class, [o for o in chosen if "common" in o.metadata], help_texts)
@@ -259,12 +259,7 @@ def _add_options(
             sentence += " " + "; ".join(f"{name}: {loss.help}" for name, loss in losses.items()) + "."
         unset = option.default is None or option.default is False
         shown = "" if unset or option.name in help_texts else f" [{option.default}]"
-        section.add_argument(
-            _flag(option.name),
-            default=argparse.SUPPRESS,
-            help=(sentence + shown).replace("%", "%%"),
-            **_value(kinds[option.name]),
-        )
+        _add_flag(section, option.name, kinds[option.name], sentence + shown)
 
 
 def _add_loss_options(section: argparse._ArgumentGroup) -> None:
@@ -274,13 +269,15 @@ def _add_loss_options(section: argparse._ArgumentGroup) -> None:
             continue
         sentences, kinds = field_docs(loss.options), get_type_hints(loss.options)
         for option in fields(loss.options):
-            section.add_argument(
-                _flag(f"{name}_{option.name}"),
-                dest=f"{LOSS_OPTIONS}.{name}_{option.name}",
-                default=argparse.SUPPRESS,
-                help=f"Loss {name}: {sentences[option.name]} [{option.default}]".replace("%", "%%"),
-                **_value(kinds[option.name]),
-            )
+            help_text = f"Loss {name}: {sentences[option.name]} [{option.default}]"
+            own_name = f"{name}_{option.name}"
+            _add_flag(section, own_name, kinds[option.name], help_text, dest=f"{LOSS_OPTIONS}.{own_name}")
+
+
+def _add_flag(section: argparse._ArgumentGroup, name: str, kind: Any, help_text: str, **more: Any) -> None:
+    """Add the flag of an option with this name and type."""
+    help_text = help_text.replace("%", "%%")
+    section.add_argument(flag(name), default=argparse.SUPPRESS, help=help_text, **_value(kind), **more)
 
 
 def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
@@ -295,14 +292,10 @@ def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
     own = {name: options.pop(name) for name in [*options] if name.startswith(f"{LOSS_OPTIONS}.")}
     if own:
         options[LOSS_OPTIONS] = {name.partition(".")[2]: value for name, value in own.items()}
-    return _merge(**options)
-
-
-def _merge(recipe: str | None = None, config: str | None = None, **flags: Any) -> dict[str, Any]:
-    """Return the flags on top of the values of a recipe or file."""
+    recipe, config = options.pop("recipe", None), options.pop("config", None)
     if recipe is not None:
-        return recipes.apply_recipe(recipe, flags)
-    return flags if config is None else _stored(config, flags) | flags
+        return recipes.apply_recipe(recipe, options)
+    return options if config is None else _stored(config, options) | options
 
 
 def _stored(file: str, flags: Collection[str]) -> dict[str, Any]:
@@ -363,10 +356,6 @@ def field_docs(group_class: type) -> dict[str, str]:
             described = f"{plugin.label}: {field_docs(plugin.config)[name]}" if name else plugin.config.__doc__
             sentences[option.name] = described
     return sentences
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _value(kind: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ probabilities.
   find photos -name '*.jpg' | smallvit predict RUN - --format jsonl
   smallvit predict vit_tiny_patch16_224:pretrained cat.jpg
 
-RUN is a run folder, a weights file, or a timm model with pretrained weights.
 Images are decoded, resized and normalized as in training. Predictions go to
 standard output, messages to standard error. Files that cannot be read are
 reported and skipped. The exit code is 0 if at least one file could be read,
@@ -119,8 +118,6 @@ def main(argv: list[str]) -> int:
 def _resolve_output(out: str | None, form: str | None, *, overwrite: bool) -> tuple[Path | None, str]:
     """Return the output file and the format."""
     if out is None:
-        if overwrite:
-            raise InputError("--overwrite has no effect without --out; add --out FILE")
         if sys.stdout is None:
             raise InputError("standard output is closed; add --out FILE")
         return None, form or FORMATS[0]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from smallvit.config.config import Config
 from smallvit.config.model import ARCH, ModelConfig
 from smallvit.models import weights_info
 from smallvit.models.architectures import require_name
-from smallvit.utils.errors import InputError, require
+from smallvit.utils.errors import require
 from smallvit.utils.files import check_output_folder, is_path
 
 DESCRIPTION = """\
@@ -104,17 +103,15 @@ def main(argv: list[str]) -> int:
     out = None if own["out"] is None else Path(os.path.expanduser(own["out"]))
     if out is not None:
         check_output_folder(out, overwrite=own["overwrite"])
-    if own["overwrite"] and out is None:
-        raise InputError("--overwrite has no effect without --out; add --out DIR")
 
     from smallvit.profiling import profile
     from smallvit.utils.terminal import create_console, print_table
 
     plan = profile.ProfileConfig(
         rows=profile.parse_rows(own["rows"] or list(ROWS), own["classes"]),
-        img_sizes=_unique(own["img_size"]),
-        batch_sizes=_unique(own["batch_sizes"]),
-        growth=None if own["growth"] is None else _unique(own["growth"]),
+        img_sizes=own["img_size"] or [],
+        batch_sizes=own["batch_sizes"],
+        growth=own["growth"],
         device=compute.device,
         amp=compute.amp,
         seconds=own["seconds"],
@@ -130,10 +127,6 @@ def main(argv: list[str]) -> int:
     if written:
         console.print(f"\nwrote {', '.join(map(str, written))}")
     return 0
-
-
-def _unique(values: Sequence[int] | None) -> list[int]:
-    return list(dict.fromkeys(values or []))
 
 
 def _write(results: dict[str, Any], notes: list[str], out: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from smallvit.cli.parser import Parser, options_parser
 from smallvit.config.config import Config
 from smallvit.runs.run import Run, read_config
-from smallvit.utils.errors import InputError
 from smallvit.utils.files import check_output_file
 
 DESCRIPTION = """\
@@ -40,8 +39,6 @@ def main(argv: list[str]) -> int:
     folders = [Path(os.path.expanduser(run)) for run in given.runs]
     out = given.out or (os.path.join(folders[0], Run.REPORT) if len(folders) == 1 else Run.REPORT)
     for folder in folders:
-        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
-            raise InputError(f"{folder}: given twice")
         read_config(folder)  # before torch is imported
 
     from smallvit.report import html, run_summary

@@ -137,8 +137,7 @@ def run_folder_name(label: str, seed: int) -> str:
 
 def format_value(value: Any) -> str:
     """Return the text of an option's value in a row."""
-    words = {word: text for text, word in WORDS.items()} | {None: "none"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def require_shared_option(name: str) -> None:

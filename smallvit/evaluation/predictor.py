@@ -96,12 +96,7 @@ def load_predictor(
 
 
 def read_model_info(name: str, option: str, arch: str | None) -> WeightsInfo:
-    """Read the metadata of trained weights, and check that their model is known.
-
-    Args:
-        name: A run folder, a weights file, or a timm model with pretrained weights.
-        option: The flag or verb that the name was given to, for error messages.
-        arch: The timm model in a file of another program.
+    """Read the metadata of trained weights, named as for `load_predictor`, and check that their model is known.
 
     Raises:
         InputError: There are no such weights, or their model is unknown or given twice.

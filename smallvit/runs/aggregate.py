@@ -44,6 +44,13 @@ COLUMNS = {
     "images_seen": "images seen",
 }
 """Titles of a comparison's columns by field; `tables.with_binary_columns` adds those of one-bit layers."""
+FORMATS = {
+    **dict.fromkeys(("macs", "bops", "ops"), (",.1f", 1e6)),
+    "packed_bytes": (",.2f", 1e6),
+    "peak_memory_bytes": (",.0f", 1e6),
+    "latency_ms": (".2f", 1),
+}
+"""Number format and unit of the fields that are not whole numbers."""
 FIELDS = (
     *("test_top1", "test_top1_std", "parameters", "macs", *tables.BINARY_FIGURES),
     *("train_images_per_second", "train_images_per_second_std"),
@@ -194,23 +201,14 @@ def format_cell(record: dict[str, Any], name: str) -> str:
     value = record[name]
     if value is None:
         return MISSING
-    match name:
-        case "model":
-            return value
-        case "test_top1":
-            return format(Spread(value, record["test_top1_std"], record["seeds"]), ".2f")
-        case "seeds":
-            return str(value) if value == record["seeds_requested"] else f"{value} of {record['seeds_requested']}"
-        case "macs" | "bops" | "ops":
-            return f"{value / 1e6:,.1f}"
-        case "packed_bytes":
-            return f"{value / 1e6:,.2f}"
-        case "peak_memory_bytes":
-            return f"{value / 1e6:,.0f}"
-        case "latency_ms":
-            return f"{value:.2f}"
-        case _:
-            return f"{value:,.0f}"
+    if name == "model":
+        return value
+    if name == "test_top1":
+        return format(Spread(value, record["test_top1_std"], record["seeds"]), ".2f")
+    if name == "seeds":
+        return str(value) if value == record["seeds_requested"] else f"{value} of {record['seeds_requested']}"
+    spec, unit = FORMATS.get(name, (",.0f", 1))
+    return format(value / unit, spec)
 
 
 def comparison_rows(records: list[dict[str, Any]], without: Sequence[str] = ()) -> list[list[str]]:

@@ -98,24 +98,18 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
     from smallvit.utils.plots import save_figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [line["epoch"] for line in history]
-    style = {"marker": "o", "markersize": 3} if len(epochs) < 30 else {}
-    loss.plot(epochs, [line["train_loss"] for line in history], label="training (augmented)", **style)
-    validated = [line for line in history if line["val_top1"] is not None]
-    val_epochs = [line["epoch"] for line in validated]
-    loss.plot(val_epochs, [line["val_loss"] for line in validated], label="validation", **style)
-    loss.set(ylabel="cross-entropy")
-    loss.legend()
-    accuracy.plot(val_epochs, [line["val_top1"] for line in validated], color="C1", label="validation", **style)
-    if (best := best_epoch(history)) is not None:
-        accuracy.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
-    accuracy.set(ylabel="top-1 accuracy (%)")
-    accuracy.legend(loc="lower right")
-    rate.plot(epochs, [line["lr"] for line in history], color="C2", **style)
-    rate.set(ylabel="learning rate")
-    for axes in (loss, accuracy, rate):
-        axes.set(xlabel="epoch")
+    best = best_epoch(history)
+    for axes, (ylabel, metrics) in zip(figure.subplots(1, len(PLOTS)), PLOTS.items(), strict=True):
+        for name, (label, _, color) in metrics.items():
+            points = finite_points(history, name)
+            style = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
+            epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
+            axes.plot(epochs, values, label=label, color=f"tab:{color}", **style)
+        if best is not None and "val_top1" in metrics:
+            axes.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle(title)

@@ -328,7 +328,6 @@ def test_weights_that_give_no_finite_logits_are_refused(
         (["RUN", "IMAGES", "--out", "found.txt"], "expected a name that ends in .csv"),
         (["RUN", "IMAGES", "--out", "found.csv", "--format", "jsonl"], "expected a name that ends in .jsonl"),
         (["RUN", "IMAGES", "--format", "xml"], "invalid choice: 'xml'"),
-        (["RUN", "IMAGES", "--overwrite"], "--overwrite has no effect without --out"),
         (["RUN", "IMAGES", "--tops", "3"], "did you mean '--top'?"),
         (["RUN", "IMAGES", "--arch", "vit"], "remove --arch"),
         (["RUN", "IMAGES", "--img-size", "7"], "--img-size 7"),

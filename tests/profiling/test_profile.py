@@ -414,7 +414,6 @@ REFUSED = {
     "twice": (["vit+lsa", "vit+lsa"], "row vit+lsa is given twice"),
     "no run": (["no/such/run"], "no such file or folder"),
     "device": (["--device", "cuda:99"], "this machine has cpu"),
-    "overwriting nothing": (["--overwrite"], "--overwrite has no effect without --out"),
     "file": (["--out", "file"], "file: a file, not a folder; choose another folder with --out"),
     "file in between": (["--out", "file/below"], "file is a file, not a folder; choose another folder with --out"),
     "flag": (["--grwth"], "did you mean '--growth'"),

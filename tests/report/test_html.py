@@ -567,7 +567,6 @@ def test_a_damaged_line_of_metrics_gives_one_line(run: Path, smallvit: Command) 
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: not the folder of a run"),
-        (["RUN", "RUN"], "given twice"),
         (["RUN", "--out", "page.pdf"], "expected a name that ends in .html"),
         ([], "RUN"),
     ],

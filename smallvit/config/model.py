@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
-from smallvit.config.options import option
+from smallvit.config.options import Options, option
 from smallvit.plugins import PLUGINS, PluginConfig
 from smallvit.utils.errors import InputError, flag, require, suggest
 
@@ -107,10 +106,10 @@ _Plugins = make_dataclass("_Plugins", plugin_fields(), bases=(_Architecture,), f
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchOptions:
+class ArchOptions(Options):
     """Options of some architectures, which `create_model` takes as keywords."""
 
-    dropout: float | None = None
+    dropout: float | None = option(None, ge=0, lt=1)
     """Dropout after position embeddings, attention's projection and the layers of MLPs; none by default."""
     linear_drop_path: bool = False
     """Let stochastic depth rise linearly over a ViT's blocks, from 0 to --drop-path; timm's own always does."""
@@ -118,7 +117,7 @@ class ArchOptions:
     """Pooling of a ViT: its class token, or the mean of patch tokens without a class token."""
     pos_embed: Literal["learned", "sincos"] = "learned"
     """Position embedding of a ViT: learned, or fixed 2D sines and cosines."""
-    init_values: float | None = None
+    init_values: float | None = option(None, gt=0)
     """Initial value of a ViT's LayerScale, a learned factor per channel of every residual branch; none by default."""
     dist_token: bool = False
     """Add a distillation token with its own head; --distill token implies it."""
@@ -133,11 +132,6 @@ class ArchOptions:
     pyramid: bool = True
     """BinaryViT: four stages with fewer and fewer tokens; otherwise one stage with the third one's tokens."""
 
-    def __post_init__(self) -> None:
-        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
-        if self.init_values is not None:
-            require(0 < self.init_values < math.inf, "init_values", self.init_values, "a factor above 0")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ArchOptions, _Plugins):
@@ -145,18 +139,15 @@ class ModelConfig(ArchOptions, _Plugins):
 
     plugin_init: Literal["paper", "preserve"] = "paper"
     """Initialization of plugins: paper (as published), or preserve (outputs of the model do not change at first)."""
-    patch_size: int | None = None
+    patch_size: int | None = option(None, ge=1)
     """Patch size in pixels; by default it follows the image size (for a ViT 4 at 32 px, 8 at 64 px)."""
-    drop_path: float | None = None
+    drop_path: float | None = option(None, ge=0, lt=1)
     """Stochastic depth: probability of dropping a residual branch; by default 0.1 for transformers."""
     fit: bool = True
     """Adapt patches, windows or first layers of timm's models to small images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size is not None:
-            require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1 pixel")
-        require(self.drop_path is None or 0 <= self.drop_path < 1, "drop_path", self.drop_path, "a probability below 1")
         for name, values in self.plugins.items():
             plugin_config(name, values)
             if both := [other for other in PLUGINS[name].excludes if other in self.plugins]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -23,10 +24,37 @@ TAGS = {
 """Tags in the metadata of options, with their meanings."""
 
 
-def option(default: Any, *tags: str) -> Any:
-    """Return the dataclass field of an option with these tags."""
+BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+"""Bounds of numbers, with their meanings; None is always allowed, infinity never."""
+
+
+def option(default: Any, *tags: str, **bounds: float) -> Any:
+    """Return the dataclass field of an option with these tags and bounds (see `BOUNDS`)."""
     assert set(tags) <= TAGS.keys(), tags
-    return field(default=default, metadata=dict.fromkeys(tags, True))
+    return field(default=default, metadata=dict.fromkeys(tags, True) | {"bounds": bounds})
+
+
+class Options:
+    """A group of options, whose bounds are checked.
+
+    Raises:
+        InputError: A value is out of its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value, bounds = getattr(self, each.name), each.metadata.get("bounds")
+            if value is None or not bounds:
+                continue
+            finite = not isinstance(value, float) or math.isfinite(value)
+            expected = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+            within = all(BOUNDS[name][1](value, bound) for name, bound in bounds.items())
+            require(finite and within, each.name, value, expected if finite else "a finite number")
 
 
 MAX_MEGAPIXELS = 500.0
@@ -34,51 +62,42 @@ MAX_MEGAPIXELS = 500.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Options):
     """Dataset and its splits."""
 
     data: str = option("digits", "common", "path", "evaluation", "shared", "affects_test")
     """Data set (see smallvit list data), folder or zip file of class folders, or hfds/NAME of Hugging Face."""
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
-    img_size: int | None = option(None, "common", "evaluation", "shared")
+    img_size: int | None = option(None, "common", "evaluation", "shared", ge=1)
     """Image size in pixels; by default that of the images, at most 64 for folders."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
     """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
-    workers: int | None = option(None, "resumable", "evaluation", "shared")
+    workers: int | None = option(None, "resumable", "evaluation", "shared", ge=0)
     """Number of worker processes for streaming; by default one per CPU core, at most 16."""
-    train_fraction: float = option(1.0, "evaluation", "shared", "affects_test")
+    train_fraction: float = option(1.0, "evaluation", "shared", "affects_test", gt=0, le=1)
     """Share of each class's training images to train on; smaller shares are subsets of larger ones."""
     balanced: bool = option(False, "shared")
     """Sample every class equally often, regardless of its number of images."""
-    val_fraction: float = option(0.1, "evaluation", "shared", "affects_test")
+    val_fraction: float = option(0.1, "evaluation", "shared", "affects_test", ge=0, lt=1)
     """Share of the training images held out to choose the best epoch, if the dataset has no validation split; with 0
     the last epoch is used."""
-    test_fraction: float = option(0.2, "evaluation", "shared", "affects_test", "draws_test")
+    test_fraction: float = option(0.2, "evaluation", "shared", "affects_test", "draws_test", gt=0, lt=1)
     """Share of all images held out for the final test, if the dataset has no test split."""
-    split_seed: int = option(0, "evaluation", "shared", "affects_test", "draws_test")
+    split_seed: int = option(0, "evaluation", "shared", "affects_test", "draws_test", ge=0)
     """Seed of these splits; runs with the same seed are evaluated on the same images."""
     skip_corrupt: bool = option(False, "resumable", "evaluation", "shared")
     """Skip images that cannot be decoded instead of stopping."""
-    max_megapixels: float = option(MAX_MEGAPIXELS, "resumable", "evaluation", "shared")
+    max_megapixels: float = option(MAX_MEGAPIXELS, "resumable", "evaluation", "shared", gt=0, le=1000)
     """Size limit of an image in millions of pixels; a larger one counts as undecodable."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.data), "data", repr(self.data), "a data set or folder")
-        if self.img_size is not None:
-            require(self.img_size >= 1, "img_size", self.img_size, "at least 1 pixel")
-        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
-        require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "a share above 0, at most 1")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
-        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "a share between 0 and 1")
-        require(
-            0 < self.max_megapixels <= 1000, "max_megapixels", self.max_megapixels, "a number above 0, at most 1000"
-        )
-        require(self.split_seed >= 0, "split_seed", self.split_seed, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Options):
     """Augmentation of training images, beyond the preset."""
 
     aug: Literal[
@@ -100,46 +119,34 @@ class AugmentConfig:
     """Preset: none, basic, mix, lee2021, ... (see smallvit list aug), or auto (by the data; mix for folders)."""
     crop: Literal["auto", "none", "pad", "reflect", "resized"] = option("auto", "shared")
     """Random crop: of the image padded with black (pad) or mirrored (reflect), or a resized rectangle (resized)."""
-    crop_padding: int | None = option(None, "shared")
+    crop_padding: int | None = option(None, "shared", ge=0)
     """Padding in pixels for pad and reflect; by default an eighth of the image size."""
-    crop_scale: float | None = option(None, "shared")
+    crop_scale: float | None = option(None, "shared", gt=0, le=1)
     """Minimum share of the image's area for the crop resized; by default 0.08."""
-    flip: float | None = option(None, "shared")
+    flip: float | None = option(None, "shared", ge=0, le=1)
     """Probability of a horizontal flip; by default 0.5, and 0 for datasets such as digits."""
     alternate_flip: bool = option(False, "shared")
     """Mirror each image in every other epoch instead of at random, so that both sides are seen equally often."""
     auto_augment: str | None = option(None, "shared")
     """none, autoaugment, rand-m9-n2-mstd0.5-inc1 or the like (timm's RandAugment), trivial or 3augment."""
-    color_jitter: float | None = option(None, "shared")
+    color_jitter: float | None = option(None, "shared", ge=0)
     """Strength of random changes of brightness, contrast and saturation."""
-    random_erasing: float | None = option(None, "shared")
+    random_erasing: float | None = option(None, "shared", ge=0, le=1)
     """Probability of erasing a random rectangle."""
     random_erasing_fill: Literal["auto", "mean", "noise"] = option("auto", "shared")
     """Fill of erased rectangles: the mean color, or noise."""
-    mixup_prob: float | None = option(None, "shared")
+    mixup_prob: float | None = option(None, "shared", ge=0, le=1)
     """Probability that an image is mixed with another, by Mixup or CutMix in equal shares."""
-    mixup: float | None = option(None, "shared")
+    mixup: float | None = option(None, "shared", ge=0)
     """Mixup's alpha, of Beta(alpha, alpha); 0 turns it off."""
-    cutmix: float | None = option(None, "shared")
+    cutmix: float | None = option(None, "shared", ge=0)
     """CutMix's alpha, of Beta(alpha, alpha); 0 turns it off."""
     mixup_mode: Literal["auto", "elem", "batch"] = option("auto", "shared")
     """Draw Mixup and CutMix parameters per image (elem) or per batch (batch)."""
-    aug_repeats: int | None = option(None, "shared")
+    aug_repeats: int | None = option(None, "shared", ge=1)
     """Repeated augmentation: copies of each image in a batch; an epoch has as many steps, with fewer images."""
     test_flip: bool = option(False, "shared", "affects_test")
     """Average the final test's predictions over each image and its mirror image."""
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "random_erasing", "mixup_prob"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value <= 1, name, value, "a probability")
-        for name in ("crop_padding", "color_jitter", "mixup", "cutmix"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < math.inf, name, value, "0 or more")
-        if self.crop_scale is not None:
-            require(0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "a share above 0, at most 1")
-        if self.aug_repeats is not None:
-            require(self.aug_repeats >= 1, "aug_repeats", self.aug_repeats, "at least 1")
 
 
 REGULARIZATION: dict[str, dict[str, float]] = {
@@ -162,14 +169,14 @@ AUTO_REGULARIZATION = {"weight_decay": 0.05, "label_smoothing": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Options):
     """Loss, optimizer, schedule, regularization."""
 
-    epochs: int = option(100, "common", "shared")
+    epochs: int = option(100, "common", "shared", ge=1)
     """Passes over the training images."""
-    batch_size: int = option(128, "common", "shared")
+    batch_size: int = option(128, "common", "shared", ge=1)
     """Images per step, at most, over all devices; the steps of an epoch have equal size."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: int = option(1, ge=1)
     """Parts that a batch is split into to save memory; gradients are accumulated."""
     loss: str = "ce"
     """Loss of the labels."""
@@ -177,20 +184,20 @@ class OptimConfig:
     """Own options of losses, by name: <loss>_<option>."""
     opt: str = "adamw"
     """Optimizer, by timm's name: adamw, lamb, lion, muon, sgd, ..."""
-    lr: float = option(1e-3, "common")
+    lr: float = option(1e-3, "common", gt=0)
     """Peak learning rate."""
-    lr_base_size: int | None = None
+    lr_base_size: int | None = option(None, ge=1)
     """Batch size that --lr is meant for; it is scaled in proportion to --batch-size."""
     sched: Literal["cosine", "linear", "step", "wsd", "constant"] = "cosine"
     """Learning rate schedule after the warmup: cosine or linear decay to --min-lr, step (times 0.1 after half of the
     steps, 0.01 after three quarters), constant, or wsd (constant, then linear decay over the last fifth)."""
     sched_start_epoch: int = 0
     """Number of epochs before the schedule starts, without warmup; set where --resume RUN --epochs N extends a run."""
-    layer_decay: float | None = None
+    layer_decay: float | None = option(None, gt=0, lt=1)
     """Factor of the learning rate from each layer to the one below it; by default all have the same."""
-    ema_decay: float | None = None
+    ema_decay: float | None = option(None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights, which is evaluated and saved; none by default."""
-    min_lr: float = 1e-6
+    min_lr: float = option(1e-6, ge=0)
     """Learning rate at the end."""
     regularization: Literal[
         "auto",
@@ -205,48 +212,35 @@ class OptimConfig:
     ] = "auto"
     """Preset of --dropout, --drop-path, --weight-decay and --label-smoothing: auto (lee2021 for transformers), none,
     lee2021, deit, deit3, augreg-none-0.03, augreg-none-0.1, augreg-0.03 or augreg-0.1."""
-    weight_decay: float | None = None
+    weight_decay: float | None = option(None, ge=0)
     """Weight decay of matrices; norms, biases, tokens, position embeddings and temperatures have none; by default
     0.05."""
     weight_decay_all: bool = False
     """Apply weight decay to all parameters, as the code of SPT and LSA does."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = option(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0 to its peak."""
-    label_smoothing: float | None = None
+    label_smoothing: float | None = option(None, ge=0, lt=1)
     """Label smoothing of cross-entropy; by default 0.1."""
-    plugin_warmup_ratio: float = 0.5
+    plugin_warmup_ratio: float = option(0.5, ge=0, le=1)
     """Share of the steps over which plugins created with --plugin-init preserve reach their full strength."""
-    patch_drop_rate: float = 0.0
+    patch_drop_rate: float = option(0.0, ge=0, lt=1)
     """Share of a ViT's patches that are dropped at random in each training step, which saves their computations."""
-    patch_drop_ratio: float = 0.8
+    patch_drop_ratio: float = option(0.8, ge=0, le=1)
     """Share of the steps after which no patches are dropped any more."""
-    clip_grad: float | None = None
+    clip_grad: float | None = option(None, gt=0)
     """Maximum norm of the whole gradient; not clipped by default."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum_steps", "lr_base_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("layer_decay", "ema_decay"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < 1, name, value, "a factor between 0 and 1")
+        super().__post_init__()
         if self.weight_decay_all and self.layer_decay is not None:
             raise InputError("--weight-decay-all and --layer-decay: give one of them")
-        parts, decay, smoothing = self.grad_accum_steps, self.weight_decay, self.label_smoothing
+        parts = self.grad_accum_steps
         require(parts <= self.batch_size, "grad_accum_steps", parts, "at most --batch-size")
-        require(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
-        require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
-        require(decay is None or 0 <= decay < math.inf, "weight_decay", decay, "0 or more")
-        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
-        require(smoothing is None or 0 <= smoothing < 1, "label_smoothing", smoothing, "a share from 0 to below 1")
-        require(0 <= self.patch_drop_rate < 1, "patch_drop_rate", self.patch_drop_rate, "a share from 0 to below 1")
-        for name in ("plugin_warmup_ratio", "patch_drop_ratio"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
-        require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "a norm above 0")
+        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Options):
     """Distillation from a teacher (DeiT, arXiv:2012.12877)."""
 
     teacher: str | None = option(None, "common", "path")
@@ -256,25 +250,20 @@ class DistillConfig:
     distill_values: Literal["paper", "official"] = "paper"
     """Defaults of soft distillation: the mean divergence per image with weight 0.1 at temperature 3 (paper), or divided
     by the number of classes too, with weight 0.5 at temperature 1 (official: DeiT's code)."""
-    distill_weight: float | None = None
+    distill_weight: float | None = option(None, gt=0)
     """Weight of the teacher's loss; the labels' loss has the rest; by default 0.5 for hard and token. For features it
     multiplies a term that is added to the labels' loss, by default 2.5."""
-    distill_temperature: float | None = None
+    distill_temperature: float | None = option(None, gt=0)
     """Temperature that both models' logits are divided by, for soft."""
-    teacher_views: int = 0
+    teacher_views: int = option(0, ge=0)
     """Number of augmented epochs to cycle through so that the outputs of the teacher can be cached; 0 draws new
     augmentations every epoch."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.teacher != "", "teacher", repr(self.teacher), "a run's folder, a weights file, or a timm model")
-        weight, temperature = self.distill_weight, self.distill_temperature
-        if self.distill == "features":
-            require(weight is None or 0 < weight < math.inf, "distill_weight", weight, "a factor above 0")
-        else:
-            require(weight is None or 0 < weight <= 1, "distill_weight", weight, "a share above 0, at most 1")
-        if temperature is not None:
-            require(0 < temperature < math.inf, "distill_temperature", temperature, "a temperature above 0")
-        require(self.teacher_views >= 0, "teacher_views", self.teacher_views, "0 or more")
+        share = self.distill_weight is None or self.distill_weight <= 1
+        require(share or self.distill == "features", "distill_weight", self.distill_weight, "a share of at most 1")
 
     def find_ineffective(self) -> list[tuple[str, str]]:
         """Return the options that have no effect, each with what it would need."""
@@ -291,7 +280,7 @@ LOGGERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
+class ComputeConfig(Options):
     """Hardware and speed; only rounding and --sync-bn affect results."""
 
     device: str = option("auto", "common", "resumable", "evaluation", "shared", "local")
@@ -308,15 +297,16 @@ class ComputeConfig:
     """With torchrun: batch norm over the images of all devices."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.fsdp and self.sync_bn:
             raise InputError("--fsdp and --sync-bn cannot be combined; remove one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """Run folder, checkpoints and logging."""
 
-    seed: int = option(0, "common", "shared")
+    seed: int = option(0, "common", "shared", ge=0, lt=2**63)
     """Seed of initial weights, image order and augmentation."""
     out: str | None = option(None, "common", "launch", "shared", "local")
     """Run folder; by default runs/<arch>-<plugins>-<data>."""
@@ -327,17 +317,17 @@ class RunConfig:
     epochs for a finished run (with --keep-resume)."""
     auto_resume: bool = option(False, "launch", "local")
     """Resume the run in --out if there is one, for jobs that are restarted after an interruption."""
-    checkpoint_minutes: float = option(10.0, "resumable", "shared", "local")
+    checkpoint_minutes: float = option(10.0, "resumable", "shared", "local", gt=0)
     """Maximum time between two checkpoints; one is written after each epoch too."""
     keep_resume: bool = option(False, "resumable", "local")
     """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
-    keep: int = option(0, "resumable")
+    keep: int = option(0, "resumable", ge=0)
     """Number of latest epochs whose weights are kept, in addition to last and best."""
     log: str | None = option(None, "resumable", "shared", "local")
     """Send metrics to trackers: tensorboard, wandb, or both, separated by a comma."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        super().__post_init__()
         require(self.out != "", "out", repr(self.out), "a folder")
         if self.overwrite and self.out is None:
             raise InputError("--overwrite needs --out DIR, the run to replace")
@@ -345,10 +335,6 @@ class RunConfig:
             raise InputError("--auto-resume needs --out DIR, the run to resume, without --overwrite")
         if self.resume is not None and (self.out is not None or self.overwrite):
             raise InputError("--resume RUN continues in RUN; remove --out and --overwrite")
-        require(
-            0 < self.checkpoint_minutes < math.inf, "checkpoint_minutes", self.checkpoint_minutes, "more than 0 minutes"
-        )
-        require(self.keep >= 0, "keep", self.keep, "0 or more")
         require(self.log is None or bool(self.loggers), "log", repr(self.log), f"some of {', '.join(LOGGERS)}")
         for name in self.loggers:
             require(name in LOGGERS, "log", name, f"one of {', '.join(LOGGERS)}{suggest(name, LOGGERS)}")

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from smallvit.config.config import Config, format_train_command, option_names, strip_folder
@@ -187,6 +188,19 @@ def append(file: Path, record: Record) -> bool:
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror})") from None
     return True
+
+
+def check_writable(file: Path) -> None:
+    """Check that records can be added to a file, and create its folder.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _parse(line: bytes, where: str) -> Record:

@@ -20,7 +20,6 @@ from smallvit.runs.aggregate import read_finished_run
 from smallvit.runs.run import Run
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError, flag
-from smallvit.utils.files import check_output_folder
 
 RECORDS = "records.jsonl"
 SIZES = "{:,} classes, {:,} training and {:,} test images of {} channels and {} pixels"
@@ -141,7 +140,7 @@ def _check(plan: Plan, missing: Sequence[TrialRun]) -> None:
         if not each.lacks_teacher:
             each.check()
     for file in plan.files:
-        check_output_folder(file.parent, "--out or --record", overwrite=True)
+        records.check_writable(file)
 
 
 def _check_data(plan: Plan) -> None:

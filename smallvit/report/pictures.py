@@ -73,26 +73,17 @@ class Gallery:
 
 def plot_training(history: list[dict[str, Any]]) -> list[Picture]:
     """Plot loss, accuracy, learning rate and LSA temperatures over the epochs, as far as they were recorded."""
-    training, validation, top1, rates = (
-        finite_points(history, name) for name in ("train_loss", "val_loss", "val_top1", "lr")
-    )
-    charts = []
-    if history:
-        alt = f"Training: {_describe(training)}. Validation: {_describe(validation)}."
-        curves = {"training (augmented)": training, "validation": validation}
-        charts.append(plot_lines("Loss", "cross-entropy", curves, alt))
-    if (best := best_epoch(history)) is not None:
-        alt = f"{_describe(top1)} %; best {best['val_top1']:.2f} % in epoch {best['epoch']}."
-        marked = (best["epoch"], best["val_top1"])
-        charts.append(plot_lines("Validation accuracy", "top-1 (%)", {"validation": top1}, alt, marked))
-    if rates:
-        alt = f"Peak {max(value for _, value in rates):.3g}, {rates[-1][1]:.3g} in epoch {rates[-1][0]}."
-        charts.append(plot_lines("Learning rate", "learning rate", {"learning rate": rates}, alt))
-    if temperatures := _mean_temperatures(history):
-        ends = ", ".join(f"{layer} {points[-1][1]:.3f}" for layer, points in temperatures.items())
-        alt = f"Factor of the attention scores, mean over heads. After the last epoch: {ends}."
-        charts.append(plot_lines("Learned temperatures (LSA)", "factor of the scores", temperatures, alt))
-    return charts
+    names = ("train_loss", "val_loss", "val_top1", "lr")
+    training, validation, top1, rates = (finite_points(history, name) for name in names)
+    charts: list[tuple[str, str, dict[str, Points]]] = [
+        ("Loss", "cross-entropy", {"training (augmented)": training, "validation": validation}),
+        ("Validation accuracy", "top-1 (%)", {"validation": top1}),
+        ("Learning rate", "learning rate", {"learning rate": rates}),
+        ("Learned temperatures (LSA)", "factor of the scores", _mean_temperatures(history)),
+    ]
+    best = best_epoch(history)
+    marked = {} if best is None else {"Validation accuracy": (best["epoch"], best["val_top1"])}
+    return [plot_lines(*chart, marked.get(chart[0])) for chart in charts if any(chart[2].values())]
 
 
 def plot_overlay(histories: dict[str, list[dict[str, Any]]]) -> list[Picture]:
@@ -105,14 +96,11 @@ def plot_overlay(histories: dict[str, list[dict[str, Any]]]) -> list[Picture]:
     ):
         curves = {run: points for run, history in histories.items() if (points := finite_points(history, name))}
         if curves:
-            alt = " ".join(f"{run} ends at {points[-1][1]:.2f}." for run, points in curves.items())
-            charts.append(plot_lines(title, ylabel, curves, alt))
+            charts.append(plot_lines(title, ylabel, curves))
     return charts
 
 
-def plot_lines(
-    title: str, ylabel: str, curves: dict[str, Points], alt: str, marked: tuple[int, float] | None = None
-) -> Picture:
+def plot_lines(title: str, ylabel: str, curves: dict[str, Points], marked: tuple[int, float] | None = None) -> Picture:
     """Plot curves over the epochs as an SVG image, with an optional marked point."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
@@ -130,9 +118,11 @@ def plot_lines(
             axes.legend(fontsize=8, ncols=1 + (len(curves) > 8))
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
+    described = [f"{label}: {_describe(points)}." for label, points in curves.items()]
+    described += [f"Marked: {marked[1]:.2f} in epoch {marked[0]}."] if marked else []
+    alt = f"{title}, {ylabel}. {' '.join(described)}"
     width, height = (round(72 * side) for side in SIZE)
-    source = _data_url(file, "svg+xml")
-    return Picture(title=title, caption="", alt=f"{title}. {alt}", source=source, width=width, height=height)
+    return Picture(title=title, caption="", alt=alt, source=_data_url(file, "svg+xml"), width=width, height=height)
 
 
 def _mean_temperatures(history: list[dict[str, Any]]) -> dict[str, Points]:
@@ -150,7 +140,7 @@ def _describe(points: Points) -> str:
     if not points:
         return "no finite value"
     (first, start), (last, end) = points[0], points[-1]
-    return f"from {start:.2f} in epoch {first} to {end:.2f} in epoch {last}"
+    return f"from {start:.3g} in epoch {first} to {end:.3g} in epoch {last}"
 
 
 def _data_url(file: io.BytesIO, kind: str) -> str:

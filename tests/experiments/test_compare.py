@@ -217,7 +217,7 @@ BAD = {
     "architecture": (["--arch", "vti"], "row vti: --arch vti: no such architecture (did you mean 'vit'?)"),
     "option": (["--arch", "vit,warmup-ration=3"], "no such option as 'warmup_ration' (did you mean 'warmup_ratio'?)"),
     "value": (["--arch", "vit,lr=fast"], "row vit,lr=fast: lr=fast: expected a number"),
-    "range": (["--arch", "vit,lr=-1"], "row vit,lr=-1.0: --lr -1.0: expected a learning rate above 0"),
+    "range": (["--arch", "vit,lr=-1"], "row vit,lr=-1.0: --lr -1.0: expected above 0"),
     "choice": (["--arch", "vit,aug=bsic"], "did you mean 'basic'?"),
     "switch": (["--arch", "vit+spt,spt-norm=1"], "spt_norm=1: expected true or false"),
     "plugin": (["--arch", "vit+stp"], "no such plugin as 'stp' (did you mean 'spt'?)"),

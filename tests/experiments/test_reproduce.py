@@ -740,7 +740,7 @@ BAD = {
     "other data": (["lee2021/svhn", "--data", "images"], "; give svhn as a folder of class folders"),
     "digits": ([NAME, "--data", "nowhere"], "--data nowhere: digits is part of scikit-learn; remove --data"),
     "a tiny budget": ([NAME, "--budget", "1e-5"], "--budget 1e-05: leaves 0.065 training images per class"),
-    "a seed of several": ([NAME, "--seed", "-1", "--seeds", "3"], "--seed -1: expected 0 or more"),
+    "a seed of several": ([NAME, "--seed", "-1", "--seeds", "3"], "--seed -1: expected at least 0"),
     "a file of records": ([*ONE, "--record", "file"], "file/lee2021/digits.jsonl: cannot be written ("),
     "records nowhere": ([*ONE, "--record", "/proc/nowhere"], "/proc/nowhere/lee2021/digits.jsonl: cannot be written ("),
     "runs in a file": ([*ONE, "--out", "file"], "file/records.jsonl: cannot be "),

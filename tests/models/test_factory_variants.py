@@ -108,7 +108,7 @@ def test_vit_options_are_refused_by_other_architectures(arch: str, options: dict
 
 
 def test_init_values_zero_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--init-values 0\.0: expected a factor above 0"):
+    with pytest.raises(InputError, match=r"--init-values 0\.0: expected above 0"):
         smallvit.Config.build(init_values=0.0)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
@@ -137,22 +137,17 @@ def fit_classifiers(splits: dict[str, Features], progress: Progress, *, balanced
     for c in progress.track(STRENGTHS if val else (DEFAULT_STRENGTH,), description="linear classifiers"):
         regression = LogisticRegression(C=c, max_iter=MAX_ITERATIONS, class_weight=weight)
         linear[c] = make_pipeline(StandardScaler(), regression).fit(*train)
-        scores[c] = compute_top1(linear[c], val) if val else None
+        scores[c] = linear[c].score(*val) if val else None
     best = max(scores, key=scores.get)  # ties: the strongest regularization
     k = max(1, min(NEIGHBORS, len(train.labels) // len(np.unique(train.labels))))
     nearest = KNeighborsClassifier(k, weights="distance", metric="cosine").fit(*train)
     return {
-        "linear_top1": compute_top1(linear[best], test),
-        "linear_val_top1": scores[best],
+        "linear_top1": 100 * float(linear[best].score(*test)),
+        "linear_val_top1": 100 * float(scores[best]) if val else None,
         "C": best,
-        "knn_top1": compute_top1(nearest, test),
+        "knn_top1": 100 * float(nearest.score(*test)),
         "k": k,
     }
-
-
-def compute_top1(classifier: Pipeline | KNeighborsClassifier, images: Features) -> float:
-    """Compute the accuracy in percent."""
-    return 100 * float(classifier.score(*images))
 
 
 def _check_features(info: WeightsInfo, splits: dict[str, Features]) -> None:

@@ -252,12 +252,12 @@ def test_interrupt_during_import_of_torch_exits_at_once(tmp_path: Path, delay: f
         "try:\n    time.sleep(1800)\n"
         "except KeyboardInterrupt:\n    print('swallowed', flush=True)\n    time.sleep(1800)\n"
     )
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from smallvit.cli import main; "
-        "sys.exit(main(['probe', 'resnet18']))"
-    )
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from smallvit.cli import main; sys.exit(main())"
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path), "probe", "resnet18"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout.readline() == "importing\n"
         time.sleep(delay)

@@ -70,12 +70,13 @@ def render_script(shell: str) -> str:
 
     from smallvit.cli.list import ARCHS, TABLES
     from smallvit.config.config import option_types
-    from smallvit.config.options import LOGGERS
+    from smallvit.config.options import LOGGERS, REGULARIZATION
     from smallvit.config.recipes import RECIPES
     from smallvit.datasets.catalog import DATASETS
 
     recipes, values = list(RECIPES), {"what": list(TABLES), "shell": list(SHELLS), "log": list(LOGGERS)}
     values |= {name: list(get_args(kind)) for name, (_, kind) in option_types().items() if get_origin(kind) is Literal}
+    values |= {"regularization": ["auto", *REGULARIZATION]}
     values |= {"recipe": recipes, "common": recipes, "opt": list_optimizers(), "device": ["auto", "cpu", "cuda", "mps"]}
     root = argparse.ArgumentParser("smallvit", description="Vision Transformers that learn from small image sets.")
     root.add_argument("-V", "--version", action="store_true", help="print the version")

@@ -199,17 +199,7 @@ class OptimConfig(Options):
     """Decay per step of an exponential moving average of the weights, which is evaluated and saved; none by default."""
     min_lr: float = option(1e-6, ge=0)
     """Learning rate at the end."""
-    regularization: Literal[
-        "auto",
-        "none",
-        "lee2021",
-        "deit",
-        "deit3",
-        "augreg-none-0.03",
-        "augreg-none-0.1",
-        "augreg-0.03",
-        "augreg-0.1",
-    ] = "auto"
+    regularization: str = "auto"
     """Preset of --dropout, --drop-path, --weight-decay and --label-smoothing: auto (lee2021 for transformers), none,
     lee2021, deit, deit3, augreg-none-0.03, augreg-none-0.1, augreg-0.03 or augreg-0.1."""
     weight_decay: float | None = option(None, ge=0)
@@ -234,6 +224,8 @@ class OptimConfig(Options):
         super().__post_init__()
         if self.weight_decay_all and self.layer_decay is not None:
             raise InputError("--weight-decay-all and --layer-decay: give one of them")
+        name, names = self.regularization, ("auto", *REGULARIZATION)
+        require(name in names, "regularization", name, f"one of {', '.join(names)}{suggest(name, names)}")
         parts = self.grad_accum_steps
         require(parts <= self.batch_size, "grad_accum_steps", parts, "at most --batch-size")
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")

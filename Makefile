@@ -38,7 +38,7 @@ OLDEST = build/oldest
 LOWER_BOUNDS = $(shell sed -nE 's/^ *"(torch|torchvision|timm)>=([0-9.]+)".*/\1==\2.*/p' pyproject.toml)
 TORCH_TESTS = $(addprefix tests/,plugins models training export) \
 	$(wildcard $(addprefix tests/,config/test_recipes*.py evaluation/test_predictor.py profiling/test_flops.py \
-	utils/test_hardware*.py $(addprefix datasets/test_,huggingface.py auto_augment.py augment.py mixup.py)))
+	utils/test_hardware*.py $(addprefix datasets/test_,readers_huggingface.py auto_augment.py augment.py mixup.py)))
 
 $(OLDEST)/.installed: pyproject.toml
 	rm -rf $(OLDEST)

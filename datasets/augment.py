@@ -88,28 +88,28 @@ class Mix:
 class Mixing:
     """Distribution of Mixup's and CutMix's parameters."""
 
-    prob: float = 0.0
+    mixup_prob: float = 0.0
     """Probability that an image (or a batch) is mixed, by Mixup or CutMix in equal shares."""
     mixup: float = 0.0
     """Alpha of Beta(alpha, alpha), from which Mixup's weight is drawn; 0: no Mixup."""
     cutmix: float = 0.0
     """Alpha of Beta(alpha, alpha), from which CutMix's remaining area is drawn; 0: no CutMix."""
-    per: Literal["elem", "batch"] = "elem"
+    mixup_mode: Literal["elem", "batch"] = "elem"
     """Whether parameters are drawn for each image or once for a batch."""
-    major: bool = False
+    mix_major: bool = False
     """Whether Mixup's weight is at least a half."""
 
     def __bool__(self) -> bool:
-        return bool(self.prob and (self.mixup or self.cutmix))
+        return bool(self.mixup_prob and (self.mixup or self.cutmix))
 
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int) -> Mix:
         """Draw the parameters of `b` images of `h` × `w` pixels."""
-        n = b if self.per == "elem" else 1
-        mixed = rng.random(n) < self.prob
+        n = b if self.mixup_mode == "elem" else 1
+        mixed = rng.random(n) < self.mixup_prob
         share = 0.5 if self.mixup and self.cutmix else float(self.mixup > 0)
         by_mixup = rng.random(n) < share
         weight = _draw_beta(rng, self.mixup, n)
-        weight = np.maximum(weight, 1 - weight) if self.major else weight
+        weight = np.maximum(weight, 1 - weight) if self.mix_major else weight
         kept = np.where(mixed & by_mixup, weight, 1.0)
         cut = cutmix_boxes(rng, mixed & ~by_mixup & (self.cutmix > 0), _draw_beta(rng, self.cutmix, n), h, w)
         return Mix(kept, cut) if n == b else Mix(np.repeat(kept, b), cut.repeat(b))
@@ -177,25 +177,11 @@ class Augment:
         padding = _padding(config, values, img_size)
         _warn_ineffective(config, values)
         return cls(
-            crop=values["crop"],
             padding=padding,
-            crop_scale=values["crop_scale"],
-            flip=values["flip"],
             alternate_flip=config.alternate_flip and values["flip"] > 0,
             policies=_create_policies(values["auto_augment"], values["color_jitter"], policy),
-            bicubic=values["bicubic"],
-            policy_fill=values["policy_fill"],
-            random_erasing=values["random_erasing"],
-            random_erasing_fill=values["random_erasing_fill"],
-            erasing_area=values["erasing_area"],
-            mixing=Mixing(
-                prob=values["mixup_prob"],
-                mixup=values["mixup"],
-                cutmix=values["cutmix"],
-                per=values["mixup_mode"],
-                major=values["mix_major"],
-            ),
-            aug_repeats=values["aug_repeats"],
+            mixing=Mixing(**_own_values(Mixing, values)),
+            **_own_values(cls, values),
         )
 
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int, flip: np.ndarray | None = None) -> Draws:
@@ -243,6 +229,11 @@ class Augment:
         for step in draws.steps:
             images = apply_operations(images, step.names, step.strengths, fill, bicubic=self.bicubic)
         return images
+
+
+def _own_values(kind: type[Augment | Mixing], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a preset that are fields of a class."""
+    return {each.name: values[each.name] for each in fields(kind) if each.name in values}
 
 
 def _warn_ineffective(config: AugmentConfig, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,8 +42,6 @@ from smallvit.utils.terminal import track
 CACHE_VERSION = 6
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
-HEIF_BRAND = re.compile(rb"(?s).{4}ftyp(?:(avi[fs])|he[iv][cmsx]|mif1|msf1)")
-"""First bytes of AVIF and HEIC files, which may have any suffix."""
 NO_RANGES = GrayRanges()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
 
@@ -53,9 +51,10 @@ def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Im
     """Open an image file and check its size; Pillow's errors on damaged files pass through.
 
     Raises:
-        ValueError: the image has more megapixels than `max_megapixels`, or needs pillow-heif.
+        ValueError: the image has more megapixels than `max_megapixels`.
     """
-    with _open(file) as image:
+    register_heif()  # here too, for files that were not listed and for worker processes
+    with Image.open(file) as image:
         width, height = image.size
         if width * height > 1e6 * max_megapixels:
             raise ValueError(
@@ -65,20 +64,6 @@ def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Im
         if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and kind_of(image) is not None:
             image.info[WHITE_IS_ZERO] = True  # Pillow inverts images of 8 bits only
         yield image
-
-
-def _open(file: str | BinaryIO) -> Image.Image:
-    register_heif()  # here too, for files that were not listed and for worker processes
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        with open(file, "rb") if isinstance(file, str) else nullcontext(file) as opened:
-            opened.seek(0)
-            brand = HEIF_BRAND.match(opened.read(12))
-        kind = "avif" if brand and brand[1] else "heic"
-        if brand is None or f".{kind}" in image_suffixes():
-            raise
-        raise ValueError(f"{kind.upper()}; to read it: {HEIF_REMEDY}") from None
 
 
 def decode_image(
@@ -136,6 +121,9 @@ def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:
 
 def describe_decode_error(error: Exception, path: str) -> str:
     """Return why an image cannot be decoded, without Pillow's name of the file."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in HEIF_SUFFIXES - image_suffixes():
+        return f"{suffix[1:].upper()}; to read it: {HEIF_REMEDY}"
     return re.sub(r"<_io\.BytesIO.*?>", "", first_line(error).replace(repr(path), "")).strip()
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from smallvit.config.options import DataConfig
-from smallvit.datasets import huggingface, readers
+from smallvit.datasets import readers
 from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, require_data
 from smallvit.datasets.dataset import Files, ImageDataset, Images, Split, hold_out, nested_share
 from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_errors, median_side
-from smallvit.datasets.gray import KINDS, GrayRanges
+from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError
@@ -47,11 +47,11 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
     """
     require_data(config.data)
     info = DATASETS.get(config.data)
+    if config.streaming == "on" and (info.reader not in readers.FILE_FORMATS if info else is_hub_source(config.data)):
+        raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
     if info is not None:
-        if config.streaming == "on" and info.reader not in readers.FILE_FORMATS:
-            raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
         images = readers.read(config.data, data_folder(config))
         if isinstance(images, Listing):
             return _load_files(config, images, draw, info)
@@ -65,8 +65,8 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
 
 def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:
     """Read a data set of the Hugging Face Hub into memory."""
-    parts, class_names, notes = huggingface.read(config, data_folder(config), ranges)
-    config = replace(config, data=huggingface.absolute(config.data))
+    parts, class_names, notes = readers.read_hub(config, data_folder(config), ranges)
+    config = replace(config, data=readers.absolute_hub_source(config.data))
     digest = hashlib.sha256(os.fsencode(config.data))  # with the labels, the same at any image size
     for split, part in sorted(parts.items()):
         digest.update(f"{split} {len(part)}\n".encode() + part.labels.numpy().tobytes())
@@ -91,8 +91,9 @@ def _load_files(
     content, ranges = files.content, ranges or GrayRanges()
     if info is None:
         train = _hold_out_missing(config, parts, files.class_names, draw).parts["train"]
-        ranges, lines = _gray_ranges(train.gray_ranges(), ranges)
-        notes += lines
+        measured = train.gray_ranges()
+        ranges = ranges.filled(measured)
+        notes += ranges.describe() if measured else []
     if config.streaming == "on" or (config.streaming == "auto" and not fits_memory(len(files), 3, size, IN_MEMORY)):
         parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
         notes.append("streaming: worker processes decode the images in every epoch")
@@ -107,17 +108,6 @@ def _load_files(
             content += f" without {sorted(bad)}"
     digest = None if info else hashlib.sha256(content.encode()).hexdigest()
     return assemble(config, parts, files.class_names, notes, info, content=digest, ranges=ranges, draw=draw)
-
-
-def _gray_ranges(measured: GrayRanges, given: GrayRanges) -> tuple[GrayRanges, list[str]]:
-    """Return the ranges of gray values of more than 8 bits: those of a trained model, else the measured ones; notes."""
-    present = {kind for kind in KINDS if getattr(measured, kind)}
-    by_model = {kind: range_ for kind in present if (range_ := getattr(given, kind))}
-    by_data = {kind: getattr(measured, kind) for kind in present - by_model.keys()}
-    return given.filled(measured), [
-        *GrayRanges(**by_model).describe("as the model was trained"),
-        *GrayRanges(**by_data).describe("the range of the training images"),
-    ]
 
 
 def assemble(

@@ -59,22 +59,20 @@ class GrayRanges:
         """Return these ranges, with those of `other` for kinds that have none."""
         return GrayRanges(**{kind: getattr(self, kind) or getattr(other, kind) for kind in KINDS})
 
-    def describe(self, origin: str) -> list[str]:
-        """Return a line for each kind; `origin` is the source of measured ranges."""
+    def describe(self) -> list[str]:
+        """Return a line for each kind that has a range."""
         lines = []
         for kind in KINDS:
             if (range_ := getattr(self, kind)) is not None:
                 low, high = (f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.6g}" for value in range_)
-                source = "their full range" if range_ == FULL[kind] else origin
+                source = "their full range" if range_ == FULL[kind] else "the range of the training images"
                 lines.append(f"{KIND_NAMES[kind]}: {low} to {high} become 0 to 255 ({source})")
         return lines
 
     def note(self, kind: str) -> str:
         """Return a line on how a trained model's ranges scale an image of this kind of gray values."""
-        if (range_ := getattr(self, kind)) is not None:
-            return GrayRanges(**{kind: range_}).describe("the range of the training images")[0]
-        (line,) = GrayRanges(**{kind: FULL[kind]}).describe("")
-        return f"{line}, as the model was not trained on such images"
+        (line,) = GrayRanges(**{kind: getattr(self, kind) or FULL[kind]}).describe()
+        return line if getattr(self, kind) else f"{line}, as the model was not trained on such images"
 
     def to_json(self) -> dict[str, list[float] | None]:
         """Return plain lists for weights files and caches."""
@@ -108,9 +106,8 @@ def measure(image: Image) -> dict[str, Range]:
     kind = kind_of(image)
     if kind is None:
         return {}
-    values, transparent = _values(image)
-    opaque = values if transparent is None else values[~transparent]
-    return {kind: (float(opaque.min()), float(opaque.max()))} if opaque.size else {}
+    values = _values(image)
+    return {kind: (float(values.min()), float(values.max()))}
 
 
 def to_levels(image: Image, ranges: GrayRanges) -> UInt8[np.ndarray, "h w"]:
@@ -120,23 +117,16 @@ def to_levels(image: Image, ranges: GrayRanges) -> UInt8[np.ndarray, "h w"]:
         ValueError: values are infinite or NaN, or lie outside the full range if no range was measured.
     """
     kind = kind_of(image)
-    values, transparent = _values(image)
     low, high = getattr(ranges, kind) or _require_full_range(kind, image)
-    levels = ((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
-    if transparent is not None:
-        levels[transparent] = 255
-    return levels
+    return ((_values(image).astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
 
 
-def _values(image: Image) -> tuple[Real[np.ndarray, "h w"], np.ndarray | None]:
-    """Return the values, larger ones brighter, and a mask of transparent pixels."""
+def _values(image: Image) -> Real[np.ndarray, "h w"]:
+    """Return the values, larger ones brighter."""
     values = np.asarray(image)
     if image.mode == "F" and not np.isfinite(values).all():
         raise ValueError("pixels that are infinite or NaN")
-    if image.info.get(WHITE_IS_ZERO):
-        values = FULL[kind_of(image)][1] - values.astype(np.float64)
-    transparency = image.info.get("transparency")
-    return values, values == transparency if isinstance(transparency, int) else None
+    return FULL[kind_of(image)][1] - values.astype(np.float64) if image.info.get(WHITE_IS_ZERO) else values
 
 
 def _fit_range(kind: str, low: float, high: float) -> Range:

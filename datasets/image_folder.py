@@ -97,7 +97,7 @@ def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, mi
     top = unwrap(tree)
     if "val" in top.folders and top.top + ANNOTATIONS in top.folders["val"].files:
         return _read_tiny_imagenet(top, read_text, source)
-    return find_layout(tree, read_text, source, min_classes)
+    return find_layout(tree, source, min_classes)
 
 
 def _listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:
@@ -157,7 +157,7 @@ def _file_info(entry: os.DirEntry[str]) -> FileInfo:
 def _read_tiny_imagenet(root: Folder, read_text: Callable[[str], str], source: object) -> Layout:
     """Return the class names and the labeled images of Tiny-ImageNet's official layout.
 
-        wnids.txt, words.txt     the classes, in arbitrary order, and their names
+        words.txt                the names of the classes
         train/<wnid>/images/     training images
         val/images/              validation images of all classes; their labels are in val/val_annotations.txt
         test/images/             images without labels: not used
@@ -169,25 +169,18 @@ def _read_tiny_imagenet(root: Folder, read_text: Callable[[str], str], source: o
         InputError: validation images without a label, labels without an image, or fewer than two classes.
     """
 
-    def read_lines(file: str) -> list[list[str]]:
-        """Return the tab-separated lines of a file, none if it does not exist."""
-        folder = root.folders["val"] if file == ANNOTATIONS else root
-        lines = read_text(root.top + file).splitlines() if root.top + file in folder.files else []
-        return [line.split("\t") for line in lines if line.strip()]
+    def read_table(file: str) -> dict[str, str]:
+        """Return the second column of a tab-separated file by the first."""
+        rows = [line.split("\t") for line in read_text(root.top + file).splitlines()]
+        return {row[0]: row[1] for row in rows if len(row) > 1}
 
-    train = {name: images for name, each in _folders(root, "train") if (images := sorted(each.images()))}
-    has_wnids = root.top + "wnids.txt" in root.files
-    wnids = sorted(line[0].strip() for line in read_lines("wnids.txt")) if has_wnids else sorted(train)
+    train = root.folders["train"].folders if "train" in root.folders else {}
+    wnids = [wnid for wnid, folder in train.items() if folder.has_images()]
     number = {wnid: label for label, wnid in enumerate(wnids)}
-    if len(number) < 2:
-        raise InputError(f"--data {source}: expected at least two classes, found {len(number)} in wnids.txt and train/")
-    if not train:
-        raise InputError(f"--data {source}: train/ has no images")
-    for wnid in train:
-        if wnid not in number:
-            raise InputError(f"--data {source}: class folder train/{wnid} is not listed in wnids.txt")
-    samples: list[Sample] = [(name, number[wnid], "train") for wnid, names in train.items() for name in names]
-    labels = {line[0]: line[1] for line in read_lines(ANNOTATIONS) if len(line) > 1}
+    if len(wnids) < 2:
+        raise InputError(f"--data {source}: expected at least two classes with images in train/, found {len(wnids)}")
+    samples: list[Sample] = [(name, number[wnid], "train") for wnid in wnids for name in sorted(train[wnid].images())]
+    labels = read_table(ANNOTATIONS)
     for name in sorted(root.folders["val"].images()):
         wnid = labels.get(PurePosixPath(name).name)
         if wnid not in number:
@@ -195,12 +188,8 @@ def _read_tiny_imagenet(root: Folder, read_text: Callable[[str], str], source: o
         samples.append((name, number[wnid], "test"))
     if missing := labels.keys() - {PurePosixPath(name).name for name, _, split in samples if split == "test"}:
         raise InputError(f"--data {source}: val/images/{min(missing)} is labeled but missing; unpack the archive again")
-    words = {line[0]: line[1] for line in read_lines("words.txt") if len(line) > 1}
+    words = read_table("words.txt") if root.top + "words.txt" in root.files else {}
     return Layout(_class_names(wnids, words), samples, (), root.top)
-
-
-def _folders(root: Folder, name: str) -> list[tuple[str, Folder]]:
-    return list(root.folders[name].folders.items()) if name in root.folders else []
 
 
 def _class_names(wnids: list[str], words: dict[str, str]) -> tuple[str, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -33,10 +32,8 @@ HEIF_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".hif"})
 HEIF_REMEDY = "pip install 'smallvit[heif]'"
 SYSTEM_FILES = {"__macosx", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 """Files and folders that macOS, Linux and Windows create, in lower case."""
-RUN_CONFIG, RUN_OPTIONS = "config.json", {"arch", "data", "epochs"}
-"""File in the folder of a smallvit run, and some of the options in it."""
-COMPARED = "compare.md"
-"""File in a folder of runs that `smallvit compare` wrote."""
+RUN_FILES = ("config.json", "compare.md")
+"""Files in the folders that `smallvit train` and `smallvit compare` write."""
 
 Sample = tuple[str, int, str]
 """Name, class number and split of an image."""
@@ -137,7 +134,7 @@ class Layout:
     """Folder that has the class or split folders, with a slash; empty for the root."""
 
 
-def find_layout(root: Folder, read_text: Callable[[str], str], source: object, min_classes: int = 2) -> Layout:
+def find_layout(root: Folder, source: object, min_classes: int = 2) -> Layout:
     """Find classes, splits and images in a tree of class folders.
 
     Split folders are recognized in several spellings. Folders that hold only one folder are entered. Run folders of
@@ -147,7 +144,7 @@ def find_layout(root: Folder, read_text: Callable[[str], str], source: object, m
         InputError: fewer than `min_classes` classes, a split with other classes or without images, ambiguous names, or
             names that are not UTF-8.
     """
-    ignored = [f"{name}/ (a run)" for name in _remove_runs(root, read_text)]
+    ignored = [f"{name}/ (a run)" for name in _remove_runs(root)]
     root = unwrap(root)
     splits = _find_splits(root, source)
     notes = [f"{folder.name}/ is {split}" for split, folder in splits.items() if root.folders.get(split) is not folder]
@@ -249,31 +246,16 @@ def _remove_copies(root: Folder) -> list[str]:
     return removed
 
 
-def _remove_runs(root: Folder, read_text: Callable[[str], str]) -> list[str]:
-    """Remove run folders of smallvit, and folders that hold nothing else; return their names."""
+def _remove_runs(root: Folder) -> list[str]:
+    """Remove folders that smallvit has written, runs and comparisons of runs; return their names."""
     removed = []
     for name, folder in list(root.folders.items()):
-        if _is_run(folder, read_text):
+        if any(folder.top + file in folder.files for file in RUN_FILES):
             del root.folders[name]
             removed.append(folder.name)
-            continue
-        within = _remove_runs(folder, read_text)
-        is_empty = within and not folder.folders and (not folder.loose() or folder.top + COMPARED in folder.files)
-        if is_empty:
-            del root.folders[name]
-            within = [folder.name]
-        removed += within
+        else:
+            removed += _remove_runs(folder)
     return removed
-
-
-def _is_run(folder: Folder, read_text: Callable[[str], str]) -> bool:
-    if folder.top + RUN_CONFIG not in folder.files:
-        return False
-    try:
-        options = json.loads(read_text(folder.top + RUN_CONFIG))
-    except (OSError, ValueError):
-        return False
-    return isinstance(options, dict) and options.keys() >= RUN_OPTIONS
 
 
 def _describe_ignored(root: Folder, used: set[str]) -> list[str]:

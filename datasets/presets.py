@@ -1,7 +1,8 @@
 """List the published augmentation pipelines as presets, each with its source.
 
-Values are those of `Augment` and `Mixing`, except `crop_small`, the crop for images of up to 32 px: the sources resize
-random crops of 224 px images, but pad small ones. Without a `crop_padding`, the border is an eighth of the image.
+Values are those of `AugmentConfig`, `Augment` and `Mixing`, except `crop_small`, the crop for images of up to 32 px:
+the sources resize random crops of 224 px images, but pad small ones. Without a `crop_padding`, the border is an eighth
+of the image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read the data sets known by name from their archives.
+"""Read the data sets known by name from their archives, and those of the Hugging Face Hub.
 
 torchvision reads the files after their checksums were verified, since CIFAR's are pickles, which can run code. The
 folder of a data set holds the archives, or only the unpacked files as torchvision names them (cifar-10-batches-py/,
@@ -7,11 +7,14 @@ cifar-100-python/, MNIST/raw/, FashionMNIST/raw/).
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +24,22 @@ from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
+from smallvit.config.options import DataConfig
 from smallvit.datasets.catalog import DATASETS
 from smallvit.datasets.dataset import Images
+from smallvit.datasets.decode import decode_image, run_in_threads
 from smallvit.datasets.download import explain_damage, fetch, open_tar, unpack_gzip, unpack_tar
+from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import LOCK, atomic_folder, locked
+from smallvit.utils.hardware import require_memory
+
+HUB_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
+"""Names of each split at the Hugging Face Hub."""
+HUB_SIZE = 64
+"""Default height and width in pixels at the Hub; the size of the images is not known beforehand."""
 
 
 class Arrays(NamedTuple):
@@ -189,3 +201,74 @@ READERS: dict[str, Callable[[str, Path], Arrays | Listing]] = {
     "imagenet": _read_imagenet,
 }
 """A reader for each format: called with the data set's name and its folder."""
+
+
+def absolute_hub_source(data: str) -> str:
+    """Return hfds/DIR with the absolute path of the folder; hfds/NAME unchanged."""
+    kind, _, name = data.partition("/")
+    folder = os.path.expanduser(name)
+    return f"{kind}/{os.path.realpath(folder)}" if os.path.isdir(folder) else data
+
+
+def read_hub(
+    config: DataConfig, folder: Path, ranges: GrayRanges
+) -> tuple[dict[str, Images], tuple[str, ...], list[str]]:
+    """Read a data set of the Hugging Face Hub, or a folder that its `datasets` package reads, into memory.
+
+    A split without labels (-1) is not used.
+
+    Args:
+        folder: Folder for downloads.
+        ranges: Ranges of gray values of more than 8 bits; where there are none, 0 to 65,535, of floats 0 to 1.
+
+    Returns:
+        The images of each split, the class names, and notes.
+
+    Raises:
+        InputError: the source has no training split or cannot be read, or the package is missing.
+    """
+    data = absolute_hub_source(config.data)
+    try:
+        hub = import_module("datasets")
+    except ImportError:
+        raise InputError(f"--data {data}: needs a package: pip install datasets") from None
+    try:
+        source = hub.load_dataset(data.partition("/")[2], cache_dir=str(folder / "hfds"))
+    except Exception as error:  # the package raises anything
+        raise InputError(f"--data {data}: cannot be read ({first_line(error)})") from None
+    if "train" not in source:
+        raise InputError(f"--data {data}: has no split train, only {', '.join(source)}")
+    features = source["train"].features
+    if not {"image", "label"} <= features.keys():
+        raise InputError(f"--data {data}: its columns are {', '.join(features)}; expected image and label")
+    parts, notes = {}, []
+    for split, names in HUB_SPLITS.items():
+        rows = next((source[name] for name in names if name in source), None)
+        if rows is None:
+            continue
+        labels = torch.tensor(rows["label"][:])
+        if labels.min() >= 0:
+            parts[split] = Images(_decode_rows(split, rows, config, ranges), labels)
+        elif split == "train":
+            raise InputError(f"--data {data}: the training images have no labels")
+        else:
+            notes.append(f"{split}: no labels, not used")
+    count = 1 + max(int(part.labels.max()) for part in parts.values())
+    return parts, tuple(getattr(features["label"], "names", None) or map(str, range(count))), notes
+
+
+def _decode_rows(split: str, rows: Any, config: DataConfig, ranges: GrayRanges) -> torch.Tensor:
+    image_files = import_module("datasets").Image(decode=False)
+    rows, size = rows.cast_column("image", image_files), config.img_size or HUB_SIZE
+    require_memory(len(rows), 3, size)
+    pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+
+    def decode(index: int) -> None:
+        image = rows[index]["image"]
+        file = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+        pixels[index] = decode_image(file, size, ranges, config.max_megapixels)
+
+    errors = run_in_threads(decode, range(len(rows)), [config.data] * len(rows), f"decoding {split}")
+    for index, reason in sorted(errors.items()):
+        raise InputError(f"--data {absolute_hub_source(config.data)}: image {index + 1} of {split}: {reason}")
+    return torch.from_numpy(pixels)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, BinaryIO
@@ -154,34 +153,22 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
         collate_fn=partial(_collate, size=decoder.files.size),
         pin_memory=device.type == "cuda",
         prefetch_factor=max(1, min(4, PREFETCH_BYTES // bytes_ahead)) if workers else None,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # so that nothing is drawn from the global one
     )
-    for images, labels, errors in _iterate(loader):  # no local variable: a traceback would keep the workers alive
-        if errors and not decoder.files.skip_corrupt:
-            raise InputError(f"cannot be decoded: {errors[0]}; repair or remove it, or add --skip-corrupt")
-        if errors and decoder.sampling is not None:
-            raise InputError(f"cannot be decoded, nor the {MAX_SUBSTITUTES - 1} images after it: {errors[0]}")
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def _iterate(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     with explain_worker_failures():
-        with _signals_blocked():
-            batches = iter(loader)
-        yield from batches
+        for images, labels, errors in loader:
+            if errors and not decoder.files.skip_corrupt:
+                raise InputError(f"cannot be decoded: {errors[0]}; repair or remove it, or add --skip-corrupt")
+            if errors and decoder.sampling is not None:
+                raise InputError(f"cannot be decoded, nor the {MAX_SUBSTITUTES - 1} images after it: {errors[0]}")
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Start processes that ignore SIGINT and SIGTERM: the training process finishes its step first."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _ignore_signals(worker: int) -> None:
+    """Leave SIGINT and SIGTERM to the training process, which finishes its step first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list[tuple[np.ndarray | None, int, str]], size: int) -> tuple[Tensor, Tensor, list[str]]:

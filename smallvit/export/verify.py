@@ -112,7 +112,7 @@ def describe_preprocessing(model: Predictor) -> str:
     resized, interpolation = int(size / model.info.resizing["crop_pct"]), model.info.resizing["interpolation"]
     is_squashed = model.info.resizing["crop_mode"] == "squash"
     sides = f"image to {resized} x {resized} pixels" if is_squashed else f"shorter side to {resized} pixels"
-    scaled = "".join(f"scale {line}; " for line in ranges.describe("the range of the training images"))
+    scaled = "".join(f"scale {line}; " for line in ranges.describe())
     return (
         f"Rotate the image by its EXIF orientation, {scaled}blend transparency onto white, convert to {mode}; resize "
         f"the {sides} ({interpolation}, antialiased) and crop the central {size} x {size}; then "

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from smallvit.plugins.binary import BINARY
 from smallvit.plugins.binary_layers import BinaryAttending, NormConv2d, RPReLU, ShortcutLinear, over_channels
 from smallvit.plugins.sdpa import attend
-from smallvit.utils.errors import InputError, flag
+from smallvit.utils.errors import InputError
 
 STAGES = {"num_heads": (1, 2, 4, 8), "mlp_ratios": (8, 8, 4, 4), "sr_ratios": (8, 4, 1, 1)}
 PYRAMIDS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -362,10 +362,11 @@ def create_binaryvit(arch: str, img_size: int, patch_size: int, pyramid: bool = 
     patch = patch_size if pyramid else SINGLE_STAGE_PATCH * patch_size
     least = patch * 2 ** (len(size["depths"]) - 1)
     if img_size < least or img_size % patch:
-        reason = "four stages halve it three times" if img_size < least else f"not a multiple of the patch size {patch}"
-        reason = reason if pyramid else f"{flag('no_pyramid')} uses patches of {patch} px"
         use = max(least, img_size // patch * patch)
-        raise InputError(f"--img-size {img_size}: {reason}; use at least {least}, e.g. {use}, or another --patch-size")
+        raise InputError(
+            f"--img-size {img_size}: patches of {patch} px need a multiple of {patch}, at least {least}; use {use}, "
+            "or another --patch-size"
+        )
     return BinaryViT(img_size, patch, **size, **kwargs)
 
 

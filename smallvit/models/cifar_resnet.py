@@ -40,9 +40,6 @@ class CIFARResNet(nn.Module):
     Args:
         depth: Number of layers with weights, 6n + 2.
         drop_path_rate: Stochastic depth of the last block; it grows from 0.
-
-    Raises:
-        ValueError: `depth` is not 6n + 2.
     """
 
     def __init__(
@@ -54,8 +51,6 @@ class CIFARResNet(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth {depth}: expected 6n + 2, e.g. 20 or 56")
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = WIDTHS[-1]
         n = depth // 6

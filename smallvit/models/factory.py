@@ -23,10 +23,10 @@ from smallvit.config.model import (
     plugin_config,
     split_arch,
 )
-from smallvit.models.architectures import CIFAR_RESNETS, OURS, require_multiple
+from smallvit.models.architectures import CIFAR_RESNETS, OURS, require_multiple, require_name
 from smallvit.plugins import BinaryConfig, PluginConfig
 from smallvit.plugins.patch import UnsupportedModelError, patch
-from smallvit.utils.errors import InputError, first_line, flag, suggest
+from smallvit.utils.errors import InputError, first_line, flag
 from smallvit.utils.hardware import is_convolutional
 
 if TYPE_CHECKING:
@@ -147,13 +147,8 @@ def require_known(arch: str) -> None:
     Raises:
         InputError: it is unknown (the closest is named), or the name of pretrained weights, which --init takes.
     """
-    if arch in OURS or arch in CIFAR_RESNETS:
-        return
-    base = timm.models.get_arch_name(arch)
-    if not timm.is_model(base) or timm.get_pretrained_cfg(base) is None:
-        names = [*OURS, *CIFAR_RESNETS, *timm.list_models()]
-        raise InputError(f"--arch {arch}: no such architecture{suggest(arch, names)}; see timm.list_models()")
-    if arch != base:
+    require_name(arch)
+    if arch != (base := timm.models.get_arch_name(arch)):
         raise InputError(f"--arch {arch} names trained weights; give --init {arch}, or train {base} from scratch")
 
 

@@ -253,7 +253,7 @@ def test_erasing_takes_from_2_percent_of_the_area_to_its_largest_share(area: flo
 
 
 def test_mixing_comes_last_and_mixes_what_was_erased() -> None:
-    augment = Augment(random_erasing=1.0, mixing=Mixing(prob=1.0, mixup=1.0))
+    augment = Augment(random_erasing=1.0, mixing=Mixing(mixup_prob=1.0, mixup=1.0))
     x, targets, draws, pixels, labels = run(augment)
     plain, _ = apply(replace(augment, mixing=Mixing()), pixels, labels, draws)
     kept = torch.from_numpy(draws.mix.kept).float()
@@ -280,7 +280,7 @@ def test_the_papers_preset_has_the_numbers_of_its_code() -> None:
     assert (values["flip"], values["color_jitter"], values["aug_repeats"]) == (0.5, 0.0, 1)
     augment = made(32, aug="lee2021")
     assert (augment.crop, augment.padding) == ("pad", 4)
-    assert augment.mixing == Mixing(prob=0.5, mixup=1.0, cutmix=1.0, per="batch", major=False)
+    assert augment.mixing == Mixing(mixup_prob=0.5, mixup=1.0, cutmix=1.0, mixup_mode="batch", mix_major=False)
 
 
 def test_deits_preset_has_the_numbers_of_its_table_9() -> None:
@@ -294,14 +294,18 @@ def test_deits_preset_has_the_numbers_of_its_table_9() -> None:
     )
     assert (values["crop"], values["crop_scale"], values["flip"], values["aug_repeats"]) == ("resized", 0.08, 0.5, 3)
     assert values["color_jitter"] == 0  # timm leaves it out where there is a policy
-    assert made(224, aug="deit").mixing == Mixing(prob=1.0, mixup=0.8, cutmix=1.0, per="batch", major=False)
+    assert made(224, aug="deit").mixing == Mixing(
+        mixup_prob=1.0, mixup=0.8, cutmix=1.0, mixup_mode="batch", mix_major=False
+    )
 
 
 def test_deit_3s_preset_has_the_numbers_of_its_paper() -> None:
     values = preset("deit3", 224)
     assert (values["auto_augment"], values["color_jitter"], values["random_erasing"]) == ("3augment", 0.3, 0.0)
     assert (values["crop"], values["crop_scale"], values["flip"], values["aug_repeats"]) == ("resized", 0.08, 0.5, 3)
-    assert made(224, aug="deit3").mixing == Mixing(prob=1.0, mixup=0.8, cutmix=1.0, per="batch", major=False)
+    assert made(224, aug="deit3").mixing == Mixing(
+        mixup_prob=1.0, mixup=0.8, cutmix=1.0, mixup_mode="batch", mix_major=False
+    )
     small = made(32, aug="deit3")
     assert (small.crop, small.padding) == ("reflect", 4)
 
@@ -328,7 +332,7 @@ def test_augregs_presets_have_the_numbers_of_its_seven_levels(level: str) -> Non
     assert sum(len(each(np.random.default_rng(0), 2, 224)) for each in augment.policies) == layers
     assert bool(augment.mixing) == (alpha > 0)
     if alpha:
-        assert augment.mixing == Mixing(prob=1.0, mixup=alpha, cutmix=0.0, per="batch", major=True)
+        assert augment.mixing == Mixing(mixup_prob=1.0, mixup=alpha, cutmix=0.0, mixup_mode="batch", mix_major=True)
 
 
 def test_the_seven_levels_of_augreg_are_all_there_are() -> None:
@@ -412,7 +416,12 @@ def test_options_add_to_a_preset_what_it_has_not() -> None:
     assert len(set(first.names.tolist())) == 14
     factors = np.stack([step.strengths for step in jittered])
     assert (factors.min(), factors.max()) == pytest.approx((0.6, 1.4), abs=0.01)
-    assert (augment.mixing.mixup, augment.mixing.prob, augment.random_erasing, augment.flip) == (0.2, 1.0, 0.1, 0.5)
+    assert (augment.mixing.mixup, augment.mixing.mixup_prob, augment.random_erasing, augment.flip) == (
+        0.2,
+        1.0,
+        0.1,
+        0.5,
+    )
     assert made(aug="deit3", color_jitter=0).policies == made(aug="deit3").policies[:1]
     assert len(made(aug="basic", color_jitter=0.2).policies) == 1
 

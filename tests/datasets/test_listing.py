@@ -151,14 +151,11 @@ def test_own_runs_within_the_data_are_no_classes(tmp_path: Path) -> None:
     for listing in both(tmp_path, classes() | own):
         assert listing.class_names == CLASSES
         assert len(listing) == 4
-        assert left_out(listing) == ("ignored: ant/mine/ (a run); models/ (a run); reproduce/ (a run); 1 more")
+        assert left_out(listing) == (
+            "ignored: ant/mine/ (a run); models/ (a run); reproduce/grid/vit-0/ (a run); 3 more"
+        )
     plain = list_folder(unpack(tmp_path / "plain", classes()))
     assert plain.content == list_folder(tmp_path / "folder").content
-
-
-def test_a_config_of_another_program_is_no_run(tmp_path: Path) -> None:
-    for listing in both(tmp_path, classes() | {"cat/config.json": b'{"arch": 1}', "cat/0.png": IMAGE}):
-        assert listing.class_names == (*CLASSES, "cat")
 
 
 def test_what_is_left_out_is_said_by_kind_and_count(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def farthest(ours: np.ndarray, theirs: np.ndarray) -> float:
 def test_every_image_is_mixed_with_its_neighbor_as_the_equation_says(b: int, mixing: dict, per: str) -> None:
     x, targets = batch(b)
     for seed in range(5):
-        mix = Mixing(prob=1.0, per=per, **mixing).draw(rng(seed), b, 16, 12)
+        mix = Mixing(mixup_prob=1.0, mixup_mode=per, **mixing).draw(rng(seed), b, 16, 12)
         ours, shares = mix_pairs(x, targets, mix)
         for i in range(b):
             partner = min(i + 1 if i % 2 == 0 else i - 1, b - 1)
@@ -72,7 +72,7 @@ def test_labels_weigh_exactly_what_the_pixels_show(mixing: dict) -> None:
     b, h, w = 512, 32, 16
     _, targets = batch(b)
     shown = targets[:, :, None, None].expand(-1, -1, h, w).contiguous()  # an image per class, of which it is all ones
-    mix = Mixing(prob=0.8, **mixing).draw(rng(), b, h, w)
+    mix = Mixing(mixup_prob=0.8, **mixing).draw(rng(), b, h, w)
     ours, shares = mix_pairs(shown, targets, mix)
     torch.testing.assert_close(ours.double().mean(dim=(2, 3)), shares.double(), atol=2e-6, rtol=0)
     if "mixup" not in mixing:  # whole pixels of 32 · 16: binary fractions
@@ -83,7 +83,7 @@ def test_labels_weigh_exactly_what_the_pixels_show(mixing: dict) -> None:
 
 def test_cutmix_shows_every_pixel_of_one_of_the_two_unchanged() -> None:
     x, targets = batch(64)
-    mix = Mixing(prob=1.0, cutmix=1.0).draw(rng(), 64, 16, 12)
+    mix = Mixing(mixup_prob=1.0, cutmix=1.0).draw(rng(), 64, 16, 12)
     ours, _ = mix_pairs(x, targets, mix)
     inside = mix.cut.mask(16, 12, CPU).expand_as(x)
     partner = x.view(32, 2, 3, 16, 12).flip(1).view_as(x)
@@ -98,7 +98,9 @@ def test_the_odd_one_out_stays_unchanged(b: int, mixing: dict) -> None:
     x, targets = batch(b)
     for seed in range(10):
         for per in ("elem", "batch"):
-            ours, shares = mix_pairs(x, targets, Mixing(prob=1.0, per=per, **mixing).draw(rng(seed), b, 16, 12))
+            ours, shares = mix_pairs(
+                x, targets, Mixing(mixup_prob=1.0, mixup_mode=per, **mixing).draw(rng(seed), b, 16, 12)
+            )
             torch.testing.assert_close(ours[-1], x[-1], atol=1e-6, rtol=0)
             torch.testing.assert_close(shares[-1], targets[-1])
 
@@ -112,7 +114,7 @@ def test_what_is_not_mixed_stays_to_the_last_bit() -> None:
 
 def test_pairs_mix_in_a_part_as_in_the_whole() -> None:
     x, targets = batch(21)
-    mix = Mixing(prob=0.9, mixup=1.0, cutmix=1.0).draw(rng(), 21, 16, 12)
+    mix = Mixing(mixup_prob=0.9, mixup=1.0, cutmix=1.0).draw(rng(), 21, 16, 12)
     ours, shares = mix_pairs(x, targets, mix)
     for chosen in (slice(0, 8), slice(8, 14), slice(14, 21)):
         part, labels = mix_pairs(x[chosen], targets[chosen], mix.part(chosen))
@@ -123,7 +125,7 @@ def test_pairs_mix_in_a_part_as_in_the_whole() -> None:
 def test_per_batch_all_images_have_one_weight_and_one_rectangle() -> None:
     kinds = set()
     for seed in range(40):
-        mix = Mixing(prob=1.0, mixup=0.8, cutmix=1.0, per="batch").draw(rng(seed), 9, 32, 32)
+        mix = Mixing(mixup_prob=1.0, mixup=0.8, cutmix=1.0, mixup_mode="batch").draw(rng(seed), 9, 32, 32)
         assert mix.kept.shape == mix.cut.top.shape == (9,)
         for values in (mix.kept, mix.cut.top, mix.cut.left, mix.cut.bottom, mix.cut.right):
             assert len(set(values.tolist())) == 1
@@ -132,16 +134,16 @@ def test_per_batch_all_images_have_one_weight_and_one_rectangle() -> None:
 
 
 def test_per_image_every_image_has_a_weight_of_its_own() -> None:
-    mix = Mixing(prob=1.0, mixup=0.8).draw(rng(), 200, 32, 32)
+    mix = Mixing(mixup_prob=1.0, mixup=0.8).draw(rng(), 200, 32, 32)
     assert len(set(mix.kept.tolist())) > 190
 
 
 @sweep("alpha", [0.2, 0.8, 1.0])
 def test_mixups_weight_is_beta_distributed_and_where_major_its_larger_half(alpha: float) -> None:
     n = 20_000
-    kept = Mixing(prob=1.0, mixup=alpha).draw(rng(), n, 8, 8).kept
+    kept = Mixing(mixup_prob=1.0, mixup=alpha).draw(rng(), n, 8, 8).kept
     assert stats.kstest(kept, stats.beta(alpha, alpha).cdf).pvalue > 1e-4
-    major = Mixing(prob=1.0, mixup=alpha, major=True).draw(rng(), n, 8, 8).kept
+    major = Mixing(mixup_prob=1.0, mixup=alpha, mix_major=True).draw(rng(), n, 8, 8).kept
     assert major.min() >= 0.5
     folded = stats.beta(alpha, alpha).rvs(n, random_state=1)
     assert farthest(major, np.maximum(folded, 1 - folded)) < 0.025
@@ -151,7 +153,7 @@ def test_mixups_weight_is_beta_distributed_and_where_major_its_larger_half(alpha
 @sweep("per", ["elem", "batch"])
 def test_mixing_happens_with_its_probability_half_of_it_by_cutmix(prob: float, per: str) -> None:
     n = 8000 if per == "elem" else 2000
-    mixing = Mixing(prob=prob, mixup=1.0, cutmix=1.0, per=per)
+    mixing = Mixing(mixup_prob=prob, mixup=1.0, cutmix=1.0, mixup_mode=per)
     if per == "elem":
         mix = mixing.draw(rng(), n, 32, 32)
         by_mixup, by_cutmix = mix.kept < 1, area(mix.cut) > 0
@@ -166,23 +168,23 @@ def test_mixing_happens_with_its_probability_half_of_it_by_cutmix(prob: float, p
 
 
 def test_with_one_alpha_0_the_other_does_all_the_mixing() -> None:
-    only_mixup = Mixing(prob=1.0, mixup=1.0).draw(rng(), 1000, 32, 32)
+    only_mixup = Mixing(mixup_prob=1.0, mixup=1.0).draw(rng(), 1000, 32, 32)
     assert (only_mixup.kept < 1).all()
     assert not area(only_mixup.cut).any()
-    only_cutmix = Mixing(prob=1.0, cutmix=1.0).draw(rng(), 1000, 32, 32)
+    only_cutmix = Mixing(mixup_prob=1.0, cutmix=1.0).draw(rng(), 1000, 32, 32)
     assert (only_cutmix.kept == 1).all()
     assert (area(only_cutmix.cut) > 0).mean() > 0.98
-    neither = Mixing(prob=1.0).draw(rng(), 100, 32, 32)
+    neither = Mixing(mixup_prob=1.0).draw(rng(), 100, 32, 32)
     assert (neither.kept == 1).all()
     assert not area(neither.cut).any()
 
 
 def test_mixing_is_off_without_a_probability_or_an_alpha() -> None:
     assert not Mixing()
-    assert not Mixing(prob=1.0)
+    assert not Mixing(mixup_prob=1.0)
     assert not Mixing(mixup=1.0, cutmix=1.0)
-    assert Mixing(prob=0.1, mixup=1.0)
-    assert Mixing(prob=0.1, cutmix=1.0)
+    assert Mixing(mixup_prob=0.1, mixup=1.0)
+    assert Mixing(mixup_prob=0.1, cutmix=1.0)
 
 
 def test_rectangles_contain_the_pixels_between_their_edges() -> None:

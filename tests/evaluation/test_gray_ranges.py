@@ -73,7 +73,7 @@ def test_a_model_sees_gray_values_as_in_its_training(
         "train", "--data", ".", *QUICK, "--keep-resume"
     )  # again, with two runs in the data, then resumed
     assert code == 0, err
-    assert "ignored: runs/ (a run)" in out
+    assert "ignored: runs/vit-photos/ (a run)" in out
     first, second = sorted((tmp_path / "photos" / "runs").iterdir())
     (second / "summary.json").unlink()
     assert smallvit("train", "--resume", second)[0] == 0

@@ -106,9 +106,15 @@ def test_set_input_size_to_the_same_size_changes_nothing() -> None:
         ({"img_size": 4}, "--img-size 4"),
         ({"img_size": 7}, "--img-size 7"),
         ({"img_size": 31}, "--img-size 31"),
-        ({"img_size": 30, "pyramid": False}, "--img-size 30: --no-pyramid uses patches of 8 px"),
-        ({"img_size": 32, "patch_size": 8}, "--img-size 32: four stages halve it three times; use at least 64"),
-        ({"img_size": 32, "patch_size": 32, "pyramid": False}, "--img-size 32: --no-pyramid uses patches of 128 px"),
+        (
+            {"img_size": 30, "pyramid": False},
+            "--img-size 30: patches of 8 px need a multiple of 8, at least 8; use 24",
+        ),
+        ({"img_size": 32, "patch_size": 8}, "need a multiple of 8, at least 64; use 64"),
+        (
+            {"img_size": 32, "patch_size": 32, "pyramid": False},
+            "patches of 128 px need a multiple of 128, at least 128",
+        ),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from smallvit import InputError
 from smallvit.config.options import OptimConfig
 from smallvit.models import small_stems
 from smallvit.models.architectures import CIFAR_RESNETS
-from smallvit.models.cifar_resnet import CIFARResNet, ZeroPaddedShortcut
+from smallvit.models.cifar_resnet import ZeroPaddedShortcut
 from smallvit.models.factory import create_model, describe_choice
 from smallvit.profiling.flops import count_parameters
 from smallvit.training.optim import create_optimizer
@@ -139,12 +139,6 @@ def test_reset_classifier() -> None:
     model.reset_classifier(0, global_pool="")
     assert torch.equal(model(images), features)
     assert model.num_features == model.head_hidden_size == features.shape[1]
-
-
-def test_depth_must_be_6n_plus_2() -> None:
-    for depth in (2, 18, 21):
-        with pytest.raises(ValueError, match=rf"depth {depth}: expected 6n \+ 2"):
-            CIFARResNet(depth)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Nothing in a file is ever executed. Equal weights give equal bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from pathlib import Path
@@ -174,7 +175,7 @@ def gather_state(
 def save_state(path: Path, state: tuple[dict[str, Tensor], dict[str, Any]], progress: dict[str, Any]) -> None:
     """Write a training state of `gather_state` and the run's progress."""
     tensors, numbers = state
-    save_weights(path, tensors, {"progress": progress, "optimizer": numbers})
+    save_weights(path, tensors, {"progress": progress, "optimizer": numbers, "layout": _hash_layout(tensors)})
 
 
 def load_state(
@@ -193,6 +194,8 @@ def load_state(
     tensors, metadata = load_weights(path)
     state: dict[int, dict[str, Any]] = {}
     try:
+        if metadata["layout"] != _hash_layout(tensors):
+            raise ValueError("tensors are missing or have changed")
         load_tensors(model, _select("model.", tensors))
         if average is not None:
             load_tensors(average.module, _select("average.", tensors))
@@ -209,6 +212,11 @@ def load_state(
         return dict(metadata["progress"])
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: does not fit this run ({first_line(error)})") from None
+
+
+def _hash_layout(tensors: dict[str, Tensor]) -> str:
+    """Return a hash of the tensors' names and shapes."""
+    return hashlib.sha256(repr(sorted((name, *value.shape) for name, value in tensors.items())).encode()).hexdigest()
 
 
 def _is_number(value: object) -> bool:

@@ -107,8 +107,9 @@ def main(argv: list[str]) -> int:
     from smallvit.profiling import profile
     from smallvit.utils.terminal import create_console, print_table
 
+    rows = [profile.parse_row(text, own["classes"]) for text in own["rows"] or ROWS]
     plan = profile.ProfileConfig(
-        rows=profile.parse_rows(own["rows"] or list(ROWS), own["classes"]),
+        rows=list({row.label: row for row in rows}.values()),
         img_sizes=own["img_size"] or [],
         batch_sizes=own["batch_sizes"],
         growth=own["growth"],

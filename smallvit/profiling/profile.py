@@ -136,19 +136,6 @@ def parse_row(text: str, num_classes: int) -> ModelRow:
     return ModelRow(label=row.label, spec=config.spec | {"in_chans": IN_CHANS, "num_classes": num_classes})
 
 
-def parse_rows(texts: list[str], num_classes: int) -> list[ModelRow]:
-    """Parse rows.
-
-    Raises:
-        InputError: A row is invalid or given twice.
-    """
-    rows = [parse_row(text, num_classes) for text in texts]
-    labels = [row.label for row in rows]
-    if duplicates := [label for label in labels if labels.count(label) > 1]:
-        raise InputError(f"row {duplicates[0]} is given twice; remove one")
-    return rows
-
-
 def build_model(spec: dict[str, Any], img_size: int) -> nn.Module:
     """Create a model; at another image size than that of `spec` with the same patches and windows.
 

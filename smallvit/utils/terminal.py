@@ -8,7 +8,6 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich import box
@@ -91,15 +90,11 @@ def print_table(console: Console, rows: Sequence[Sequence[str]], *, wrap_header:
         console.print(create(columns))
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """Show finished steps, loss and speed, and one line per finished epoch."""
 
     def __init__(self, console: Console, steps: int, epochs: int) -> None:
-        self.console, self.steps, self.epochs = console, steps, epochs
-        self.accuracy = ""
-        self.first: tuple[float, int] | None = None
-        self.last_line = time.monotonic()
-        self.bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
@@ -107,20 +102,15 @@ class TrainingProgress:
             transient=True,
             disable=console.quiet or not console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=0, figures="")
-
-    def __enter__(self) -> TrainingProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        self.steps, self.epochs = steps, epochs
+        self.accuracy = ""
+        self.first: tuple[float, int] | None = None
+        self.last_line = time.monotonic()
+        self.task = self.add_task("training", total=steps, completed=0, figures="")
 
     def begin(self, done: int) -> None:
         """Show that `done` steps were completed before the run was resumed."""
-        self.bar.update(self.task, completed=done)
+        self.update(self.task, completed=done)
 
     def step(self, done: int, loss: float, images_per_second: float) -> None:
         """Show the progress after `done` steps; `loss` is the epoch's mean so far."""
@@ -145,7 +135,7 @@ class TrainingProgress:
     def _show(self, number: int, done: int, loss: float, images_per_second: float) -> tuple[str, str, str]:
         label, left = f"epoch {number}/{self.epochs}", self._left(done)
         figures = f"loss {loss:.3f}  {self.accuracy}{images_per_second:,.0f} images/s"
-        self.bar.update(self.task, completed=done, description=label, figures=figures + left)
+        self.update(self.task, completed=done, description=label, figures=figures + left)
         return label, figures, left
 
     def line(self, text: str) -> None:

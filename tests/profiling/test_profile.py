@@ -411,7 +411,6 @@ REFUSED = {
     "classes": (["--classes", "0"], "--classes 0: expected at least 1"),
     "option of training": (["vit,lr=0.1"], "row vit,lr=0.1: lr is not a model option"),
     "recipe": (["vit,recipe=deit"], "recipe is not a model option"),
-    "twice": (["vit+lsa", "vit+lsa"], "row vit+lsa is given twice"),
     "no run": (["no/such/run"], "no such file or folder"),
     "device": (["--device", "cuda:99"], "this machine has cpu"),
     "file": (["--out", "file"], "file: a file, not a folder; choose another folder with --out"),

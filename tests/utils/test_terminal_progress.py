@@ -33,11 +33,11 @@ def test_the_time_left_after_resuming_is_of_this_processs_speed_and_the_steps_le
             display.begin(54)  # in epoch 6, after step 4
             clock.now += 60  # the first step compiles the model
             display.step(55, 1.5, 100.0)
-            display.bar.refresh()
+            display.refresh()
             assert "left" not in output.getvalue()
             clock.now += 40
             display.step(75, 1.5, 100.0)  # 2 s for each of 20 steps, and 925 are left
-            display.bar.refresh()
+            display.refresh()
         assert "epoch 8/100" in output.getvalue()
         assert "0:30:50 left" in output.getvalue()
 
@@ -49,7 +49,7 @@ def test_a_terminal_of_80_columns_shows_every_figure_of_a_long_run(clock: Clock)
         display.step(1, 1.5, 100.0)
         clock.now += 60_000
         display.epoch(figures)
-        display.bar.refresh()
+        display.refresh()
     bar = output.getvalue().split("\n")[-2]
     for shown in ("epoch 299/300", "loss 1.500", "val top-1 42.00 %", "12,345 images/s", "0:03:21 left"):
         assert shown in bar

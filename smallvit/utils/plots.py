@@ -91,11 +91,10 @@ def _write(draw: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[str],
 
 def fit_fonts(figure: Figure) -> None:
     """Set fonts that have the characters of all texts in a figure; report characters that no font has."""
-    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    texts = figure.findobj(Text)
     families = font_families("".join(text.get_text() for text in texts))
-    if len(families) > 1:
-        for text in texts:
-            text.set_fontfamily(families)
+    for text in texts:
+        text.set_fontfamily(families)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

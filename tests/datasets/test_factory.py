@@ -36,8 +36,7 @@ SPLITS = ("train", "val", "test")
 @pytest.fixture(autouse=True)
 def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALLVIT_OFFLINE", "1")
-    for name in ("SMALLVIT_MIRROR", "SMALLVIT_DATA"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SMALLVIT_DATA", raising=False)
 
 
 def load(data: object, **options: object) -> ImageDataset:

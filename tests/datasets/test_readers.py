@@ -34,7 +34,6 @@ FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 @pytest.fixture(autouse=True)
 def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALLVIT_OFFLINE", "1")
-    monkeypatch.delenv("SMALLVIT_MIRROR", raising=False)
 
 
 def md5(content: bytes) -> str:

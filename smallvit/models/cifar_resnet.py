@@ -68,10 +68,6 @@ class CIFARResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters without weight decay, apart from norms and biases."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns of the parameters' names from stem to head, by stage if `coarse`, else by block."""
         return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}

@@ -93,7 +93,9 @@ def _compare_rows(options: dict[str, Any], command: str) -> int:
     config = Config.build(**options)
     require_data(config.data.data)
     first = options.pop("seed", 0)
-    out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", _data_name(config.data.data)))))
+    data = os.path.expanduser(config.data.data)
+    name = os.path.basename(os.path.realpath(data) if os.path.exists(data) else data)
+    out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", name))))
 
     from smallvit.experiments import compare
 
@@ -107,11 +109,6 @@ def _compare_rows(options: dict[str, Any], command: str) -> int:
         print("comparison interrupted; run the same command to resume", file=sys.stderr)
         raise
     return 0 if finished else 1
-
-
-def _data_name(data: str) -> str:
-    path = os.path.expanduser(data)
-    return os.path.basename(os.path.realpath(path) if os.path.exists(path) else data)
 
 
 def _compare_runs(options: dict[str, Any], command: str) -> int:

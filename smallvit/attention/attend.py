@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 from smallvit import datasets
 from smallvit.attention import visualize
@@ -174,11 +173,14 @@ def analyze_attention(
         layers.append(of_image)
         views.append(view)
         advance()
+    learned = temperatures(model.model)
     for index, layer in enumerate(layers[0]):
         for name in STATISTICS:
             mean = np.mean([of_image[index][name] for of_image in layers], axis=0)
             layer[name] = None if np.isnan(mean).any() else mean.tolist()
-        layer |= learned_temperature(model.model, layer["layer"])
+        values = learned.get(layer["layer"])
+        layer["temperature"] = None if values is None else values.tolist()
+        layer["initial_temperature"] = None if values is None else model.model.get_submodule(layer["layer"]).constant
     return AttentionAnalysis(layers=layers[0], maps=maps, views=views)
 
 
@@ -212,14 +214,6 @@ def _analyze_image(model: Predictor, pixels: Pixels) -> tuple[list[dict[str, Any
         maps=(np.mean(layers[-1]["map"], axis=0), *(each.float().cpu().numpy() for each in summaries)),
     )
     return layers, view
-
-
-def learned_temperature(model: nn.Module, layer: str) -> dict[str, Any]:
-    """Return the learned temperatures of a layer (one for each head, or one for all) and their initial value."""
-    learned = temperatures(model).get(layer)
-    if learned is None:
-        return {"temperature": None, "initial_temperature": None}
-    return {"temperature": learned.tolist(), "initial_temperature": model.get_submodule(layer).constant}
 
 
 # Images

@@ -146,15 +146,11 @@ def require_shared_option(name: str) -> None:
     Raises:
         InputError: it cannot; the line says where to set it.
     """
-    if not _is_common(name):
+    if name not in option_names("shared"):
         if option_types()[name][0] == "run" or name in ("fsdp", "sync_bn"):
             raise InputError(f"{flag(name)} has no effect in a comparison; remove it")
         row = f"vit+{name}" if name in PLUGINS else f"vit,{name.replace('_', '-')}=..."
         raise InputError(f"{flag(name)} differs between models: set it for a row (--arch {row}), or by --recipe")
-
-
-def _is_common(name: str) -> bool:
-    return name in option_names("shared")
 
 
 def _value(row: str, name: str, text: str) -> Any:
@@ -167,7 +163,7 @@ def _value(row: str, name: str, text: str) -> Any:
     if name == "epochs":
         raise InputError(f"row {row}: a comparison has one budget; give --epochs or --images-seen, for all rows")
     if name in ("device", "fsdp", "sync_bn", "test_flip") or group == "run" or (group == "data" and name != "balanced"):
-        once = f"give {flag(name)} once, for all rows" if _is_common(name) else "remove it"
+        once = f"give {flag(name)} once, for all rows" if name in option_names("shared") else "remove it"
         raise InputError(f"row {row}: {name} cannot differ from row to row, which share data, test and machine; {once}")
     return _converted(row, name, text, kind)
 

@@ -26,10 +26,10 @@ and a picture.
   smallvit compare --arch vit --arch vit,lr=3e-3 --images-seen 100000
   smallvit compare RUN RUN ...
 
-Missing runs are trained one after the other; the same command resumes after an
-interruption. All rows share budget, data, splits and test. A row's own options
-override flags, and flags override a recipe; convolutional rows use the recipe
-cnn unless one is named.
+Missing runs are trained, on a CPU several at a time (--jobs); the same command
+resumes after an interruption. All rows share budget, data, splits and test. A
+row's own options override flags, and flags override a recipe; convolutional
+rows use the recipe cnn unless one is named.
 
 Written to --out, by default compare/<data>: compare.md (table and picture),
 compare.csv, compare.png, and the folder of each run. With folders of runs,
@@ -55,13 +55,14 @@ def _add_arguments(parser: Parser) -> None:
     group.add_argument("--seeds", type=int, default=1, metavar="N", help="Runs per row, starting at --seed. [1]")
     group.add_argument("--recipe", dest="common", metavar="NAME", help="Recipe of all rows that name none.")
     group.add_argument("--images-seen", type=int, metavar="N", help="Budget in images, instead of --epochs.")
+    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [on CPUs one per thread, else 1]")
     group.add_argument("--no-speed", action="store_false", dest="speed", help="Do not measure the speed of inference.")
 
 
 def main(argv: list[str]) -> int:
     """Compare rows, training what is missing, or existing runs; return 1 if a training failed."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("smallvit compare trains one run after the other, on one device: start it without torchrun")
+        raise InputError("smallvit compare starts the trainings, each on one device: start it without torchrun")
     for argument in argv:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         if argument.startswith("--") and name in option_types() and name != "arch":
@@ -77,10 +78,12 @@ def main(argv: list[str]) -> int:
 
 
 def _compare_rows(options: dict[str, Any], command: str) -> int:
-    own = {name: options.pop(name) for name in ("runs", "arch", "ablation", "seeds", "common", "images_seen", "speed")}
+    names = ("runs", "arch", "ablation", "seeds", "common", "images_seen", "jobs", "speed")
+    own = {name: options.pop(name) for name in names}
     if not own["arch"]:
         raise InputError("nothing to compare: give rows, such as vit vit+spt+lsa, or folders of runs; see --help")
     require(own["seeds"] >= 1, "seeds", own["seeds"], "at least 1")
+    require(own["jobs"] is None or own["jobs"] >= 1, "jobs", own["jobs"], "at least 1")
     require(own["images_seen"] is None or own["images_seen"] >= 1, "images_seen", own["images_seen"], "at least 1")
     if own["images_seen"] is not None and "epochs" in options:
         raise InputError("--images-seen and --epochs: give only one of them")
@@ -101,7 +104,13 @@ def _compare_rows(options: dict[str, Any], command: str) -> int:
 
     seeds = range(first, first + own["seeds"])
     plan = compare.Grid(
-        rows=rows, flags=options, seeds=seeds, out=out, recipe=own["common"], images_seen=own["images_seen"]
+        rows=rows,
+        flags=options,
+        seeds=seeds,
+        out=out,
+        recipe=own["common"],
+        images_seen=own["images_seen"],
+        jobs=own["jobs"],
     )
     try:
         finished = compare.compare_rows(plan, compare.Output(command, out, speed=own["speed"], compute=config.compute))

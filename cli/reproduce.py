@@ -47,6 +47,7 @@ def _add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--rows", action="append", default=[], metavar="ROW", help="A model of the experiment. [all]")
     group.add_argument("--seeds", type=int, metavar="N", help="Runs per model, starting at --seed. [the experiment's]")
+    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [on CPUs one per thread, else 1]")
     group.add_argument("--data", metavar="DIR", help="The data set as a folder of class folders. [downloaded]")
     group.add_argument("--record", metavar="DIR", help="A collection of records to add to. [none]")
 
@@ -54,13 +55,14 @@ def _add_arguments(parser: Parser) -> None:
 def main(argv: list[str]) -> int:
     """Reproduce an experiment; return 1 if a training failed."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("smallvit reproduce trains one run after the other, on one device: start it without torchrun")
+        raise InputError("smallvit reproduce starts the trainings, each on one device: start it without torchrun")
     flags = parse(parser(), argv)
-    own = {name: flags.pop(name) for name in ("name", "budget", "rows", "seeds", "data", "record")}
+    own = {name: flags.pop(name) for name in ("name", "budget", "rows", "seeds", "jobs", "data", "record")}
     if own["name"] is None:
         raise InputError("nothing to reproduce: give the name of an experiment; see smallvit list experiments")
     require(0 < own["budget"] <= 1, "budget", own["budget"], "a share above 0 and at most 1")
-    require(own["seeds"] is None or own["seeds"] >= 1, "seeds", own["seeds"], "at least 1")
+    for option in ("seeds", "jobs"):
+        require(own[option] is None or own[option] >= 1, option, own[option], "at least 1")
 
     from smallvit.datasets.catalog import DATASETS
     from smallvit.experiments.catalog import get_experiment
@@ -86,6 +88,7 @@ def main(argv: list[str]) -> int:
         out=out,
         labels=own["rows"],
         flags=flags,
+        jobs=own["jobs"],
         collection=None if own["record"] is None else Path(os.path.expanduser(own["record"])),
     )
     try:

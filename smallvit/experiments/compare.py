@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -38,7 +41,10 @@ from smallvit.utils.files import write_text
 from smallvit.utils.signals import SignalHandler, SignalInterrupt
 from smallvit.utils.terminal import create_console, print_table
 
+R, T = TypeVar("R"), TypeVar("T")
 MARKDOWN, CSV, PICTURE = "compare.md", "compare.csv", "compare.png"
+RUN_BYTES = 2 * 2**30
+"""Free memory per run that is trained at the same time as others."""
 CNN_RECIPE = "cnn"
 """Recipe of convolutional models that name none."""
 
@@ -56,6 +62,8 @@ class Grid:
     """Recipe of all rows that name none."""
     images_seen: int | None = None
     """Budget in images, if it is not given in epochs."""
+    jobs: int | None = None
+    """Runs trained at the same time; None chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +97,18 @@ class PlannedRun:
                 )
         return view.summary is not None
 
-    def train(self, prefix: str, console: Console) -> bool:
+    def train(self, prefix: str, trainings: Trainings) -> bool:
         """Train the run unless it is finished, and return whether it is finished now; messages start with `prefix`.
 
         Raises:
             SignalInterrupt: A signal stopped the run; it has been saved.
         """
-        title = f"{prefix} {self.row.label}, seed {self.seed}:"
+        title, console = f"{prefix} {self.row.label}, seed {self.seed}:", trainings.console
         if self.is_finished:
             console.print(f"{title} already finished, {self.folder}")
             return True
         console.print(f"\n{title} {'resuming ' if (self.folder / Run.STATE).exists() else ''}{self.folder}")
-        code = train(self.options, self.folder)
+        code = train(self.options, self.folder, trainings)
         if code:
             console.print(f"{title} failed (exit code {code}); continuing with the other runs")
         return code == 0
@@ -169,43 +177,105 @@ def _common_epochs(grid: Grid, options: Sequence[dict[str, Any]], images: int) -
     return lengths[0]
 
 
-class SignalForwarder(SignalHandler):
-    """Forward SIGINT and SIGTERM to a child process; a terminal sends them there too, which counts once."""
+class Trainings(SignalHandler):
+    """Train runs in separate processes, `jobs` at a time, and forward SIGINT and SIGTERM to them.
 
-    process: subprocess.Popen[bytes] | None = None
+    A terminal sends its signals to the processes too, which count twice as one.
+    """
 
-    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process."""
-        self.process = subprocess.Popen(command)
+    def __init__(self, jobs: int, console: Console) -> None:
+        self.jobs, self.console = jobs, console
+        self.processes: set[subprocess.Popen[str]] = set()
+
+    def map(self, work: Callable[[R], T], runs: Sequence[R]) -> list[T]:
+        """Return the results of `work` for all runs, which start in this order.
+
+        Raises:
+            SignalInterrupt: A signal stopped the runs; they have been saved.
+        """
+
+        def start(run: R) -> T:
+            self.check()
+            return work(run)
+
+        if self.jobs == 1:
+            return [start(run) for run in runs]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(start, run) for run in runs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:  # stop the others too
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.handle(self.received or signal.SIGTERM, None)
+                raise
+
+    def run(self, command: list[str], title: str) -> int:
+        """Run a command and return its exit code; if others run next to it, print its epochs only.
+
+        Raises:
+            SignalInterrupt: A signal stopped the run; it has been saved.
+        """
+        process = self.start(command)
+        self.processes.add(process)
         if self.received:
-            self.process.send_signal(self.received)
-        return self.process
+            process.send_signal(self.received)
+        for line in process.stdout or ():
+            if line.startswith("epoch"):
+                self.console.print(f"{title} {line.rstrip()}", highlight=False, markup=False)
+        code = process.wait()
+        self.processes.discard(process)
+        if code in (130, 143) and not self.received:
+            raise SignalInterrupt(code - 128)
+        self.check()
+        return code
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        """Start a process, with its share of the threads."""
+        if self.jobs == 1:
+            return subprocess.Popen(command, text=True)
+        threads = str(max(1, torch.get_num_threads() // self.jobs))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        return subprocess.Popen(command, text=True, errors="replace", stdout=subprocess.PIPE, env=environment)
+
+    def check(self) -> None:
+        """Raise `SignalInterrupt` after a signal."""
+        if self.received:
+            raise SignalInterrupt(self.received)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Record a signal, and send it to the child process."""
+        """Record a signal, and send it to the processes."""
         self.received = number
-        if self.process is not None:
-            self.process.send_signal(number)
+        for process in [*self.processes]:
+            process.send_signal(number)
 
 
-def train(options: dict[str, Any], folder: Path) -> int:
+def choose_jobs(jobs: int | None, device: str, runs: int) -> int:
+    """Return how many runs train at a time: as asked for, or on a CPU one per thread as far as memory allows.
+
+    A small model trains faster in one thread per run than with all threads, run after run.
+    """
+    if jobs is None:
+        fitting = hardware.free_memory() // RUN_BYTES
+        jobs = min(torch.get_num_threads(), fitting) if hardware.pick_device(device).type == "cpu" else 1
+    return max(1, min(jobs, runs))
+
+
+def train(options: dict[str, Any], folder: Path, trainings: Trainings) -> int:
     """Train in `folder` in another process, resuming a run there, and return its exit code.
 
     Args:
         options: Options for `Config.build`.
         folder: The run's folder.
+        trainings: Where the process runs.
 
     Raises:
         SignalInterrupt: A signal stopped the run; it has been saved.
     """
-    with TemporaryDirectory() as temporary, SignalForwarder() as forwarder:
+    with TemporaryDirectory() as temporary:
         file = Path(temporary, "config.json")
         file.write_text(json.dumps(options), encoding="utf-8")
         arguments = ["--config", str(file), "--out", str(folder), "--auto-resume"]
-        code = forwarder.start([sys.executable, "-P", "-m", "smallvit", "train", *arguments]).wait()
-    if forwarder.received or code in (130, 143):
-        raise SignalInterrupt(forwarder.received or code - 128)
-    return code
+        return trainings.run([sys.executable, "-P", "-m", "smallvit", "train", *arguments], f"{folder.name}:")
 
 
 # Comparison
@@ -237,8 +307,11 @@ def compare_rows(grid: Grid, output: Output) -> bool:
     planned = plan_runs(grid)
     for run in {run.row.label: run for run in planned if not run.is_finished}.values():
         run.check()
-    console = create_console()
-    failed = [run for n, run in enumerate(planned, 1) if not run.train(f"[{n}/{len(planned)}]", console)]
+    jobs = choose_jobs(grid.jobs, output.compute.device, sum(not run.is_finished for run in planned))
+    with Trainings(jobs, create_console()) as trainings:
+        numbered = [(f"[{number}/{len(planned)}]", run) for number, run in enumerate(planned, 1)]
+        finished = trainings.map(lambda each: each[1].train(each[0], trainings), numbered)
+    failed = [run for run, done in zip(planned, finished, strict=True) if not done]
     rows = []
     for row in grid.rows:
         finished = [run.folder for run in planned if run.row is row and run not in failed]

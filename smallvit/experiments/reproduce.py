@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from smallvit.config.spec import run_folder_name
 from smallvit.datasets.catalog import DATASETS
 from smallvit.experiments import records, tables
 from smallvit.experiments.catalog import Experiment, Trial, get_experiment
-from smallvit.experiments.compare import PlannedRun
+from smallvit.experiments.compare import PlannedRun, Trainings, choose_jobs
 from smallvit.runs.aggregate import read_finished_run
 from smallvit.runs.run import Run
 from smallvit.utils import hardware
@@ -37,6 +38,8 @@ class Plan:
     """Labels of the trials to run; all if empty."""
     flags: dict[str, Any]
     """Options of the machine, and where the data is."""
+    jobs: int | None = None
+    """Runs trained at the same time; None chooses."""
     collection: Path | None = None
     """Folder of records to add to, whose runs are not repeated."""
 
@@ -96,10 +99,21 @@ def reproduce(plan: Plan, console: Console) -> bool:
                 records.append(collected, record)  # made without --record
     console.print(f"{plan.name}: {plan.experiment.title}")
     console.print(tables.describe_length(plan.name, plan.budget))
-    finished = []
-    for number, each in enumerate(runs, 1):
-        is_missing = each in missing and each in _select_missing(runs, plan)  # another process may have run it
-        finished.append(_run(each, f"[{number}/{len(runs)}] {each.trial.label}:", is_missing, plan, console))
+    ended = {(each.trial.label, each.seed): Event() for each in runs}
+
+    def work(each: TrialRun) -> bool:
+        try:
+            if each.trial.teacher is not None:
+                ended[each.trial.teacher, each.seed].wait()  # it has been started before
+            is_missing = each in missing and each in _select_missing(runs, plan)  # another process may have run it
+            prefix = f"[{runs.index(each) + 1}/{len(runs)}] {each.trial.label}:"
+            return _run(each, prefix, is_missing, plan, trainings)
+        finally:
+            ended[each.trial.label, each.seed].set()
+
+    jobs = choose_jobs(plan.jobs, plan.flags.get("device", "auto"), len(missing))
+    with Trainings(jobs, console) as trainings:
+        finished = trainings.map(work, runs)
     labels = [trial.label for trial in plan.trials]
     tables.print_results(plan.name, plan.budget, labels, plan.known_records(), console)
     return all(finished)
@@ -160,16 +174,16 @@ def _check_data(plan: Plan) -> None:
         )
 
 
-def _run(each: TrialRun, prefix: str, is_missing: bool, plan: Plan, console: Console) -> bool:
+def _run(each: TrialRun, prefix: str, is_missing: bool, plan: Plan, trainings: Trainings) -> bool:
     """Train a run if it is missing, and record it; return whether it is finished."""
-    seed = each.seed
+    seed, console = each.seed, trainings.console
     if not is_missing:
         console.print(f"{prefix} seed {seed} is already recorded")
         return True
     if each.lacks_teacher:
         console.print(f"{prefix} seed {seed} is skipped, since {each.trial.teacher} failed")
         return False
-    if not each.train(prefix, console):
+    if not each.train(prefix, trainings):
         return False
     view = read_finished_run(each.folder)
     record = records.create_record(view, plan.name, each.trial.label, seed, plan.budget)

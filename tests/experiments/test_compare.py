@@ -32,7 +32,12 @@ from smallvit.runs import aggregate
 from smallvit.runs.run import Run
 from smallvit.training import setup
 from smallvit.training import train as engine
+from smallvit.utils import hardware
+from smallvit.utils.signals import SignalInterrupt
+from smallvit.utils.terminal import create_console
 
+CHOOSE_JOBS = compare.choose_jobs
+"""The function that the other tests replace."""
 Command = Callable[..., tuple[int, str, str]]
 
 EPOCHS = 2
@@ -40,7 +45,7 @@ FLAGS = ("--train-fraction", "0.1", "--batch-size", "64", "--epochs", str(EPOCHS
 ROWS = ("--arch", "vit", "--arch", "vit+spt+lsa,lr=0.003", "--seeds", "2")
 
 
-def train_here(options: dict[str, Any], folder: Path) -> int:
+def train_here(options: dict[str, Any], folder: Path, *_: object) -> int:
     """Replace `compare.train` by training in this process."""
     try:
         engine.train(Config.build(**options, out=str(folder), auto_resume=True))
@@ -55,6 +60,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(benchmark, "SECONDS", 1000)
+    monkeypatch.setattr(compare, "choose_jobs", lambda *_: 1)
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that are trained, here."""
     names = []
 
-    def train(options: dict[str, Any], folder: Path) -> int:
+    def train(options: dict[str, Any], folder: Path, *_: object) -> int:
         names.append(folder.name)
         return train_here(options, folder)
 
@@ -76,6 +82,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "train", train_here)
+        patch.setattr(compare, "choose_jobs", lambda *_: 1)
         patch.setattr(benchmark, "ROUNDS", 3)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
         assert run_compare(*ROWS, *FLAGS, "--out", out) == 0
@@ -103,7 +110,7 @@ def records(out: Path) -> list[dict[str, str]]:
 
 def test_rows_need_no_flag(smallvit: Command, monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> None:
     monkeypatch.setattr(compare.PlannedRun, "check", lambda _: None)
-    monkeypatch.setattr(compare, "train", lambda _, folder: trained.append(folder.name) or 1)
+    monkeypatch.setattr(compare, "train", lambda _, folder, *__: trained.append(folder.name) or 1)
     smallvit("compare", "vit", "vit+spt,lr=0.003", "--arch", "vit+lsa", *FLAGS)
     assert trained == ["vit+lsa-seed0", "vit-seed0", "vit+spt,lr=0.003-seed0"]
 
@@ -438,18 +445,80 @@ def test_an_interrupted_comparison_is_resumed(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 def test_sigterm_is_forwarded_and_stops_the_comparison(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, processes = compare.SignalForwarder.start, []
+    start, processes = compare.Trainings.start, []
 
-    def asleep(relay: compare.SignalForwarder, command: list[str]) -> subprocess.Popen[bytes]:
+    def asleep(relay: compare.Trainings, command: list[str]) -> subprocess.Popen[str]:
         processes.append(start(relay, [sys.executable, "-c", "import time; time.sleep(1800)"]))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return processes[-1]
 
-    monkeypatch.setattr(compare.SignalForwarder, "start", asleep)
+    monkeypatch.setattr(compare.Trainings, "start", asleep)
     code, _, err = smallvit("compare", *ROWS, *FLAGS, "--out", "out")
     assert code == 143
     assert err == "comparison interrupted; run the same command to resume\n"
     assert [process.returncode for process in processes] == [-signal.SIGTERM]
+
+
+MEET = """
+import pathlib, sys, time
+print("epoch 1", flush=True)
+print("other line", flush=True)
+pathlib.Path(sys.argv[1]).touch()
+while not pathlib.Path(sys.argv[2]).exists():
+    time.sleep(0.05)
+sys.exit(int(sys.argv[3]))
+"""
+"""A program that waits for another one."""
+
+
+@pytest.mark.slow
+def test_trainings_run_side_by_side_and_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    with compare.Trainings(2, create_console()) as trainings:
+
+        def work(names: tuple[Path, Path, int]) -> int:
+            return trainings.run([sys.executable, "-c", MEET, *map(str, names)], f"{names[0].name}:")
+
+        assert trainings.map(work, [(a, b, 0), (b, a, 1), (a, b, 2)]) == [0, 1, 2]
+    assert sorted(capsys.readouterr().out.splitlines()) == ["a: epoch 1", "a: epoch 1", "b: epoch 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+def test_a_signal_stops_all_trainings_and_starts_no_more(tmp_path: Path) -> None:
+    started: list[subprocess.Popen[str]] = []
+    with compare.Trainings(2, create_console()) as trainings:
+
+        def work(number: int) -> int:
+            file = tmp_path / str(number)
+            code = f"import pathlib, time; pathlib.Path({str(file)!r}).touch(); time.sleep(1800)"
+            return trainings.run([sys.executable, "-c", code], "run")
+
+        def stop() -> None:
+            while len(list(tmp_path.iterdir())) < 2:
+                time.sleep(0.05)
+            started.extend(trainings.processes)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
+        with pytest.raises(SignalInterrupt):
+            trainings.map(work, range(4))
+    assert [process.wait() for process in started] == [-signal.SIGTERM] * 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_as_many_trainings_as_threads_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for gib, device, jobs, runs, expected in (
+        (64, "cpu", None, 20, 8),
+        (64, "cpu", None, 3, 3),
+        (7, "cpu", None, 20, 3),
+        (1, "cpu", None, 20, 1),
+        (64, "cpu", 2, 20, 2),
+        (64, "cpu", 4, 0, 1),
+    ):
+        monkeypatch.setattr(hardware, "free_memory", lambda gib=gib: gib * 2**30)
+        assert CHOOSE_JOBS(jobs, device, runs) == expected
 
 
 class Slow(nn.Module):

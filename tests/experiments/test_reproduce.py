@@ -28,6 +28,7 @@ from smallvit.cli.parser import options_parser, parse
 from smallvit.config.config import format_train_command, option_names
 from smallvit.datasets.catalog import DATASETS
 from smallvit.experiments import catalog, compare, records, tables
+from smallvit.experiments import reproduce as reproducing
 from smallvit.experiments.catalog import EXPERIMENTS, Experiment, Trial, find_equivalent
 from smallvit.experiments.records import Record
 from smallvit.experiments.tables import TrialResult, collect_results
@@ -84,7 +85,7 @@ class Trainer:
     interrupting: dict[str, AbstractContextManager[None]] = field(default_factory=dict)
     """Runs that a signal interrupts, by name."""
 
-    def __call__(self, options: dict[str, Any], folder: Path) -> int:
+    def __call__(self, options: dict[str, Any], folder: Path, *_: object) -> int:
         self.names.append(folder.name)
         config = Config.build(**options, out=str(folder), auto_resume=True)
         if folder.name in self.interrupting:
@@ -104,6 +105,7 @@ class Trainer:
 def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(catalog, "MIN_EPOCHS", 2)
+    monkeypatch.setattr(reproducing, "choose_jobs", lambda *_: 1)
 
 
 @pytest.fixture
@@ -131,6 +133,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
         patch.setattr(compare, "train", Trainer())
         patch.setattr(catalog, "MIN_EPOCHS", 2)
+        patch.setattr(reproducing, "choose_jobs", lambda *_: 1)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
         assert reproduce(NAME, "--budget", BUDGET, *ROWS, "--seeds", 2, "--out", out) == 0
     return Done(out, text.getvalue())
@@ -599,7 +602,7 @@ def test_a_run_recorded_meanwhile_is_not_trained(
 ) -> None:
     theirs = records.read(done.out / "records.jsonl")[1]  # vit+spt+lsa, seed 0
 
-    def train(options: dict[str, Any], folder: Path) -> int:
+    def train(options: dict[str, Any], folder: Path, *_: object) -> int:
         records.append(Path("kept") / f"{NAME}.jsonl", theirs)
         return trained(options, folder)
 
@@ -893,7 +896,7 @@ def test_experiments_are_listed_with_their_rows(smallvit: Command, monkeypatch: 
 
 @pytest.mark.slow
 def test_help_and_invalid_names_load_no_torch() -> None:
-    modules = ("catalog", "records", "tables", "plots")
+    modules = ("catalog", "records", "tables")
     check = "import sys\n" + "".join(f"import smallvit.experiments.{name}\n" for name in modules)
     check += "from smallvit.cli import main\n"
     for arguments in (["--help"], ["lee2021"], [NAME, "--rows", "x"], [NAME, "--budget", "0"]):

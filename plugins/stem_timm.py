@@ -75,7 +75,9 @@ def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def describe(layer: ConvStem) -> str:
     """Describe the convolutions of a stem."""
     channels = [each.out_channels for each in layer if isinstance(each, nn.Conv2d)]
-    return f"{len(channels)} convolutions of stride 2, channels {', '.join(map(str, channels))}"
+    return (
+        f"{len(channels)} convolution{'s' * (len(channels) > 1)} of stride 2, channels {', '.join(map(str, channels))}"
+    )
 
 
 def describe_loss(layer: ConvStem) -> str:

@@ -65,16 +65,19 @@ ROWS = {
     "ViT + LSA": ("lee2021/ablation", "vit+lsa"),
     "ViT + SPT": ("lee2021/ablation", "vit+spt"),
     "ViT + SPT + LSA": ("lee2021/ablation", "vit+spt+lsa"),
-    "ViT + SPT + LSA, our recipe `best`": ("best/cifar100", "vit+spt+lsa, best"),
+    "ViT + SPT + LSA, recipe `best` with `--spt`": ("best/cifar100", "vit+spt+lsa, best"),
     "ResNet-56": ("lee2021/ablation", "resnet56"),
+    "small ViT + SPT + LSA": ("plugins/cifar100", "best: SPT, LSA"),
+    "small ViT + stem + FFN + LSA (what `best` switches on)": ("plugins/cifar100", "best: stem, LSA, FFN"),
 }
-"""Rows of the table of results, with the experiment and its row in the records."""
+"""Rows of the tables of results, with the experiment and its row in the records."""
+BUDGETS = {"lee2021/ablation": 0.005, "best/cifar100": 0.005, "plugins/cifar100": 0.1}
 
 
 def test_results_table_follows_from_the_records() -> None:
     for name, (experiment, label) in ROWS.items():
         lines = (ROOT / "results" / f"{experiment}.jsonl").read_text().splitlines()
-        runs = [run for run in map(json.loads, lines) if (run["row"], run["budget"]) == (label, 0.005)]
+        runs = [run for run in map(json.loads, lines) if (run["row"], run["budget"]) == (label, BUDGETS[experiment])]
         accuracy = [run["summary"]["test_top1"] for run in runs]
         figures = f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} %"
         assert len(runs) >= 2

@@ -46,6 +46,9 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> N
 
 @pytest.mark.parametrize("opt", ["muon", "nmuon", "adamuon", "nadamuon"])
 def test_steps_and_state_equal_timms(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, _ = timm_muon.get_adamuon_lr_scale((8, 3, 3, 3), "match_rms_adamw")
+    if "ada" in opt and scale != pytest.approx(0.2 * 216**0.5):
+        pytest.skip("this version of timm scales AdaMuon's update of a convolution by its last two sizes")
     in_fp32 = functools.partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", in_fp32)
     torch.manual_seed(0)
@@ -70,7 +73,9 @@ def test_updates_are_orthogonal_in_every_precision() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = nn.Parameter(torch.zeros(16, 32))
         weight.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-        optimizer = create_optimizer(nn.ParameterList([weight]), Config.build(opt="muon", lr=1.0).optim, dtype)
+        optimizer = create_optimizer(
+            nn.ParameterList([weight]), Config.build(opt="muon", lr=1.0, weight_decay=0.0).optim, dtype
+        )
         optimizer.step()
         singular = torch.linalg.svdvals(weight.detach()) / (0.2 * 32**0.5)
         assert (singular - 1).abs().max() < 0.35  # the iteration's coefficients trade exactness for speed

@@ -76,7 +76,9 @@ def find_frozen_norms(model: nn.Module) -> tuple[nn.Module, ...]:
 def create_optimizer(
     model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """Create timm's optimizer of this name; Muon's matrix products have the precision `dtype`.
+    """Create timm's optimizer of this name; Muon's matrix products have the precision of the training, `dtype`.
+
+    Instead of float16, in which small gradients become 0, they have float32.
 
     Vectors (norms, biases, temperatures) and parameters that timm's models name have no weight decay, except with
     `weight_decay_all`. With `layer_decay` each layer has a smaller learning rate than the one above it.
@@ -107,7 +109,7 @@ def create_optimizer(
     if "muon" in config.opt and not is_sharded(model):
         from smallvit.training.muon import BatchedMuon
 
-        return BatchedMuon(optimizer.param_groups, dtype)
+        return BatchedMuon(optimizer.param_groups, torch.float32 if dtype == torch.float16 else dtype)
     return optimizer
 
 

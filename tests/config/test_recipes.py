@@ -20,6 +20,7 @@ from smallvit.cli.parser import options_parser
 from smallvit.cli.parser import parse as parse_arguments
 from smallvit.config.config import Config, option_types
 from smallvit.config.recipes import RECIPES, SMALL_BATCH, apply_recipe
+from smallvit.plugins import PLUGINS
 from smallvit.training.launch import apply_regularization
 from smallvit.training.optim import create_optimizer
 from smallvit.utils.errors import InputError
@@ -309,6 +310,23 @@ def test_a_recipes_images_can_be_shown(smallvit: Command) -> None:
 def test_recipes_load_no_torch(arguments: list[str]) -> None:
     check = f"import sys\nfrom smallvit.cli import main\nmain({arguments})\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "plugins"),
+    [
+        ({}, {"lsa", "stem", "ffn"}),
+        ({"arch": "vit96"}, {"lsa", "stem", "ffn"}),
+        ({"arch": "vit", "ffn": False}, {"lsa", "stem"}),
+        ({"arch": "vit", "spt": True}, {"spt", "lsa"}),
+        ({"arch": "vit", "init": "runs/a"}, {"spt", "lsa"}),
+        ({"arch": "swin"}, {"spt", "lsa"}),
+        ({"arch": "swin", "stem": True}, {"stem", "lsa"}),
+    ],
+)
+def test_best_chooses_plugins_by_architecture(options: dict[str, Any], plugins: set[str]) -> None:
+    values = apply_recipe("best", options)
+    assert {name for name in PLUGINS if values.get(name)} == plugins
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()

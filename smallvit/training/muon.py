@@ -9,7 +9,7 @@ Axes: n matrices of one shape, o i their rows and columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ class BatchedMuon(Muon):
     Muon is Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; AdaMuon is Si et al. 2025, arXiv:2507.11005.
 
     Args:
-        groups: Parameter groups of timm's `Muon`, with all of its options. Convolutions are flattened, and updates are
-            scaled as AdamW's ("match_rms_adamw"), timm's defaults.
+        optimizer: timm's `Muon`, whose groups and defaults it takes. Convolutions are flattened, and updates are scaled
+            as AdamW's ("match_rms_adamw"), timm's defaults.
         dtype: Precision of the Newton-Schulz iteration.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
-        super().__init__(groups)
+    def __init__(self, optimizer: Muon, dtype: torch.dtype) -> None:
+        super().__init__(optimizer.param_groups, **optimizer.defaults)
         self.dtype = dtype
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ def create_optimizer(
     if "muon" in config.opt and not is_sharded(model):
         from smallvit.training.muon import BatchedMuon
 
-        return BatchedMuon(optimizer.param_groups, torch.float32 if dtype == torch.float16 else dtype)
+        return BatchedMuon(optimizer, torch.float32 if dtype == torch.float16 else dtype)
     return optimizer
 
 

@@ -57,6 +57,7 @@ def test_steps_and_state_equal_timms(opt: str, monkeypatch: pytest.MonkeyPatch) 
     optimizer = create_optimizer(ours, Config.build(opt=opt, lr=0.02, weight_decay=0.1).optim)
     expected = create_optimizer_v2(theirs, opt, lr=0.02, weight_decay=0.1)
     assert isinstance(optimizer, BatchedMuon)
+    assert optimizer.defaults == expected.defaults  # those of groups that are added later
     train(ours, optimizer)
     train(theirs, expected)
     for (name, parameter), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):

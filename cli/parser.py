@@ -45,7 +45,7 @@ DEFAULTS_FROM = {
 
 EVALUATION_HELP = {
     "arch": "Architecture of a weights file without smallvit metadata: a timm model.",
-    "data": "Images instead of the run's: a dataset name, a folder or zip file, or hfds/NAME.",
+    "data": "Images instead of the run's: a dataset name, a folder, zip file or table, or hfds/NAME.",
     "img_size": "Image height and width in pixels; by default the model's.",
 }
 """Help of options where verbs evaluate a trained model."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from smallvit.cli.parser import Parser, evaluation_parser, parse, require_run
 from smallvit.config.config import Config
+from smallvit.config.options import DataConfig
+from smallvit.datasets.catalog import is_manifest, require_data
 from smallvit.utils.errors import InputError, group_errors, print_message, require
 from smallvit.utils.files import atomic_write, check_output_file
 
@@ -27,6 +29,7 @@ probabilities.
   smallvit predict runs/vit-spt-lsa-cifar100 photos/ --top 3 --out photos.csv
   find photos -name '*.jpg' | smallvit predict RUN - --format jsonl
   smallvit predict vit_tiny_patch16_224:pretrained cat.jpg
+  smallvit predict RUN --data table.csv         # the images of its column path
 
 Images are decoded, resized and normalized as in training. Predictions go to
 standard output, messages to standard error. Files that cannot be read are
@@ -35,12 +38,13 @@ else 2.
 See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")
-OPTIONS = ("arch", "img_size", "max_megapixels", "device", "amp")
+OPTIONS = ("arch", "data", "columns", "img_size", "max_megapixels", "device", "amp")
 
 
 def parser() -> Parser:
     """Create the argument parser."""
-    return evaluation_parser("smallvit predict", DESCRIPTION, _add_arguments, OPTIONS)
+    data = "A folder or a table (.csv, .tsv or .parquet with a column path) of images, in addition to IMAGE."
+    return evaluation_parser("smallvit predict", DESCRIPTION, _add_arguments, OPTIONS, {"data": data})
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -63,7 +67,10 @@ def main(argv: list[str]) -> int:
     require_run("smallvit predict", argv, run, options["images"], folders=True)
     path, form = _resolve_output(options["out"], options["format"], overwrite=options["overwrite"])
     require(top >= 1, "top", top, "at least 1")
-    names = _read_names(options["images"], run)
+    given = "data" in config.given
+    names = _read_names(options["images"], run) if options["images"] or not given else []
+    if given:
+        names += _list_data(config.data)
 
     from smallvit.models.weights_info import read_weights_info
 
@@ -123,6 +130,16 @@ def _resolve_output(out: str | None, form: str | None, *, overwrite: bool) -> tu
         return None, form or FORMATS[0]
     form = form or ("jsonl" if out.lower().endswith(".jsonl") else "csv")
     return check_output_file(out, f".{form}", overwrite=overwrite), form
+
+
+def _list_data(config: DataConfig) -> list[str]:
+    """Return the folder of --data, or the files of its table."""
+    from smallvit.datasets.manifest import list_paths
+
+    require_data(config.data)
+    path = Path(os.path.expanduser(config.data))
+    require(is_manifest(config.data) or path.is_dir(), "data", path, "a folder or a table of images")
+    return list_paths(path, config.columns) if is_manifest(config.data) else [str(path)]
 
 
 def _read_names(arguments: list[str], run: str) -> list[str]:

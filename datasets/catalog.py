@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 
 from smallvit.utils.errors import InputError, suggest
 
+MANIFESTS = (".csv", ".tsv", ".parquet")
+"""Suffixes of tables of image files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
@@ -271,6 +274,11 @@ def is_hub_source(data: str) -> bool:
     return kind == "hfds" and bool(name)
 
 
+def is_manifest(data: str) -> bool:
+    """Return whether `data` names a table of image files (`manifest`)."""
+    return data.lower().endswith(MANIFESTS) and not os.path.isdir(os.path.expanduser(data))
+
+
 def require_data(data: str) -> None:
     """Check that `data` is a known data set, hfds/NAME, or an existing file or folder.
 
@@ -280,6 +288,8 @@ def require_data(data: str) -> None:
     path = os.path.expanduser(data)
     if data in DATASETS or is_hub_source(data) or os.path.exists(path):
         return
+    if is_manifest(data):
+        raise InputError(f"--data {path}: no such file; correct the path")
     if os.path.basename(path) == data:
         known = ", ".join(DATASETS)
         raise InputError(f"--data {data}: no such data set{suggest(data, DATASETS)} or folder; data sets: {known}")

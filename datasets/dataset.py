@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from smallvit.config.config import option_names
@@ -34,6 +36,10 @@ class Images:
     labels: Int64[Tensor, " n"]
     paths: tuple[str, ...] | None = None
     """File of each image, relative to the data's folder or in its zip file; None if there are no files."""
+    groups: np.ndarray | None = None
+    """Group of each image; the images of a group are in one split."""
+    weights: np.ndarray | None = None
+    """Weight of each image's loss in training."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,12 +60,16 @@ class Images:
             return self
         chosen = torch.from_numpy(indices)
         paths = None if self.paths is None else tuple(self.paths[index] for index in indices)
-        return Images(self.pixels[chosen], self.labels[chosen], paths)
+        groups, weights = (None if each is None else each[indices] for each in (self.groups, self.weights))
+        return Images(self.pixels[chosen], self.labels[chosen], paths, groups, weights)
 
     def content(self) -> str:
         """Return a hash of the images and their labels."""
         digest = hashlib.sha256(self.pixels.contiguous().numpy())
         digest.update(self.labels.numpy())
+        if self.groups is not None or self.weights is not None:
+            digest.update(f"{self.groups is None or self.groups.tolist()}".encode("utf-8", "replace"))
+            digest.update(f"{self.weights is None or self.weights.tolist()}".encode())
         return digest.hexdigest()
 
     def resize(self, size: int) -> Images:
@@ -71,7 +81,7 @@ class Images:
         for source, target in zip(self.pixels.split(1000), pixels.split(1000), strict=True):
             resized = F.interpolate(source.float(), (size, size), mode="bicubic", antialias=True)
             target.copy_(resized.round_().clamp_(0, 255))
-        return Images(pixels, self.labels, self.paths)
+        return replace(self, pixels=pixels)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel, with pixels in [0, 1]."""
@@ -117,9 +127,20 @@ class Files:
         """File of each image, relative to the data's folder or in its zip file."""
         return tuple(self.listing.relative_path(position) for position in self.positions)
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Group of each image; the images of a group are in one split."""
+        return None if self.listing.groups is None else np.array(self.listing.groups)[self.positions]
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """Weight of each image's loss in training."""
+        return None if self.listing.weights is None else np.array(self.listing.weights)[self.positions]
+
     def content(self) -> str:
-        """Return a hash of the names and sizes of the files."""
-        return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}"
+        """Return a hash of the names and sizes of the files, and of their weights."""
+        weights = "" if self.weights is None else f" {hashlib.sha256(self.weights).hexdigest()}"
+        return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}{weights}"
 
     def decode(self, index: int) -> UInt8[np.ndarray, "3 s s"]:
         """Decode an image; Pillow's errors on damaged files pass through."""
@@ -229,20 +250,28 @@ class ImageDataset:
 
 
 def hold_out(
-    labels: np.ndarray, fraction: float, seed: int, purpose: str, class_names: tuple[str, ...]
+    labels: np.ndarray,
+    fraction: float,
+    seed: int,
+    purpose: str,
+    class_names: tuple[str, ...],
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split indices in two, with the same share held out of every class and at least one image of it in each part.
 
-    scikit-learn's stratified splits may leave a part without images of a small class.
+    scikit-learn's stratified splits may leave a part without images of a small class. With groups, the images of a
+    group stay together: shares are as near as that allows, and the part held out may lack a class.
 
     Returns:
         Indices that remain and indices that are held out; none are held out if `fraction` is 0.
 
     Raises:
-        InputError: a class has only one image.
+        InputError: a class has only one image, or one group.
     """
     if not fraction:
         return np.arange(len(labels)), np.arange(0)
+    if groups is not None:
+        return _hold_out_groups(labels, fraction, seed, purpose, class_names, groups)
     rng = np.random.default_rng(seed)
     held_out: list[np.ndarray] = []
     for label in np.unique(labels):
@@ -255,6 +284,34 @@ def hold_out(
         held_out.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
     out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def _hold_out_groups(
+    labels: np.ndarray, fraction: float, seed: int, purpose: str, class_names: tuple[str, ...], groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out the fold of a `StratifiedGroupKFold` in which the fewest classes are missing."""
+    per_class = [np.unique(groups[labels == label]) for label in np.unique(labels)]
+    for label, own in zip(np.unique(labels), per_class, strict=True):
+        if len(own) < 2:
+            raise InputError(
+                f"all images of class {class_names[label]!r} are in group {str(own[0])!r}, so none can be held out for "
+                f"{purpose}; 3 groups are needed, for train, val and test: add images, or name the splits yourself"
+            )
+    most = min(round(1 / min(fraction, 1 - fraction)), len(np.unique(groups)), np.bincount(labels).max())
+    best = None
+    for folds in sorted({most, min(most, *map(len, per_class)), 2}, reverse=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+            pairs = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
+        for rest, out in pairs if fraction <= 0.5 else [pair[::-1] for pair in pairs]:
+            missing = [len(per_class) - len(np.unique(labels[part])) for part in (rest, out)]
+            rank = (*missing, abs(len(out) - fraction * len(labels)))
+            best = min(best or (rank, rest, out), (rank, rest, out), key=lambda each: each[0])
+        if not any(best[0][:2]):
+            break
+    if best[0][0]:
+        raise InputError(f"the groups are too large to hold out {purpose} and keep images of every class for training")
+    return best[1:]
 
 
 def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

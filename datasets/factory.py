@@ -13,12 +13,13 @@ import torch
 
 from smallvit.config.options import DataConfig
 from smallvit.datasets import readers
-from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, require_data
+from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, is_manifest, require_data
 from smallvit.datasets.dataset import Files, ImageDataset, Images, Split, hold_out, nested_share
 from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_errors, median_side
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
-from smallvit.datasets.listing import Listing
+from smallvit.datasets.listing import Listing, group_by_path
+from smallvit.datasets.manifest import read_manifest
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import fits_memory
 
@@ -47,8 +48,11 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
     """
     require_data(config.data)
     info = DATASETS.get(config.data)
-    if config.streaming == "on" and (info.reader not in readers.FILE_FORMATS if info else is_hub_source(config.data)):
-        raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
+    if info.reader not in readers.FILE_FORMATS if info else is_hub_source(config.data):
+        if config.streaming == "on":
+            raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
+        if config.group_by is not None:
+            raise InputError(f"--group-by {config.group_by}: {config.data} has no file names to group by; remove it")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
     if info is not None:
@@ -58,8 +62,11 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
         size = config.img_size or info.img_size
         splits = {split: part.resize(size) for split, part in images.splits.items()}
         return assemble(config, splits, images.class_names, [], info, draw=draw)
-    root = Path(os.path.expanduser(config.data))
-    files = list_zip(root) if root.is_file() else list_folder(root, min_classes=2 if draw else 1)
+    root, min_classes = Path(os.path.expanduser(config.data)), 2 if draw else 1
+    if is_manifest(config.data):
+        files = read_manifest(root, config.columns, min_classes)
+    else:
+        files = list_zip(root) if root.is_file() else list_folder(root, min_classes)
     return _load_files(config, files, draw, ranges=ranges)
 
 
@@ -77,6 +84,8 @@ def _load_files(
     config: DataConfig, files: Listing, draw: bool, info: DatasetInfo | None = None, ranges: GrayRanges | None = None
 ) -> ImageDataset:
     """Decode a listing's images into memory, or leave them on disk if they do not fit."""
+    if config.group_by is not None:
+        files = group_by_path(files, config.group_by)
     side = None if config.img_size or info else median_side(files)
     size = config.img_size or (info.img_size if info else default_size(side))
     max_megapixels = config.max_megapixels
@@ -100,7 +109,7 @@ def _load_files(
     else:
         decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges)
         paths = tuple(files.relative_path(index) for index in range(len(files)))
-        loaded, bad = Images(decoded.pixels, labels, paths), list(decoded.errors)
+        loaded, bad = Images(decoded.pixels, labels, paths, images.groups, images.weights), list(decoded.errors)
         parts = {split: loaded.subset(np.setdiff1d(part.positions, bad)) for split, part in parts.items()}
         notes += ["decoded images read from the cache"] if decoded.cached else []
         if bad:
@@ -197,10 +206,17 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
         held_out = []
     for split in held_out:
         train, fraction = parts["train"], fractions[split]
-        rest, held = hold_out(train.labels.numpy(), fraction, config.split_seed, f"a {split} split", class_names)
+        labels, groups, seed = train.labels.numpy(), train.groups, config.split_seed
+        try:
+            rest, held = hold_out(labels, fraction, seed, f"a {split} split", class_names, groups)
+        except InputError as error:
+            raise InputError(f"--data {config.data}: {error}") from None
         parts |= {"train": train.subset(rest), split: train.subset(held)}
         if fraction:
-            notes.append(f"{split} split: {len(held):,} images, stratified, seed {config.split_seed}")
+            within = "" if groups is None else f" of {len(np.unique(groups[held])):,} groups"
+            notes.append(f"{split} split: {len(held):,} images{within}, stratified, seed {seed}")
+            if absent := [class_names[label] for label in np.setdiff1d(labels[rest], labels[held])]:
+                notes.append(f"{split} split: no images of {', '.join(absent)}, since groups stay together")
         else:
             notes.append(f"no {split} split: the last epoch's weights are used")
     train = parts["train"]

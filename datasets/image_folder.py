@@ -66,7 +66,7 @@ def list_folder(root: Path, min_classes: int = 2) -> Listing:
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--data {root}: a list of classes is damaged ({error})") from None
-    return _listing(root, layout, files)
+    return build_listing(root, layout, files)
 
 
 def list_zip(file: Path) -> Listing:
@@ -89,7 +89,7 @@ def list_zip(file: Path) -> Listing:
     except OSError as error:
         raise InputError(f"--data {file}: cannot be read ({error.strerror or error})") from None
     files = {name: FileInfo(info.filename, f"{info.file_size} {info.CRC}", 0) for name, info in members.items()}
-    return _listing(file, layout, files, zipped=True)
+    return build_listing(file, layout, files, zipped=True)
 
 
 def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int = 2) -> Layout:
@@ -100,7 +100,8 @@ def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, mi
     return find_layout(tree, source, min_classes)
 
 
-def _listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:
+def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:
+    """Return the listing of a layout's images; `files` has them by name."""
     fingerprint, content = hashlib.sha256(), hashlib.sha256()
     for name, label, split in layout.samples:
         row = f"{name.removeprefix(layout.top)}\0{label} {split}\0{files[name].content}".encode("utf-8", "replace")

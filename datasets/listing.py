@@ -6,9 +6,9 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -58,13 +58,19 @@ class Listing:
     zipped: bool = False
     notes: tuple[str, ...] = ()
     """Notes on ignored files, and on folders recognized as splits."""
+    base: Path | None = None
+    """Folder where relative paths start; by default the root."""
+    groups: tuple[str, ...] | None = None
+    """Group of each image, such as a patient; the images of a group are in one split."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each image's loss in training."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def relative_path(self, index: int) -> str:
         """Return the path of an image relative to the folder or within the zip file."""
-        return self.paths[index] if self.zipped else os.path.relpath(self.paths[index], self.root)
+        return self.paths[index] if self.zipped else os.path.relpath(self.paths[index], self.base or self.root)
 
     def open(self, index: int) -> str | BinaryIO:
         """Return the path or file object from which Pillow reads an image."""
@@ -315,6 +321,51 @@ def is_image(name: str) -> bool:
 def is_readable(name: str) -> bool:
     """Return whether a file name has the suffix of an image that can be decoded."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def group_by_path(listing: Listing, pattern: str) -> Listing:
+    """Return the listing with groups: what a regular expression finds in relative paths.
+
+    Raises:
+        InputError: the expression is invalid, or does not match a path, or images of a group are in several splits.
+    """
+    option = f"--group-by {pattern}"
+    if listing.groups is not None:
+        raise InputError(f"{option}: {listing.root} has a column of groups; remove one of them")
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option}: not a regular expression ({error}); correct it") from None
+    names = [listing.relative_path(index).replace(os.sep, "/") for index in range(len(listing))]
+    matches = [regex.search(name) for name in names]
+    if None in matches:
+        raise InputError(
+            f"{option}: does not match {names[matches.index(None)]}, nor {matches.count(None) - 1:,} other paths of "
+            f"{listing.root}; every image needs a group"
+        )
+    groups = tuple(match[1] or "" if regex.groups else match[0] for match in matches if match)
+    require_separate_groups(grouped := replace(listing, groups=groups), names)
+    return grouped
+
+
+def require_separate_groups(listing: Listing, places: Sequence[str]) -> None:
+    """Check that the images of each group are in one split.
+
+    Args:
+        listing: Images with or without groups.
+        places: Where each image is, for the message.
+
+    Raises:
+        InputError: they are in several.
+    """
+    first: dict[str, int] = {}
+    for index, group in enumerate(listing.groups or ()):
+        one, other = listing.splits[first.setdefault(group, index)], listing.splits[index]
+        if one != other:
+            raise InputError(
+                f"--data {listing.root}: {places[index]}: group {group!r} is in split {other}, but in split {one} at "
+                f"{places[first[group]]}; put it into one split"
+            )
 
 
 def is_hidden(name: str) -> bool:

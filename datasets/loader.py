@@ -41,7 +41,7 @@ ON_DEVICE = 0.5
 Pixels = tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]
 """Gray levels and class numbers, on the device."""
 Batch = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]
-"""Augmented, normalized images and label distributions."""
+"""Augmented, normalized images and label distributions, which sum to the images' weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,8 @@ class TrainLoader:
         self.augment, self.device, self.rank, self.world = augment, device, rank, world
         self.classes = len(dataset.class_names)
         self.mean, self.std = dataset.statistics(device)
+        weights = dataset.train.weights
+        self.weights = None if weights is None else torch.from_numpy(weights).float()
         self.sampling = Sampling(
             labels=dataset.train.labels.numpy(),
             batch_size=batch_size,
@@ -150,7 +152,8 @@ class TrainLoader:
             rng = self.sampling.generator(DRAWS, epoch, step)
             flip = self.sampling.alternate_flips(batches[step], epoch) if self.augment.alternate_flip else None
             draws = self.augment.draw(rng, len(batches[step]), *images.shape[-2:], flip=flip).part(parts[step])
-            yield self.augment.apply(images, labels, draws, self.mean, self.std, self.classes)
+            weights = None if self.weights is None else self.weights[batches[step][parts[step]]].to(self.device)
+            yield self.augment.apply(images, labels, draws, self.mean, self.std, self.classes, weights)
 
     def read(self, epoch: int, batches: list[np.ndarray], parts: list[slice], start: int) -> Iterator[Pixels]:
         """Yield the images of each batch's part, from step `start` on; `batches` has indices in the split."""

@@ -66,7 +66,13 @@ class DataConfig(Options):
     """Dataset and its splits."""
 
     data: str = option("digits", "common", "path", "evaluation", "shared", "affects_test")
-    """Data set (see smallvit list data), folder or zip file of class folders, or hfds/NAME of Hugging Face."""
+    """Data set (see smallvit list data), folder or zip file of class folders, table of image files (.csv, .tsv or
+    .parquet with columns path and label; optional: split, group, weight), or hfds/NAME of Hugging Face."""
+    columns: str | None = option(None, "evaluation", "shared", "affects_test")
+    """Columns of the table that have other names, e.g. path=file,label=species."""
+    group_by: str | None = option(None, "evaluation", "shared", "affects_test", "draws_test")
+    """Regular expression that finds the group of an image, such as a patient, in its relative path: the first group in
+    parentheses, else the whole match. The images of a group are in one split."""
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
     img_size: int | None = option(None, "common", "evaluation", "shared", ge=1)

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from smallvit.config.config import option_names
 from smallvit.config.options import Amp, DataConfig
 from smallvit.datasets.augment import normalize
 from smallvit.datasets.dataset import ImageDataset
@@ -171,6 +172,7 @@ def check_test_split(
     if tuple(splits) == ("test",):
         now = dataset.describe_training_data(config)["test_split"]
         then = (info.training_data or {}).get("test_split")
+        then = then and {name: getattr(DataConfig, name) for name in option_names("draws_test")} | then
         if now is not None and then is not None and now != then:
             remedy = " ".join(f"{flag(name)} {value}" for name, value in then.items() if value != now[name])
             raise info.error(f"the test split contains images that it was trained on; add {remedy} as in training")

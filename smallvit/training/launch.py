@@ -14,7 +14,7 @@ from typing import Any
 from smallvit.config.config import Config, option_names
 from smallvit.config.model import ALIASES, ARCH, ModelConfig, flatten_spec
 from smallvit.config.options import AUTO_REGULARIZATION, REGULARIZATION
-from smallvit.datasets.catalog import DATASETS, is_hub_source, require_data
+from smallvit.datasets.catalog import DATASETS, is_hub_source, is_manifest, require_data
 from smallvit.models import weights_info
 from smallvit.models.architectures import OURS, require_multiple, require_name
 from smallvit.models.weights_info import WeightsInfo
@@ -71,6 +71,8 @@ def warn_ineffective(config: Config) -> None:
     downloaded = is_hub_source(config.data.data) or getattr(DATASETS.get(config.data.data), "archives", ())
     if config.data.data_dir is not None and not downloaded:
         ineffective.append(("data_dir", "a data set that is downloaded; give a folder of images by --data"))
+    if config.data.columns is not None and not is_manifest(config.data.data):
+        ineffective.append(("columns", "a table; give a .csv, .tsv or .parquet file by --data"))
     for name, needed in ineffective:
         warn(f"{flag(name)} has no effect without {needed}")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from timm.layers import PatchDropout
 from timm.models import VisionTransformer
@@ -88,7 +89,10 @@ class Setup:
     @property
     def objective(self) -> Objective:
         """The loss of labels, and of the teacher's outputs if there is a teacher."""
-        return create_objective(self.config.optim, self.config.distill)
+        objective = create_objective(self.config.optim, self.config.distill)
+        if self.batches.weights is None:
+            return objective
+        return replace(objective, loss=replace(objective.loss, function=partial(weigh_loss, objective.loss.function)))
 
     def augmentation_epoch(self, epoch: int) -> int:
         """Return the epoch whose augmentations an epoch uses: itself, unless --teacher-views repeats earlier ones."""
@@ -177,6 +181,21 @@ class Setup:
                 f"{count} validation images measure an accuracy to within {points:.0f} points: the best epoch is "
                 "partly chance"
             )
+
+
+def weigh_loss(
+    function: Callable[..., Tensor], logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"], **options: Any
+) -> Float[Tensor, ""]:
+    """Return the mean over the batch of each image's loss times its weight, which is the sum of its targets.
+
+    Args:
+        function: A loss that is the mean over a batch.
+        options: The loss's options.
+    """
+    weights = targets.sum(dim=1)
+    shares = targets / weights.clamp(min=torch.finfo(targets.dtype).tiny)[:, None]
+    losses = torch.vmap(lambda x, y: function(x[None], y[None], **options))(logits, shares)
+    return (weights * losses).mean()
 
 
 def create_setup(

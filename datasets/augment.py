@@ -209,7 +209,7 @@ class Augment:
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
         """Return augmented, normalized images and label distributions, multiplied by the images' weights.
 
-        Of two mixed images each label so has its share times the weight of its own image.
+        Of two mixed images each label so has its share times the weight of that label's image.
         """
         fill = (255 * mean).round_().clamp_(max=255).byte() if self.policy_fill == "mean" else GRAY
         x = normalize(self.transform(images, draws, fill), mean, std)

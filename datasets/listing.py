@@ -348,12 +348,12 @@ def group_by_path(listing: Listing, pattern: str) -> Listing:
     return grouped
 
 
-def require_separate_groups(listing: Listing, places: Sequence[str]) -> None:
+def require_separate_groups(listing: Listing, locations: Sequence[str]) -> None:
     """Check that the images of each group are in one split.
 
     Args:
         listing: Images with or without groups.
-        places: Where each image is, for the message.
+        locations: Where each image is, for the message.
 
     Raises:
         InputError: they are in several.
@@ -363,8 +363,8 @@ def require_separate_groups(listing: Listing, places: Sequence[str]) -> None:
         one, other = listing.splits[first.setdefault(group, index)], listing.splits[index]
         if one != other:
             raise InputError(
-                f"--data {listing.root}: {places[index]}: group {group!r} is in split {other}, but in split {one} at "
-                f"{places[first[group]]}; put it into one split"
+                f"--data {listing.root}: {locations[index]}: group {group!r} is in split {other}, but in split {one} "
+                f"at {locations[first[group]]}; put it into one split"
             )
 
 

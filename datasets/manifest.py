@@ -128,8 +128,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def _fail(file: Path, message: str, where: str = "") -> NoReturn:
-    place = f"--data {file}: {where}: " if where else f"--data {file}: "
-    raise InputError(place + escape_unprintable(message))
+    prefix = f"--data {file}: {where}: " if where else f"--data {file}: "
+    raise InputError(prefix + escape_unprintable(message))
 
 
 def _read_table(file: Path, columns: str | None, required: Sequence[str], fail: Callable[..., NoReturn]) -> Table:

@@ -96,7 +96,7 @@ def test_groups_are_held_out_of_every_class_where_that_is_possible() -> None:
 
 
 def test_the_loss_of_an_image_is_multiplied_by_its_weight(image_folder: Path, tmp_path: Path) -> None:
-    """Mixed images: each label has its share times the weight of its own image."""
+    """Mixed images: each label has its share times the weight of that label's image."""
     rows = [[*row, "train" if i % 20 else "test", 1 + i % 3] for i, row in enumerate(rows_of(image_folder, tmp_path))]
     table = write(tmp_path / "a.csv", [["path", "label", "split", "weight"], *rows])
     options = {"data": str(table), "img_size": 8, "device": "cpu", "epochs": 1, "arch": "vit96", "amp": "off"}
@@ -115,7 +115,7 @@ def test_the_loss_of_an_image_is_multiplied_by_its_weight(image_folder: Path, tm
 
 
 def test_unusable_tables_say_where_and_what_to_do(image_folder: Path, tmp_path: Path, smallvit: Command) -> None:
-    """One line each with exit code 2: file, place and remedy."""
+    """Name file, location and remedy in one line, with exit code 2."""
     good = [[*row, "train" if i % 5 else "test", f"g{i}", 1] for i, row in enumerate(rows_of(image_folder, tmp_path))]
     table = tmp_path / "a.csv"
 

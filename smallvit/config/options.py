@@ -223,6 +223,12 @@ class OptimConfig(Options):
     """Share of a ViT's patches that are dropped at random in each training step, which saves their computations."""
     patch_drop_ratio: float = option(0.8, ge=0, le=1)
     """Share of the steps after which no patches are dropped any more."""
+    progressive_size: int | None = option(None, ge=1)
+    """Image size in pixels for the first part of training, below --img-size: progressive resizing, which saves time."""
+    progressive_ratio: float = option(0.7, ge=0, le=1)
+    """Share of the steps after which images have their whole size."""
+    val_interval: int = option(1, ge=1)
+    """Epochs from one evaluation on validation images to the next; the last epoch is always evaluated."""
     clip_grad: float | None = option(None, gt=0)
     """Maximum norm of the whole gradient; not clipped by default."""
 

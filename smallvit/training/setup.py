@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from timm.layers import PatchDropout
-from timm.models import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -31,6 +29,7 @@ from smallvit.training import optim
 from smallvit.training.launch import apply_regularization, resolve
 from smallvit.training.losses import Objective, create_objective
 from smallvit.training.optim import InitialWeights
+from smallvit.training.token_saving import TokenSaving
 from smallvit.utils import distributed, hardware
 from smallvit.utils.distributed import World
 from smallvit.utils.errors import InputError
@@ -79,8 +78,8 @@ class Setup:
     schedule: Scheduler
     average: ModelEmaV3 | None
     """Exponential moving average of the weights."""
-    patch_dropout: PatchDropout | None
-    """The model's layer that drops patches."""
+    saving: TokenSaving
+    """Tokens that training omits at first."""
     teacher: Teacher | None
     """The model to distill from."""
     world: World
@@ -262,7 +261,7 @@ def create_setup(
     if getattr(model, "head_dist", None) is not None:
         model.set_distilled_training(config.distill.distill == "token")
     set_fused_attention(model, device.type, dtype)
-    patch_dropout = _add_patch_dropout(model, config, spec)
+    saving = TokenSaving(model, config, spec)
     model, average = _move_model(model, config, device, world)
     trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
     replicated = distributed.replicate(trained, world, device)
@@ -292,7 +291,7 @@ def create_setup(
         frozen_norms=optim.find_frozen_norms(model),
         initial=initial,
         average=average,
-        patch_dropout=patch_dropout,
+        saving=saving,
         teacher=teacher,
         world=world,
     )
@@ -308,25 +307,6 @@ def _initialize(model: nn.Module, weight_init: str) -> None:
         initialize(model, weight_init)
     except TypeError as error:
         raise InputError(f"--weight-init {weight_init}: {error}") from None
-
-
-def _add_patch_dropout(model: nn.Module, config: Config, spec: Mapping[str, Any]) -> PatchDropout | None:
-    """Let a ViT drop patches in training, if --patch-drop-rate asks for it.
-
-    Source: Liu et al. 2022, arXiv:2208.07220.
-    """
-    rate = config.optim.patch_drop_rate
-    if not rate:
-        return None
-    grids = [f"--{name}" for name in spec["plugins"] if PLUGINS[name].whole_grid]
-    if not isinstance(model, VisionTransformer):
-        grids.append(f"--arch {config.model.arch}")
-    if config.distill.teacher and config.distill.distill == "features":
-        grids.append("--distill features")
-    if grids:
-        raise InputError(f"--patch-drop-rate {rate}: cannot be combined with {grids[0]}, which needs all patches")
-    model.patch_drop = PatchDropout(rate, num_prefix_tokens=model.num_prefix_tokens)
-    return model.patch_drop
 
 
 def _require_same(

@@ -167,9 +167,7 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     strength = plugin_strength(number, start or setup.steps, config.optim.plugin_warmup_ratio)
     set_strength(setup, model, strength)
     setup.schedule.step_update(number - start)
-    if setup.patch_dropout is not None:
-        dropping = number <= config.optim.patch_drop_ratio * setup.steps
-        setup.patch_dropout.prob = config.optim.patch_drop_rate if dropping else 0.0
+    setup.saving.step(number / setup.steps)
     for norm in setup.frozen_norms:
         norm.eval()
     torch.manual_seed(_seed(config.run.seed, MODEL_STREAM, epoch, step, setup.world.rank))
@@ -204,7 +202,7 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
         teacher_outputs = None if setup.teacher is None else setup.teacher(part, (*position, number))
         with distributed.sync_last_backward(setup.replicated, last=number == len(parts)):
             with hardware.autocast(setup.device, setup.dtype):
-                outputs = setup.objective(setup.forward, part, part_targets, teacher_outputs)
+                outputs = setup.objective(setup.forward, setup.saving.shrink(part), part_targets, teacher_outputs)
             loss = outputs["loss"] * (len(part) / size)
             setup.scaler.scale(loss * world.size).backward()  # gradients are averaged over the processes
         share += loss.detach()
@@ -219,9 +217,12 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
     if setup.world.size > 1:
         for each in (model, setup.eval_model):
             distribute_bn(each, setup.world.size)  # those of the main process, as DDP has them within the epoch
-    val = setup.evaluate("val", wrap=checkpointer.stop_on_signal)
-    raw = setup.evaluate("val", model=model, wrap=checkpointer.stop_on_signal) if setup.average is not None else None
-    best = val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss)
+    epoch, optim = state.epoch + 1, setup.config.optim
+    due = epoch % optim.val_interval == 0 or epoch == optim.epochs
+    evaluate = partial(setup.evaluate, "val", wrap=checkpointer.stop_on_signal) if due else lambda **_: None
+    val = evaluate()
+    raw = evaluate(model=model) if setup.average is not None else None
+    best = due and (val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss))
     if best:
         state.best_epoch = state.epoch + 1
     if best and val is not None:

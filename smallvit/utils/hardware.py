@@ -279,7 +279,7 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
     """Return the model, compiled in one of `MODES` unless `how` is off."""
     for noisy in ("torch.utils.cpp_extension", "torch._logging._internal"):  # they warn without CUDA or a profile
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    return model if how == "off" else torch.compile(model, mode=MODES[how])
+    return model if how == "off" else torch.compile(model, mode=MODES[how], dynamic=False)  # one or two shapes
 
 
 def is_convolutional(model: nn.Module) -> bool:

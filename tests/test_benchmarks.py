@@ -125,7 +125,7 @@ def test_time_to_accuracy_lengthens_the_schedule_until_the_target_is_reached(
     module = _module("time_to_accuracy", monkeypatch)
     trained: list[float] = []
 
-    def train_ours(given: object, seed: int, share: float, out: Path) -> object:
+    def train_ours(given: object, row: str, seed: int, share: float, out: Path) -> object:
         trained.append(share)
         return module.Outcome(top1=100.0 if share >= 0.5 else 0.0, seconds=1.0, images=10)
 

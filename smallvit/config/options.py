@@ -299,9 +299,13 @@ class ComputeConfig(Options):
     """With torchrun: shard weights, gradients and optimizer state over the devices (FSDP)."""
     sync_bn: bool = False
     """With torchrun: batch norm over the images of all devices."""
+    processes: str = option("1", "resumable", "local")
+    """Processes that share each batch on a CPU, with equal parts of the threads, or auto: one per thread."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        valid = self.processes == "auto" or (self.processes.isdecimal() and int(self.processes) > 0)
+        require(valid, "processes", self.processes, "auto or a number above 0")
         if self.fsdp and self.sync_bn:
             raise InputError("--fsdp and --sync-bn cannot be combined; remove one of them")
 

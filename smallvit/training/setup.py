@@ -23,7 +23,6 @@ from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
 from smallvit.models import factory
-from smallvit.plugins import PLUGINS
 from smallvit.plugins.patch import describe
 from smallvit.training import optim
 from smallvit.training.launch import apply_regularization, resolve
@@ -331,7 +330,7 @@ def _move_model(
             model.to(memory_format=torch.channels_last)
     if compute.grad_checkpointing:
         factory.enable_grad_checkpointing(model, config.model.arch)
-    if compute.sync_bn:
+    if compute.sync_bn or (compute.processes != "1" and world.size > 1):
         model = distributed.convert_sync_bn(model, world, device)
     average = optim.create_average(model, config.optim)
     if compute.fsdp:

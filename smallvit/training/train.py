@@ -23,6 +23,7 @@ from smallvit.runs.run import Run
 from smallvit.training.checkpointing import Checkpointer, RunState
 from smallvit.training.launch import open_run
 from smallvit.training.optim import plugin_strength
+from smallvit.training.processes import start_processes
 from smallvit.training.setup import Setup, create_setup
 from smallvit.utils import distributed, hardware
 from smallvit.utils.signals import SignalHandler
@@ -52,7 +53,7 @@ def train(config: Config) -> TrainResult:
 
 def fit(run: Run) -> TrainResult:
     """Train in an open run folder, from the start or from its last checkpoint."""
-    with distributed.init_distributed() as world:
+    with start_processes(run.config), distributed.init_distributed() as world:
         run.follow(*world.send((run.folder, run.config)))
         console = create_console(quiet=not world.main)
         if (summary := world.send(run.read_summary() if world.main else None)) is not None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from smallvit.utils.errors import InputError, PeerExitedError, first_line
@@ -171,6 +173,7 @@ def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module
     if world.size == 1 or is_sharded(model):
         return model
     ids = [device.index] if device.type == "cuda" else None
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # depthwise convolutions
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
@@ -178,11 +181,62 @@ def convert_sync_bn(model: nn.Module, world: World, device: torch.device) -> nn.
     """Return the model with batch norm over the images of all processes.
 
     Raises:
-        InputError: There is no GPU, or only one process.
+        InputError: There is only one process, or a CPU and a batch norm that is not torch's.
     """
-    if world.size == 1 or device.type != "cuda":
-        raise InputError("--sync-bn: for several GPUs only; start with torchrun --nproc-per-node N -m smallvit")
-    return convert_sync_batchnorm(model)
+    if world.size == 1:
+        raise InputError("--sync-bn: there is only one process; start with torchrun --nproc-per-node N -m smallvit")
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in CPUBatchNorm.kinds:
+            module.__class__ = CPUBatchNorm.kinds[type(module)]
+        elif isinstance(module, _BatchNorm):
+            raise InputError(
+                f"batch norm of class {type(module).__name__} takes one process on a CPU; use --processes 1"
+            )
+    return model
+
+
+class _Sum(torch.autograd.Function):
+    """Sum a tensor over the processes; so are the gradients with respect to the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return World(size=dist.get_world_size()).total(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return World(size=dist.get_world_size()).total(gradient.contiguous())
+
+
+class CPUBatchNorm(_BatchNorm):
+    """Batch norm over the images of all processes, which torch has for GPUs only."""
+
+    kinds: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}
+    """Class by torch's class, with the same parameters and buffers."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        channels, dims = x.shape[1], [0, *range(2, x.ndim)]
+        values = x.float()
+        count = values.new_tensor([values.numel() // channels])
+        sums = _Sum.apply(torch.cat([values.sum(dims), values.square().sum(dims), count]))
+        mean, square = (sums[:-1] / sums[-1]).split(channels)
+        var = square - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = var * (sums[-1] / (sums[-1] - 1))
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(unbiased.detach(), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shape = [1, channels] + [1] * (x.ndim - 2)
+        return (values * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+for _kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+    CPUBatchNorm.kinds[_kind] = type(f"CPU{_kind.__name__}", (CPUBatchNorm, _kind), {"__module__": __name__})
 
 
 def sync_last_backward(model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -47,8 +47,8 @@ def command(out: Path, **options: object) -> subprocess.Popen[str]:
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in found.split()]
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def convert_sync_bn(model: nn.Module, world: World, device: torch.device) -> nn.
     if device.type == "cuda":
         return convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) in CPUBatchNorm.kinds:
+        if type(module) in CPUBatchNorm.kinds and module.affine and module.track_running_stats:
             module.__class__ = CPUBatchNorm.kinds[type(module)]
         elif isinstance(module, _BatchNorm):
             raise InputError(

@@ -295,17 +295,32 @@ DEIT_CIFAR100 = Experiment(
     flags=HELD_OUT,
 )
 
+BASIC = "best, basic augmentation"
+"""Label of the recipe best with crops and flips alone."""
+SHORT_BEST = "vit96+stem+lsa+ffn,recipe=best"
 QUICK_CIFAR100 = Experiment(
-    title="Short trainings on cifar100",
+    title="Short trainings of a small ViT: 2 passes over 30% of the images of cifar100",
     data="cifar100",
-    epochs=40,
+    epochs=2,
     seeds=3,
     trials=(
-        Trial(label="quick", spec="vit+spt+lsa,recipe=quick", baseline="lee2021"),
-        Trial(label="lee2021", spec="vit+spt+lsa,recipe=lee2021,auto_augment=autoaugment-cifar10"),
-        cnn("resnet56"),
+        Trial(label="lee2021", spec="vit96,recipe=lee2021,auto_augment=autoaugment-cifar10"),
+        Trial(label="quick", spec="vit96+spt+lsa,recipe=quick", baseline="lee2021"),
+        Trial(label="best", spec=f"{SHORT_BEST},auto_augment=autoaugment-cifar10", baseline="lee2021"),
+        Trial(label=BASIC, spec=f"{SHORT_BEST},aug=basic", baseline="best"),
+        Trial(label="24 px at first", spec=f"{SHORT_BEST},aug=basic,progressive_size=24", baseline=BASIC),
+        Trial(label="alternating flip", spec=f"{SHORT_BEST},aug=basic,alternate_flip=true", baseline=BASIC),
+        Trial(label="batches of 32", spec=f"{SHORT_BEST},aug=basic,batch_size=32", baseline=BASIC),
+        Trial(label="AdamW", spec=f"{SHORT_BEST},aug=basic,opt=adamw", baseline=BASIC),
+        Trial(label="SPT and LSA", spec="vit96+spt+lsa,recipe=best,aug=basic", baseline=BASIC),
+        Trial(
+            label="half of the patches dropped",
+            spec="vit96+spt+lsa,recipe=best,aug=basic,patch_drop_rate=0.5",
+            baseline="SPT and LSA",
+        ),
+        cnn("resnet32"),
     ),
-    flags=HELD_OUT,
+    flags=HELD_OUT | {"train_fraction": 0.3},
 )
 
 
@@ -431,6 +446,7 @@ PLUGIN_ROWS = {
     "SPT, LSA, FFN without batch norm": "vit96+spt+lsa+ffn,ffn_norm=false",
     "SPT, LSA, FFN without residual": "vit96+spt+lsa+ffn,ffn_residual=false",
     "SPT, LSA, FFN, class token reweighted": "vit96+spt+lsa+ffn,ffn_class_token=reweight",
+    "stem, LSA, FFN without batch norm": "vit96+stem+lsa+ffn,ffn_norm=false",
     "SPT, LSA, XSA": "vit96+spt+lsa+xsa",
     "SPT, LSA, mimetic": "vit96+spt+lsa,weight_init=mimetic",
     "SPT, LSA, impulse": "vit96+spt+lsa,weight_init=impulse",

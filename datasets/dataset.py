@@ -1,6 +1,6 @@
 """Hold labeled images in memory or on disk, and split them.
 
-Axes: n images, c channels, h w pixels.
+Axes: n images, c channels, h w pixels, k classes.
 """
 
 from __future__ import annotations
@@ -232,6 +232,17 @@ class ImageDataset:
     def in_chans(self) -> int:
         """Number of channels: 1 gray, 3 color."""
         return self.train.channels
+
+    @property
+    def class_counts(self) -> Int64[Tensor, " k"]:
+        """Number of training images of each class."""
+        return torch.bincount(self.train.labels, minlength=len(self.class_names))
+
+    @property
+    def imbalance_ratio(self) -> float:
+        """Number of training images of the largest class divided by that of the smallest."""
+        counts = self.class_counts
+        return (counts.max() / counts[counts > 0].min()).item()
 
     @property
     def source_hash(self) -> str:

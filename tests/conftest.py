@@ -38,7 +38,7 @@ def _no_curves() -> Iterator[None]:
     """Replace the plot at the end of a run, which takes as long as a short training, by a small image."""
 
     @functools.wraps(curves.plot_curves)
-    def write_pixel(_history: object, path: Path, _title: str) -> None:
+    def write_pixel(_history: object, path: Path, *_: object) -> None:
         Image.new("L", (1, 1)).save(path)
 
     with pytest.MonkeyPatch.context() as patch:

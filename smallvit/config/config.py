@@ -43,6 +43,15 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        corrections = {
+            "--balanced": self.data.balanced,
+            "--class-weights balanced": self.optim.class_weights == "balanced",
+            "--logit-adjustment": self.optim.logit_adjustment > 0,
+        }
+        if len(used := [name for name, on in corrections.items() if on]) > 1:
+            raise InputError(f"{used[0]} and {used[1]} correct the class frequencies twice; give one of them")
+
     @classmethod
     def build(cls, /, **options: Any) -> Config:
         """Create a configuration from flat options: `Config.build(arch="vit", spt=True, data="digits")`.

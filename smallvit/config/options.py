@@ -188,6 +188,12 @@ class OptimConfig(Options):
     """Loss of the labels."""
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     """Own options of losses, by name: <loss>_<option>."""
+    class_weights: str | None = option(None, "path")
+    """Weights of the classes in the loss: balanced (in inverse proportion to their numbers of images), or a CSV file
+    with the columns class and weight; none by default."""
+    logit_adjustment: float = option(0.0, ge=0)
+    """Factor of the log of the class frequencies, which is added to the logits in training; 1 aims at balanced
+    accuracy, 0 adds nothing."""
     opt: str = "adamw"
     """Optimizer, by timm's name: adamw, lamb, lion, muon, sgd, ..."""
     lr: float = option(1e-3, "common", gt=0)
@@ -329,6 +335,8 @@ class RunConfig(Options):
     """Maximum time between two checkpoints; one is written after each epoch too."""
     keep_resume: bool = option(False, "resumable", "local")
     """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
+    select_by: Literal["top1", "macro_f1", "balanced_accuracy", "loss"] = option("top1", "shared")
+    """Validation metric that chooses the best epoch."""
     keep: int = option(0, "resumable", ge=0)
     """Number of latest epochs whose weights are kept, in addition to last and best."""
     log: str | None = option(None, "resumable", "shared", "local")

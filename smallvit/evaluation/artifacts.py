@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from smallvit.evaluation.metrics import Outputs
-from smallvit.evaluation.stats import METHODS, format_comparison, list_confusions
+from smallvit.evaluation.stats import METHODS, format_class_means, format_comparison, list_confusions
 from smallvit.models import weights_info
 from smallvit.runs.run import Run
 from smallvit.utils.errors import collapse_whitespace
@@ -213,6 +213,8 @@ def _format_headline(record: dict[str, Any]) -> Iterator[str]:
         f"top-1 {record['top1']:.2f} % ({METHODS[record['interval_method']]} {low:.2f} to {high:.2f}){top5}   "
         f"loss {record['loss']:.4f}   calibration error {record['ece']:.2f} %"
     )
+    if means := format_class_means(record):
+        yield means
 
 
 def _class_rows(classes: list[dict[str, Any]]) -> list[list[str]]:

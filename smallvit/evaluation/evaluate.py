@@ -24,7 +24,9 @@ def evaluate(
     flip: bool = False,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, float]:
-    """Compute top-1 accuracy in percent and mean cross-entropy over batches.
+    """Compute accuracy, macro F1 and balanced accuracy in percent, and mean cross-entropy over batches.
+
+    Macro F1 and balanced accuracy are means over the classes with images, as scikit-learn's.
 
     Args:
         model: The model.
@@ -35,25 +37,37 @@ def evaluate(
         total: Adds up sums over torchrun's processes.
 
     Returns:
-        `top1`, `loss`, and the number of `images`.
+        `top1`, `macro_f1`, `balanced_accuracy`, `loss`, and the number of `images`.
 
     Raises:
         InputError: There are no images.
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(3, device=device)
+    sums: Tensor | float = 0.0
     without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode  # FSDP keeps gathered weights
     for images, labels in batches:
         with without_gradients():
             logits = compute_logits(model, images, device, dtype, flip=flip)
             loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
-            sums += torch.stack([(logits.argmax(dim=1) == labels).sum(), loss, (labels != IGNORED_LABEL).sum()])
+            predicted, counted = logits.argmax(dim=1), labels != IGNORED_LABEL
+            classes = torch.stack([labels, labels, predicted]).clamp(min=0)
+            values = torch.stack([predicted == labels, counted, counted]).float()
+            counts = logits.new_zeros(3, logits.shape[1]).scatter_add_(1, classes, values)
+            sums += torch.cat([loss[None], counts.flatten()])
     model.train(training)
-    correct, loss, count = total(sums).tolist()
-    if not count:
+    loss, *counts = total(sums).cpu().double().split([1, *3 * [(len(sums) - 1) // 3]])
+    correct, images, predicted = counts  # of each class
+    if not (count := images.sum().item()):
         raise InputError("none of the images can be decoded")
-    return {"top1": 100 * correct / count, "loss": loss / count, "images": int(count)}
+    present = images > 0
+    return {
+        "top1": 100 * correct.sum().item() / count,
+        "macro_f1": 100 * (2 * correct / (images + predicted))[present].mean().item(),
+        "balanced_accuracy": 100 * (correct / images)[present].mean().item(),
+        "loss": loss.item() / count,
+        "images": int(count),
+    }
 
 
 def compute_logits(

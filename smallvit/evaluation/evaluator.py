@@ -183,6 +183,7 @@ def evaluate_run(
         "data": escape_undecodable(infos[0].data if is_trained_on(infos[0], dataset) else dataset.name),
         "split": split,
         **metrics.compute_metrics(outputs, tasks[0].class_names),
+        "imbalance_ratio": dataset.imbalance_ratio,
         "skipped_images": len(tasks[0].labels) - len(outputs),
         "flip": flip,
         "robustness": robust if robustness else None,

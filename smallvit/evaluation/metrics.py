@@ -96,6 +96,7 @@ def compute_metrics(outputs: Outputs, class_names: Sequence[str]) -> dict[str, A
     """Compute all metrics; classes are indices into `class_names`."""
     interval, method = accuracy_interval(int(outputs.correct.sum()), len(outputs))
     bins = bin_confidence(outputs.probability, outputs.correct)
+    by_class = compute_class_metrics(outputs, class_names)
     confusion = confusion_matrix(outputs.label, outputs.predicted, labels=np.arange(len(class_names)))
     return {
         "images": len(outputs),
@@ -105,7 +106,9 @@ def compute_metrics(outputs: Outputs, class_names: Sequence[str]) -> dict[str, A
         "interval": interval,
         "interval_method": method,
         "ece": compute_calibration_error(bins),
-        **compute_class_metrics(outputs, class_names),
+        "macro_f1": by_class["macro"]["f1"],
+        "balanced_accuracy": by_class["macro"]["recall"],
+        **by_class,
         "confusion": confusion.tolist(),
         "reliability": bins,
     }

@@ -20,6 +20,8 @@ METHODS = {"bootstrap": "95 % interval", "clopper-pearson": "95 % Clopper-Pearso
 """How an interval was computed, in words."""
 SIGNIFICANCE = 0.05
 """Largest p-value of a significant difference."""
+UNEQUAL = 1.5
+"""Ratio of the largest to the smallest class from which means over classes are printed."""
 
 
 def accuracy_interval(correct: int, images: int) -> tuple[list[float], str]:
@@ -88,6 +90,19 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         f"{difference:+.2f} points ({method} {low:+.2f} to {high:+.2f}), {significant} ({test}; only the first is "
         f"correct on {comparison['only_one']:,} images, only the second on {comparison['only_other']:,})"
     )
+
+
+def has_unequal_classes(record: dict[str, Any]) -> bool:
+    """Return whether the classes of a run's or an evaluation's data have clearly unequal numbers of images."""
+    return record.get("imbalance_ratio", 1) >= UNEQUAL
+
+
+def format_class_means(record: dict[str, Any], prefix: str = "") -> str:
+    """Format macro F1 and balanced accuracy; empty if the classes have about equal numbers of images."""
+    if not has_unequal_classes(record):
+        return ""
+    f1, balanced = (record[prefix + name] for name in ("macro_f1", "balanced_accuracy"))
+    return f"macro F1 {f1:.2f} %   balanced accuracy {balanced:.2f} %"
 
 
 def list_confusions(metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 from smallvit import __version__
 from smallvit.config.config import default_options, format_train_command, option_names, option_types
 from smallvit.config.spec import format_value
-from smallvit.evaluation.stats import format_comparison, list_confusions
+from smallvit.evaluation.stats import format_comparison, has_unequal_classes, list_confusions
 from smallvit.plugins import PLUGINS
 from smallvit.report import pictures
 from smallvit.report.run_summary import RunSummary
@@ -72,8 +72,9 @@ def _describe(run: RunSummary) -> dict[str, Any]:
         "config": config,
         "history": run.view.history,
         "plugins": [PLUGINS[name].label for name in run.plugins],
+        "unequal": has_unequal_classes(run.summary),
         "weights_sha256": (metrics or run.attention or {}).get("weights_sha256"),
-        "curves": pictures.plot_training(run.view.history),
+        "curves": pictures.plot_training(run.view.history, run.best),
         "pictures": run.gallery.test,
         "attention": run.gallery.attention,
         "confusions": list_confusions(metrics)[:MAX_CONFUSIONS] if metrics else [],

@@ -11,6 +11,7 @@ from smallvit.config.config import format_train_command, option_names, strip_fol
 from smallvit.config.model import added_plugins, is_binaryvit
 from smallvit.datasets.catalog import DATASETS
 from smallvit.evaluation.predictor import Predictor
+from smallvit.evaluation.stats import has_unequal_classes
 from smallvit.export.timm_folder import is_timm_model
 from smallvit.export.verify import describe_preprocessing
 from smallvit.models import binaryvit, cifar_resnet, lee2021
@@ -75,6 +76,7 @@ def render_model_card(
         top1=top1,
         interval=metrics["interval"] if metrics else summary.interval,
         metrics=metrics,
+        unequal=has_unequal_classes(summary.summary),
         summary={"val_top1": None, "git_revision": None} | summary.summary,
         is_timm=is_timm_model(spec | {"img_size": model.img_size}),
         repository=repository or PLACEHOLDER,

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from smallvit.runs.curves import finite_points
-from smallvit.runs.run import ATTENTION, METRICS, best_epoch
+from smallvit.runs.run import ATTENTION, METRICS
 from smallvit.utils.errors import first_line
 
 STYLE = {
@@ -71,8 +71,12 @@ class Gallery:
 # Charts
 
 
-def plot_training(history: list[dict[str, Any]]) -> list[Picture]:
-    """Plot loss, accuracy, learning rate and LSA temperatures over the epochs, as far as they were recorded."""
+def plot_training(history: list[dict[str, Any]], best: dict[str, Any] | None) -> list[Picture]:
+    """Plot loss, accuracy, learning rate and LSA temperatures over the epochs, as far as they were recorded.
+
+    Args:
+        best: Metrics of the best epoch, which is marked.
+    """
     names = ("train_loss", "val_loss", "val_top1", "lr")
     training, validation, top1, rates = (finite_points(history, name) for name in names)
     charts: list[tuple[str, str, dict[str, Points]]] = [
@@ -81,7 +85,6 @@ def plot_training(history: list[dict[str, Any]]) -> list[Picture]:
         ("Learning rate", "learning rate", {"learning rate": rates}),
         ("Learned temperatures (LSA)", "factor of the scores", _mean_temperatures(history)),
     ]
-    best = best_epoch(history)
     marked = {} if best is None else {"Validation accuracy": (best["epoch"], best["val_top1"])}
     return [plot_lines(*chart, marked.get(chart[0])) for chart in charts if any(chart[2].values())]
 

@@ -69,8 +69,8 @@ class RunSummary:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """Metrics of the epoch with the best validation accuracy; None without validation."""
-        return best_epoch(self.view.history)
+        """Metrics of the best epoch on validation images; None without validation."""
+        return best_epoch(self.view.history, self.view.config.run.select_by)
 
     @cached_property
     def gallery(self) -> Gallery:

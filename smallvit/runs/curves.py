@@ -91,14 +91,14 @@ def finite_points(history: list[dict[str, Any]], name: str) -> list[tuple[int, f
 # PNG
 
 
-def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by: str = "top1") -> None:
     """Plot loss, accuracy and learning rate per epoch as a PNG."""
     from matplotlib.figure import Figure
 
     from smallvit.utils.plots import save_figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    best = best_epoch(history)
+    best = best_epoch(history, select_by)
     for axes, (ylabel, metrics) in zip(figure.subplots(1, len(PLOTS)), PLOTS.items(), strict=True):
         for name, (label, _, color) in metrics.items():
             points = finite_points(history, name)
@@ -169,7 +169,7 @@ def format_headline(view: RunView) -> Text:
         return text.append(f"no epoch of {epochs} finished yet")
     last = history[-1]
     figures = [f"epoch {last['epoch']}/{epochs}"]
-    if (best := best_epoch(history)) is not None:
+    if (best := best_epoch(history, view.config.run.select_by)) is not None:
         figures.append(f"best val {best['val_top1']:.2f} % (epoch {best['epoch']})")
     figures.append(f"{last['images_per_second']:,.0f} images/s")
     if view.summary is not None:

@@ -3,7 +3,7 @@
 config.json                           all options, flat; `Config.from_dict(json)` repeats the run
 metrics.jsonl                         one JSON object per epoch
 last.safetensors                      weights after the last epoch, with the metadata that rebuild the model
-best.safetensors                      weights of the epoch with the highest validation accuracy
+best.safetensors                      weights of the best epoch on validation images
 epoch-0007.safetensors, ...           weights of single epochs, with --keep
 resume.safetensors                    weights and optimizer state to resume from
 curves.png                            loss, accuracy and learning rate per epoch
@@ -171,10 +171,11 @@ def is_follower() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def best_epoch(history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the metrics of the best epoch by validation accuracy, then loss; None if none was validated."""
+def best_epoch(history: Iterable[dict[str, Any]], select_by: str) -> dict[str, Any] | None:
+    """Return the metrics of the first best epoch by a validation metric, then loss; None if none was validated."""
     validated = [line for line in history if None not in (line["val_top1"], line["val_loss"])]
-    return max(validated, key=lambda line: (line["val_top1"], -line["val_loss"]), default=None)
+    sign = -1 if select_by == "loss" else 1
+    return max(validated, key=lambda line: (sign * line[f"val_{select_by}"], -line["val_loss"]), default=None)
 
 
 def read_config(folder: Path) -> Config:

@@ -43,7 +43,11 @@ class Checkpointer:
         teacher = None if setup.teacher is None else setup.teacher.fingerprint
         initial = setup.initial
         self.state = RunState(
-            images=setup.dataset.fingerprint, teacher=teacher, init=initial.fingerprint, new=list(initial.new)
+            images=setup.dataset.fingerprint,
+            teacher=teacher,
+            class_weights=setup.objective.class_weights,
+            init=initial.fingerprint,
+            new=list(initial.new),
         )
         self.losses = torch.zeros(len(setup.batches), device=setup.device)
         """Loss of each step of the current epoch, this process's share."""
@@ -252,6 +256,8 @@ class RunState:
     """Fingerprint of the dataset."""
     teacher: str | None = None
     """Fingerprint of the teacher's weights."""
+    class_weights: list[float] | None = None
+    """Weights of the classes in the loss."""
     init: str | None = None
     """Fingerprint of the initial weights, if training started from any."""
     new: list[str] = field(default_factory=list)
@@ -263,8 +269,6 @@ class RunState:
     losses: list[float] = field(default_factory=list)
     """Losses of these steps."""
     best_epoch: int = 0
-    best_val_top1: float = -1.0
-    best_val_loss: float = math.inf
     seconds: float = 0.0
     """Time of training and validation in completed epochs."""
     epoch_seconds: float = 0.0

@@ -20,7 +20,7 @@ from smallvit.models.architectures import OURS, require_multiple, require_name
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, RunExistsError, is_follower, read_config
-from smallvit.training.losses import LOSSES, create_objective, get_loss, loss_option_names
+from smallvit.training.losses import LOSSES, create_objective, get_loss, loss_option_names, read_class_weights
 from smallvit.utils import files
 from smallvit.utils.errors import InputError, flag, warn
 from smallvit.utils.files import LOCK, partial_name
@@ -88,6 +88,9 @@ def open_run(config: Config) -> Run:
     create_objective(config.optim, config.distill)
     warn_ineffective(config)
     paths = {name: path and files.absolute_name(path) for name, path in _weights(config).items()}
+    if (file := config.optim.class_weights) not in (None, "balanced"):
+        paths["class_weights"] = os.path.realpath(os.path.expanduser(file))
+        read_class_weights(paths["class_weights"])  # before images are decoded
     config = config.replace(data=_absolute(config.data.data), **paths)
     if config.run.resume is not None:
         return _resume(Path(os.path.expanduser(config.run.resume)), config)

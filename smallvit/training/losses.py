@@ -9,6 +9,15 @@ weight λ and temperature τ:
     features L(s, y) + λ Σ mean((up(F) − up(A f))²), feature maps F of the teacher and f of the student (`teacher`)
 
 L is the loss of the labels. A model with two heads gives both logits; the first term takes the class head's.
+
+Labels are distributions y, smoothed or mixed, and the classes have weights w and frequencies π in the batches:
+
+    cross-entropy    L = −Σ_c w_c y_c log p_c, with p = softmax(s + τ log π)
+    focal            L = −Σ_c w_c y_c (1 − p_c)^γ log p_c
+
+Weights are scaled to a mean of 1 over the images of an epoch, and L is the mean over a batch, so that neither the size
+of the gradients nor the teacher's share depends on the weights' scale or on the classes in a batch. The term τ log π is
+logit adjustment (Menon et al. 2020, arXiv:2007.07314); the teacher's term takes the logits s without it.
 torch is imported inside functions, so that the command line lists losses and their options without it.
 
 Axes: b batch, k classes.
@@ -16,9 +25,11 @@ Axes: b batch, k classes.
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallvit.config.options import DistillConfig, OptimConfig
@@ -30,12 +41,47 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"], *, label_smoothing: float = 0.0
+    logits: Float[Tensor, "b k"],
+    targets: Float[Tensor, "b k"],
+    *,
+    label_smoothing: float = 0.0,
+    weight: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the cross-entropy against smoothed label distributions."""
+    """Return the cross-entropy against smoothed label distributions, with weights of the classes."""
     import torch.nn.functional as F
 
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), targets, weight, label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalOptions:
+    """Options of the focal loss."""
+
+    gamma: float = 2.0
+    """Exponent of the factor (1 − p) that reduces the loss of images classified well; 0 gives cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise ValueError(f"gamma {self.gamma}: expected 0 or more")
+
+
+def focal_loss(
+    logits: Float[Tensor, "b k"],
+    targets: Float[Tensor, "b k"],
+    *,
+    gamma: float,
+    label_smoothing: float = 0.0,
+    weight: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the focal loss of softmax probabilities against smoothed label distributions.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, equation 5, with a softmax and a weight α for each class.
+    """
+    targets = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
+    log_p = logits.float().log_softmax(dim=1)
+    weighted = targets if weight is None else targets * weight
+    factor = (1 - log_p.exp()).clamp(min=1e-6) ** gamma  # at 0 the gradient is infinite if γ < 1
+    return -(weighted * factor * log_p).sum(dim=1).mean()
 
 
 def binary_cross_entropy(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
@@ -106,6 +152,8 @@ class Loss:
     `__post_init__` that opens with a field, as `gamma -1.0: expected 0 or more`, is shown as an error of the flag."""
     label_smoothing: bool = False
     """Whether the function takes `label_smoothing` and smooths the targets itself."""
+    softmax: bool = False
+    """Whether it is a loss of softmax probabilities that takes `weight`, one for each class."""
     distillation: bool = False
     """Whether the targets are a teacher's outputs; chosen by --distill instead of --loss."""
     features: bool = False
@@ -119,10 +167,18 @@ LOSSES: dict[str, Loss] = {
         help="cross-entropy",
         function=cross_entropy,
         label_smoothing=True,
+        softmax=True,
     ),
     "bce": Loss(
         help="one binary cross-entropy per class; both labels of a mixed image count fully",
         function=binary_cross_entropy,
+    ),
+    "focal": Loss(
+        help="cross-entropy with less weight on images that are classified well",
+        function=focal_loss,
+        options=FocalOptions,
+        label_smoothing=True,
+        softmax=True,
     ),
     "soft": Loss(
         help="the teacher's probabilities",
@@ -160,6 +216,13 @@ class Objective:
     distillation_options: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 0.0
     """Weight λ of the teacher's term."""
+    adjustment: Float[Tensor, " k"] | None = None
+    """Logit adjustment τ log π of the labels' term."""
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """Weights of the classes in the labels' term."""
+        return self.options["weight"].tolist() if "weight" in self.options else None
 
     def __call__(
         self,
@@ -175,7 +238,8 @@ class Objective:
         """
         outputs = model(images)
         logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-        loss = self.loss.function(logits, targets, **self.options)
+        adjusted = logits if self.adjustment is None else logits.float() + self.adjustment
+        loss = self.loss.function(adjusted, targets, **self.options)
         if self.distillation is not None:
             term = self.distillation.function(distilled, teacher_outputs, **self.distillation_options)
             label_weight = 1.0 if self.distillation.features else 1 - self.weight
@@ -183,25 +247,95 @@ class Objective:
         return {"loss": loss, "logits": logits}
 
 
-def create_objective(optim: OptimConfig, distill: DistillConfig | None = None) -> Objective:
+def create_objective(
+    optim: OptimConfig,
+    distill: DistillConfig | None = None,
+    class_names: Sequence[str] = (),
+    frequencies: Float[Tensor, " k"] | None = None,
+) -> Objective:
     """Return the loss that the options describe.
 
+    Args:
+        class_names: Names of the classes.
+        frequencies: Share of each class in the batches; without it, the loss ignores them.
+
     Raises:
-        InputError: no such loss, or an option that it does not accept.
+        InputError: no such loss, an option that it does not accept, or an unusable file of class weights.
     """
     loss = get_loss(optim.loss, distillation=False)
     options = _own_options(optim.loss, optim.loss_options)
+    for name in ("class_weights", "logit_adjustment"):
+        if getattr(optim, name) and not loss.softmax:
+            able = " or ".join(name for name, each in LOSSES.items() if each.softmax)
+            raise InputError(f"{flag(name)} cannot be combined with --loss {optim.loss}; use --loss {able}")
     if loss.label_smoothing:
         options["label_smoothing"] = optim.label_smoothing or 0.0
+    adjustment = None
+    if frequencies is not None:
+        if optim.class_weights:
+            options["weight"] = class_weights(optim.class_weights, class_names, frequencies)
+        if optim.logit_adjustment:
+            adjustment = optim.logit_adjustment * frequencies.log()
     if distill is None or distill.teacher is None:
-        return Objective(loss, options)
+        return Objective(loss, options, adjustment=adjustment)
     term, extra = get_loss(distill.distill, distillation=True), _own_options(distill.distill, optim.loss_options)
     weight = term.weight
     if distill.distill == "soft":
         per_class = distill.distill_values == "official"
         weight, temperature = (0.5, 1.0) if per_class else (0.1, 3.0)
         extra |= {"temperature": distill.distill_temperature or temperature, "per_class": per_class}
-    return Objective(loss, options, term, extra, distill.distill_weight or weight)
+    return Objective(loss, options, term, extra, distill.distill_weight or weight, adjustment)
+
+
+def class_weights(option: str, class_names: Sequence[str], frequencies: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Return the weight of each class, scaled to a mean of 1 over images with these frequencies of the classes.
+
+    Args:
+        option: balanced, which gives n / (k n_c) as scikit-learn does, or a CSV file.
+
+    Raises:
+        InputError: The file cannot be read, or does not hold one positive weight for each class.
+    """
+    import torch
+
+    if option == "balanced":
+        return 1 / (len(frequencies) * frequencies)
+    given = read_class_weights(option)
+    for name in given:
+        if name not in class_names:
+            raise InputError(f"--class-weights {option}: no class {name!r} in the data{suggest(name, class_names)}")
+    if missing := [name for name in class_names if name not in given]:
+        raise InputError(f"--class-weights {option}: no weight for class {missing[0]!r}; add a line for it")
+    weight = torch.tensor([given[name] for name in class_names], device=frequencies.device)
+    return weight / (weight * frequencies).sum()
+
+
+def read_class_weights(path: str) -> dict[str, float]:
+    """Return the weights in a CSV file by class.
+
+    Raises:
+        InputError: It cannot be read, or a line is not a class, once, and a positive number.
+    """
+    weights: dict[str, float] = {}
+    try:
+        rows = list(csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise InputError(f"--class-weights {path}: {why}; give balanced, or a CSV file class,weight") from None
+    for number, row in enumerate(rows, 1):
+        if not row or (number == 1 and [cell.strip() for cell in row] == ["class", "weight"]):
+            continue
+        try:
+            name, weight = row[0], float(row[1])
+        except (IndexError, ValueError):
+            name, weight = "", math.nan
+        if len(row) != 2 or not 0 < weight < math.inf or name in weights:
+            raise InputError(
+                f"--class-weights {path}: line {number} is {','.join(row)!r}: expected each class once, with a "
+                "weight above 0: class,weight"
+            )
+        weights[name] = weight
+    return weights
 
 
 def get_loss(name: str, *, distillation: bool) -> Loss:

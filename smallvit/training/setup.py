@@ -81,16 +81,10 @@ class Setup:
     """Tokens that training omits at first."""
     teacher: Teacher | None
     """The model to distill from."""
+    objective: Objective
+    """The loss of labels, and of the teacher's outputs if there is a teacher."""
     world: World
     """This process among those of torchrun."""
-
-    @property
-    def objective(self) -> Objective:
-        """The loss of labels, and of the teacher's outputs if there is a teacher."""
-        objective = create_objective(self.config.optim, self.config.distill)
-        if self.batches.weights is None:
-            return objective
-        return replace(objective, loss=replace(objective.loss, function=partial(weigh_loss, objective.loss.function)))
 
     def augmentation_epoch(self, epoch: int) -> int:
         """Return the epoch whose augmentations an epoch uses: itself, unless --teacher-views repeats earlier ones."""
@@ -252,6 +246,13 @@ def create_setup(
 
         teacher = create_teacher(config, dataset, device, compilation, batches.sampling.views // world.size)
     _require_same("--teacher", config.distill.teacher, saved, "teacher", teacher and teacher.fingerprint)
+    counts = torch.ones(len(dataset.class_names)) if config.data.balanced else dataset.class_counts
+    objective = create_objective(config.optim, config.distill, dataset.class_names, (counts / counts.sum()).to(device))
+    _require_same("--class-weights", config.optim.class_weights, saved, "class weights", objective.class_weights)
+    if batches.weights is not None:
+        objective = replace(
+            objective, loss=replace(objective.loss, function=partial(weigh_loss, objective.loss.function))
+        )
     parameters = count_parameters(model)
     optim.freeze(model, config.init.frozen, initial.new)
     if world.main:
@@ -292,6 +293,7 @@ def create_setup(
         average=average,
         saving=saving,
         teacher=teacher,
+        objective=objective,
         world=world,
     )
 
@@ -309,10 +311,10 @@ def _initialize(model: nn.Module, weight_init: str) -> None:
 
 
 def _require_same(
-    option: str, given: str | None, saved: Mapping[str, Any] | None, what: str, fingerprint: str | None
+    option: str, given: str | None, saved: Mapping[str, Any] | None, what: str, fingerprint: object
 ) -> None:
-    """Check that images or teacher have the contents that a resumed run was started with."""
-    if saved is not None and saved.get(what) != fingerprint:
+    """Check that images, teacher or class weights have the contents that a resumed run was started with."""
+    if saved is not None and saved.get(what.replace(" ", "_")) != fingerprint:
         raise InputError(
             f"{option} {given}: not the {what} that the run was started with: their contents differ; give the path of "
             "the original"

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from smallvit.config.config import Config
 from smallvit.datasets.loader import explain_worker_failures
+from smallvit.evaluation.stats import format_class_means
 from smallvit.models import checkpoint, weights_info
 from smallvit.plugins import PLUGINS
-from smallvit.runs.run import Run
+from smallvit.runs.run import Run, best_epoch
 from smallvit.training.checkpointing import Checkpointer, RunState
 from smallvit.training.launch import open_run
 from smallvit.training.optim import plugin_strength
@@ -32,6 +33,8 @@ from smallvit.utils.terminal import TrainingProgress, create_console
 if TYPE_CHECKING:
     from smallvit.runs.trackers import Trackers
 
+ACCURACIES = ("top1", "macro_f1", "balanced_accuracy")
+"""Metrics in percent of every evaluation."""
 MODEL_STREAM = 3
 """Random number stream of dropout and stochastic depth; 0 to 2 belong to the batches."""
 
@@ -106,7 +109,8 @@ def fit(run: Run) -> TrainResult:
             if world.main:
                 from smallvit.runs.curves import plot_curves
 
-                plot_curves(state.history, run / Run.CURVES, f"{run.folder.name}: test top-1 {test['top1']:.2f} %")
+                title = f"{run.folder.name}: test top-1 {test['top1']:.2f} %"
+                plot_curves(state.history, run / Run.CURVES, title, config.run.select_by)
                 run.write_json(Run.SUMMARY, summary)
                 if trackers:
                     trackers.finish(summary)
@@ -223,16 +227,11 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
     evaluate = partial(setup.evaluate, "val", wrap=checkpointer.stop_on_signal) if due else lambda **_: None
     val = evaluate()
     raw = evaluate(model=model) if setup.average is not None else None
-    best = due and (val is None or (val["top1"], -val["loss"]) > (state.best_val_top1, -state.best_val_loss))
-    if best:
-        state.best_epoch = state.epoch + 1
-    if best and val is not None:
-        state.best_val_top1, state.best_val_loss = val["top1"], val["loss"]
     metrics = {
         "epoch": state.epoch + 1,
         "train_loss": train_loss,
         "val_loss": val and val["loss"],
-        "val_top1": val and val["top1"],
+        **{f"val_{name}": val and val[name] for name in ACCURACIES},
         **({"val_top1_raw": raw["top1"]} if raw else {}),
         **learned_values(setup),
         **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
@@ -240,6 +239,9 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
         "images_per_second": setup.batches.sampling.views / state.epoch_seconds,
         "seconds": checkpointer.seconds,
     }
+    best = due and (val is None or best_epoch([*state.history, metrics], setup.config.run.select_by) is metrics)
+    if best:
+        state.best_epoch = state.epoch + 1
     checkpointer.epoch(metrics, best)
     return metrics
 
@@ -266,11 +268,12 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     from smallvit.profiling.flops import count_float_bytes, count_packed_bytes
 
     seen = state.epoch * setup.batches.sampling.views
+    best = state.history[chosen["epoch"] - 1]
     return {
-        "test_top1": test["top1"],
-        "test_loss": test["loss"],
-        "test_images": test["images"],
-        "val_top1": chosen["val_top1"],
+        **{f"test_{name}": test[name] for name in (*ACCURACIES, "loss", "images")},
+        **{f"val_{name}": best.get(f"val_{name}") for name in (*ACCURACIES, "loss")},
+        "select_by": setup.config.run.select_by,
+        "imbalance_ratio": setup.dataset.imbalance_ratio,
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,
         "train_seconds": state.seconds,
@@ -297,11 +300,15 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
 def print_result(result: TrainResult, console: Console) -> TrainResult:
     """Print the results and the paths of the files."""
     summary, folder = result.summary, result.folder
-    top1, epochs = summary["val_top1"], summary["epochs"]
+    name, epochs = summary.get("select_by", "top1"), summary["epochs"]
     chosen = f"last of {epochs} epochs"
-    if top1 is not None:
-        chosen = f"validation {top1:.2f} %, best epoch {summary['best_epoch']} of {epochs}"
+    if (value := summary[f"val_{name}"]) is not None:
+        title = "" if name == "top1" else f"{name.replace('_', ' ').replace('f1', 'F1')} "
+        figure = f"{value:.3f}" if name == "loss" else f"{value:.2f} %"
+        chosen = f"validation {title}{figure}, best epoch {summary['best_epoch']} of {epochs}"
     console.print(f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen})")
+    if means := format_class_means(summary, "test_"):
+        console.print(f"test {means}")
     console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")
     for label, line in (
         *(("weights", folder / Run.BEST), ("curves", folder / Run.CURVES), ("summary", folder / Run.SUMMARY)),

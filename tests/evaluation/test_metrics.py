@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import accuracy_score, f1_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, top_k_accuracy_score
+from torch import nn
 
+from smallvit.datasets.loader import IGNORED_LABEL
 from smallvit.evaluation import metrics, stats
+from smallvit.evaluation.evaluate import evaluate
 from smallvit.evaluation.metrics import Outputs
 from smallvit.utils.errors import InputError
 
@@ -40,6 +43,28 @@ def test_metrics_equal_scikit_learn() -> None:
     assert figures["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, probabilities, k=5))
     assert figures["loss"] == pytest.approx(log_loss(labels, probabilities))
     assert figures["macro"]["f1"] == pytest.approx(100 * f1_score(labels, predicted, average="macro"))
+
+
+def test_evaluation_during_training_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(6, 200, p=[0.6, 0.2, 0.1, 0.05, 0.05, 0])  # the last class has no images, but is predicted
+    logits = torch.tensor(rng.normal(0, 1, (200, 6)) + 1.5 * np.eye(6)[labels], dtype=torch.float32)
+    ignored = torch.full((1,), IGNORED_LABEL)
+    batches = [
+        (logits[:90], torch.tensor(labels[:90])),
+        (logits[:1], ignored),
+        (logits[90:], torch.tensor(labels[90:])),
+    ]
+    figures = evaluate(nn.Identity(), batches, torch.device("cpu"), torch.float32)
+    predicted = logits.argmax(1).numpy()
+    f1 = f1_score(labels, predicted, average="macro", labels=np.unique(labels))
+    outputs = metrics.reduce_logits(logits, torch.tensor(labels), torch.arange(200))
+    for each in (figures, metrics.compute_metrics(outputs, CLASSES[:6])):
+        assert each["top1"] == pytest.approx(100 * accuracy_score(labels, predicted))
+        assert each["macro_f1"] == pytest.approx(100 * f1)
+        with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+            assert each["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
+    assert figures["images"] == 200
 
 
 def test_top5_is_100_percent_with_few_classes() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from smallvit.cli import main
@@ -169,46 +173,142 @@ def test_published_values_are_the_defaults(options: dict[str, Any], weight: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class FocalOptions:
-    """Options of the focal loss."""
+class PolyOptions:
+    """Options of the polynomial loss."""
 
-    gamma: float = 2.0
-    """Exponent of the modulating factor."""
+    epsilon: float = 1.0
+    """Factor of 1 − p."""
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"gamma {self.gamma}: expected 0 or more")
+        if self.epsilon < -1:
+            raise ValueError(f"epsilon {self.epsilon}: expected -1 or more")
 
 
-def focal(logits: Tensor, targets: Tensor, *, gamma: float, label_smoothing: float) -> Tensor:
-    """Return the focal loss (Lin et al. 2017, arXiv:1708.02002)."""
-    targets = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
-    log_p = logits.float().log_softmax(1)
-    return -(targets * (1 - log_p.exp()) ** gamma * log_p).sum(1).mean()
+def poly(logits: Tensor, targets: Tensor, *, epsilon: float, label_smoothing: float) -> Tensor:
+    """Return Poly-1 (Leng et al. 2022, arXiv:2204.12511)."""
+    p = (logits.softmax(1) * targets).sum(1)
+    return (losses.cross_entropy(logits, targets, label_smoothing=label_smoothing) + epsilon * (1 - p)).mean()
 
 
 def test_a_new_loss_needs_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    entry = Loss(help="focal loss", function=focal, options=FocalOptions, label_smoothing=True)
-    monkeypatch.setitem(LOSSES, "focal", entry)
+    entry = Loss(help="Poly-1", function=poly, options=PolyOptions, label_smoothing=True)
+    monkeypatch.setitem(LOSSES, "poly", entry)
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "focal: focal loss" in text
-    assert "--focal-gamma X Loss focal: Exponent of the modulating factor. [2.0]" in text
-    config = Config.build(**parse_arguments(options_parser("train", ""), ["--loss", "focal", "--focal-gamma", "3"]))
+    assert "poly: Poly-1" in text
+    assert "--poly-epsilon X Loss poly: Factor of 1 − p. [1.0]" in text
+    config = Config.build(**parse_arguments(options_parser("train", ""), ["--loss", "poly", "--poly-epsilon", "3"]))
     assert Config.from_dict(config.to_dict()) == config
     rule = create_objective(config.optim)
     equal = Fixed(torch.zeros(B, K))
     targets = torch.eye(K)[torch.arange(B) % K]
-    assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx((1 - 1 / K) ** 3 * np.log(K), rel=1e-5)
+    assert rule(equal, IMAGES, targets)["loss"].item() == pytest.approx(np.log(K) + 3 * (1 - 1 / K), rel=1e-5)
     assert apply_regularization(config).optim.label_smoothing == 0.1  # of the preset
     warn_ineffective(Config.build(loss="bce", label_smoothing=0.2))
-    assert "--label-smoothing has no effect without --loss ce or focal; remove it" in capsys.readouterr().err
-    for value, message in (("-1", "-1.0: expected 0 or more"), ("nan", "nan: expected a finite number")):
-        assert main(["train", "--data", "digits", "--loss", "focal", f"--focal-gamma={value}"]) == 2
-        assert capsys.readouterr().err.endswith(f"--focal-gamma {message}\n")
-    other = Config.build(loss_options={"focal_gamma": 3.0})
+    assert "--label-smoothing has no effect without --loss ce or focal or poly; remove it" in capsys.readouterr().err
+    for value, message in (("-2", "-2.0: expected -1 or more"), ("nan", "nan: expected a finite number")):
+        assert main(["train", "--data", "digits", "--loss", "poly", f"--poly-epsilon={value}"]) == 2
+        assert capsys.readouterr().err.endswith(f"--poly-epsilon {message}\n")
+    other = Config.build(loss_options={"poly_epsilon": 3.0})
     assert losses.create_objective(other.optim).loss is LOSSES["ce"]
+
+
+FREQUENCIES = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
+NAMES = ("a", "b", "c", "d", "e")
+
+
+def imbalance_objective(**options: Any) -> Objective:
+    """Return the loss for data with classes of these frequencies."""
+    config = Config.build(**options)
+    return create_objective(config.optim, config.distill, NAMES, FREQUENCIES)
+
+
+def test_class_weights_are_torchs_and_scikit_learns(drawn: dict[str, Tensor], tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(K), (FREQUENCIES * 20).int().numpy())
+    balanced = compute_class_weight("balanced", classes=np.arange(K), y=labels)
+    file = tmp_path / "weights.csv"
+    file.write_text("class,weight\n" + "".join(f"{name},{3 * w}\n" for name, w in zip(NAMES, balanced, strict=True)))
+    logits = torch.randn(len(labels), K, generator=torch.Generator().manual_seed(1))
+    hard, weight = torch.from_numpy(labels), torch.from_numpy(balanced).float()
+    mixed, student = drawn["targets"].float(), drawn["student"].float()
+    for option in ("balanced", str(file)):  # only the ratios of weights matter
+        plain = imbalance_objective(class_weights=option, label_smoothing=0.0)
+        np.testing.assert_allclose(plain.class_weights, balanced, rtol=1e-6)
+        ours = plain(Fixed(logits), IMAGES, torch.eye(K)[hard])["loss"]
+        torch.testing.assert_close(ours, F.cross_entropy(logits, hard, weight))  # over all images, its mean is ours
+        smooth = imbalance_objective(class_weights=option, label_smoothing=0.1)
+        ours = smooth(Fixed(student), IMAGES, mixed)["loss"]
+        torch.testing.assert_close(ours, F.cross_entropy(student, mixed, weight, label_smoothing=0.1))
+        views = smooth(Fixed(student.repeat(3, 1)), IMAGES, mixed.repeat(3, 1))["loss"]
+        torch.testing.assert_close(views, ours)  # repeated augmentation
+
+
+def test_the_focal_loss_is_the_papers_equation(drawn: dict[str, Tensor]) -> None:
+    s, y, w = drawn["student"].numpy(), drawn["targets"].numpy(), 1 / (K * FREQUENCIES.numpy())
+    p, smoothed = softmax(s), 0.9 * y + 0.1 / K
+    for weights, gamma in ((np.ones(K), 2.0), (w, 0.5), (w, 0.0)):
+        expected = (
+            -sum(
+                weights[c] * smoothed[i, c] * (1 - p[i, c]) ** gamma * np.log(p[i, c])
+                for i in range(B)
+                for c in range(K)
+            )
+            / B
+        )
+        options = {} if weights is not w else {"class_weights": "balanced"}
+        focal = imbalance_objective(loss="focal", loss_options={"focal_gamma": gamma}, label_smoothing=0.1, **options)
+        loss = focal(Fixed(drawn["student"]), IMAGES, drawn["targets"].float())["loss"]
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert imbalance_objective(loss="focal").options["gamma"] == 2  # of the paper
+    certain = Fixed(torch.eye(K)[:B] * 1000)
+    half = imbalance_objective(loss="focal", loss_options={"focal_gamma": 0.5})
+    half(certain, IMAGES[:K], torch.eye(K))["loss"].backward()
+    assert certain.heads[0].grad.isfinite().all()
+
+
+def test_logits_are_adjusted_for_the_labels_and_not_for_the_teacher(drawn: dict[str, Tensor]) -> None:
+    s, t, y = (drawn[name].numpy() for name in ("student", "teacher", "targets"))
+    expected = cross_entropy(s + 1.5 * np.log(FREQUENCIES.numpy()), y, 0.1)
+    model, targets = Fixed(drawn["student"]), drawn["targets"].float()
+    alone = imbalance_objective(logit_adjustment=1.5, label_smoothing=0.1)(model, IMAGES, targets)
+    assert alone["loss"].item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(alone["logits"], model.heads[0])
+    distilled = imbalance_objective(
+        logit_adjustment=1.5, label_smoothing=0.1, teacher="x", distill="soft", distill_temperature=2.0
+    )
+    loss = distilled(model, IMAGES, targets, drawn["teacher"].float())["loss"]
+    assert loss.item() == pytest.approx(0.9 * expected + 0.1 * 4 * kullback_leibler(s, t, 2.0), rel=1e-5)
+
+
+def test_contradictions_and_bad_files_of_class_weights_get_one_line(tmp_path: Path) -> None:
+    twice = "correct the class frequencies twice; give one of them"
+    bad = {
+        "": "no weight for class 'a'",
+        "a,1\nb,2\n": "no weight for class 'c'; add a line for it",
+        "a,1\na,2\n": "line 2 is 'a,2': expected each class once",
+        "a,0\n": "line 1 is 'a,0': expected each class once, with a weight above 0",
+        "a;1\n": "line 1 is 'a;1'",
+        "A,1\nb,1\nc,1\nd,1\ne,1\n": "no class 'A' in the data",
+    }
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"balanced": True, "class_weights": "balanced"}, f"--balanced and --class-weights balanced {twice}"),
+        ({"balanced": True, "logit_adjustment": 1.0}, f"--balanced and --logit-adjustment {twice}"),
+        (
+            {"loss": "bce", "class_weights": "balanced"},
+            "--class-weights cannot be combined with --loss bce; use --loss ce",
+        ),
+        ({"loss": "bce", "logit_adjustment": 1.0}, "--logit-adjustment cannot be combined with --loss bce"),
+        ({"class_weights": "nowhere.csv"}, "--class-weights nowhere.csv: No such file or directory; give balanced, or"),
+    ]
+    for number, (text, message) in enumerate(bad.items()):
+        file = tmp_path / f"{number}.csv"
+        file.write_text(text)
+        cases.append(({"class_weights": str(file)}, message))
+    for options, message in cases:
+        with pytest.raises(InputError, match=re.escape(message)) as error:
+            imbalance_objective(**options)
+        assert "\n" not in str(error.value)
 
 
 def test_unknown_losses_and_options_of_losses_are_input_errors() -> None:

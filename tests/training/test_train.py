@@ -23,7 +23,7 @@ from smallvit.datasets.loader import evaluation_batches
 from smallvit.evaluation.evaluate import evaluate
 from smallvit.models import checkpoint
 from smallvit.runs import curves
-from smallvit.runs.run import Run
+from smallvit.runs.run import Run, best_epoch
 from smallvit.training import checkpointing, setup
 from smallvit.training import train as engine
 from smallvit.training.launch import open_run
@@ -275,6 +275,32 @@ def interrupted_after(saved: int, folder: Path, monkeypatch: pytest.MonkeyPatch,
         patch.setattr(TrainingProgress, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(folder, **options)
+
+
+def test_the_best_epoch_follows_the_selected_metric_and_class_weights_cannot_change(
+    tmp_path: Path, monkeypatch
+) -> None:
+    file = tmp_path / "weights.csv"
+    file.write_text("class,weight\n" + "".join(f"{digit},{1 + digit}\n" for digit in range(10)))
+    options = {"class_weights": str(file), "select_by": "macro_f1", "patch_size": 4, "epochs": 2}
+    interrupted_after(1, tmp_path / "run", monkeypatch, **options)
+    text = file.read_text()
+    file.write_text(text.replace("9,10", "9,11"))
+    with pytest.raises(InputError, match=r"--class-weights .*: not the class weights that the run was started with"):
+        engine.train(Config.build(resume=str(tmp_path / "run")))
+    file.rename(tmp_path / "moved.csv").write_text(text)
+    result = engine.train(Config.build(resume=str(tmp_path / "run"), class_weights=str(tmp_path / "moved.csv")))
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["val_macro_f1"])
+    assert (result.summary["best_epoch"], result.summary["select_by"]) == (best["epoch"], "macro_f1")
+    assert result.summary["val_balanced_accuracy"] == best["val_balanced_accuracy"]
+    assert 1 <= result.summary["imbalance_ratio"] < 1.5  # means over classes are not printed
+    history = [
+        {f"val_{name}": value for name, value in zip(("top1", "loss", "macro_f1"), each, strict=True)}
+        for each in ((90, 0.5, 40), (80, 0.4, 60), (90, 0.6, 60), (80, 0.4, 50))
+    ]
+    chosen = [history.index(best_epoch(history, name)) for name in ("top1", "loss", "macro_f1")]
+    assert chosen == [0, 1, 1]
 
 
 def test_a_run_is_locked_while_it_is_open(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ Evaluate = Callable[..., dict]
 KEYS = {
     *("name", "data", "split", "images", "top1", "top5", "loss", "interval", "ece", "classes", "confusion"),
     *("reliability", "flip", "robustness", "comparison", "weights_sha256", "img_size", "precision", "hardware"),
-    *("versions", "git_revision", "command", "interval_method", "macro", "skipped_images"),
+    *("versions", "git_revision", "command", "interval_method", "macro", "macro_f1", "balanced_accuracy"),
+    *("imbalance_ratio", "skipped_images"),
 }
 ON_CPU = ["--amp", "off", "--device", "cpu"]
 LEVELS = {"dark": 40, "gray": 128, "light": 220, "white": 250}

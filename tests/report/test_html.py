@@ -244,7 +244,7 @@ def test_curves_show_the_recorded_values(run: Path, monkeypatch: pytest.MonkeyPa
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     more = [{**lines[-1], "epoch": epoch, "val_top1": float(epoch % 7)} for epoch in range(3, 30)]
-    pictures.plot_training(lines + more)
+    pictures.plot_training(lines + more, max(lines + more, key=lambda line: line["val_top1"]))
     assert {"Loss", "Validation accuracy", "Learning rate", "Learned temperatures (LSA)"} == {*drawn}
     curves, marked = drawn["Validation accuracy"]
     values = [line["val_top1"] for line in lines + more]

@@ -4,7 +4,8 @@ A plugin `x` is two files and an import in `plugins/__init__.py`:
 
     x.py        a frozen `PluginConfig` and a `Plugin`; imports no torch, since the command line reads it
     x_timm.py   the layer, and the functions that `Plugin` documents: sites, apply, describe, describe_loss; and remove,
-                patched unless all changed layers have the mixin `ADAPTER`, a `leaf.Adapter` or `leaf.Derived`
+                patched unless all changed layers have the mixin `ADAPTER`, a `leaf.Adapter` or `leaf.Derived`; and
+                fuse if inference can do with less
 
 Command-line options, run names, `vit+x`, `describe`, checkpoints, exports and model cards follow from these.
 """
@@ -119,6 +120,11 @@ class Plugin:
             self._module.remove(model, layer)
         else:
             layer.release()
+
+    def fuse(self, model: nn.Module, layer: nn.Module) -> None:
+        """Reduce what a changed layer computes in inference, in place; outputs stay the same up to rounding."""
+        if hasattr(self._module, "fuse"):
+            self._module.fuse(model, layer)
 
     def patched(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of every changed layer."""

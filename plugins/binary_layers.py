@@ -251,6 +251,9 @@ class BinaryAttending(Binary):
     log_step: nn.Parameter
     """The logarithm of α."""
 
+    def fuse(self) -> None:
+        """Stay unchanged: a temperature cannot be folded into signs."""
+
     def begin(self) -> None:
         like = next(self.parameters())
         kind = {"device": like.device, "dtype": like.dtype}

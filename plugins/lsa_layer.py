@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float
 from timm.layers import Attention
 from torch import Tensor, nn
@@ -109,6 +108,8 @@ class Locality(Adapter):
     """Whether the layer chooses its path itself; see `sdpa.set_fused_attention`."""
     fuses: bool = True
     """A copy of timm's `fused_attn`, likewise."""
+    irreversible: str | None = None
+    """Why the layer cannot be unpatched: set where it is fused for inference."""
 
     @classmethod
     def adopt(cls, layer: nn.Module, config: LSAConfig, gradual: bool) -> None:
@@ -218,23 +219,45 @@ class Locality(Adapter):
 
     def diagonal(self, n: int, m: int, like: Tensor) -> Float[Tensor, "n n"] | None:
         """Return the bias for scores of n queries and m keys; None if they differ, or for a single token."""
-        return diagonal_bias(n, like, self.diagonal_weight) if self.masked and n == m else None
+        if not self.masked or n != m:
+            return None
+        if self.irreversible is None:
+            return diagonal_bias(n, like, self.diagonal_weight)
+        kept = self.kept
+        if kept is None or len(kept) != n or kept.dtype != like.dtype or kept.device != like.device:
+            with torch.inference_mode(False):  # for gradients of images too
+                kept = diagonal_bias(n, like, self.diagonal_weight)
+            if not torch.compiler.is_compiling():  # nor exporting, which allows no change of the layer
+                self.kept = kept
+        return kept
 
-    def scaled_qkv(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values (b, h, n, d) by the layer `qkv`, the queries multiplied by the temperature.
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the temperatures into the queries where that is exact, and keep the bias of the diagonal."""
+        if not any(isinstance(each, Adapter) for each in self.children()):  # bits do not scale
+            if self.temperature is not None and (folds := self.folds()) is not None:
+                for rows, factor in folds:
+                    rows.mul_(factor)
+                self.temperature = None
+        self.register_buffer("kept", None, persistent=False)
+        self.irreversible, self.chooses_kernel = "it is fused for inference", False
 
-        It is multiplied into q's rows of the weight matrix where that is plain, which is exact and almost free.
+    def qkv_and_scale(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return queries, keys and values (b, h, n, d) by the layer `qkv`, and the scale that the scores still need.
+
+        A temperature is multiplied into q's rows of the weight matrix where that is plain, which is exact and almost
+        free.
         """
-        h = self.num_heads
-        if not is_plain(self.qkv):
-            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=h)
-            return q * self.scale, k, v
+        h, factor = self.num_heads, self.temperature
+        if factor is None or not is_plain(self.qkv):
+            q, k, v = self.qkv(x).unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            return (q, k, v, self.constant) if factor is None else (q * self.scale, k, v, 1.0)
         width = self.qkv.out_features // 3
-        factor = self.qkv.weight.new_ones(h) * (self.scale if self.temperature is None else self.temperature)
-        factor = F.pad(factor.repeat_interleave(width // h), (0, 2 * width), value=1.0)
+        factor = F.pad(factor.expand(h).repeat_interleave(width // h), (0, 2 * width), value=1.0)
         bias = None if self.qkv.bias is None else self.qkv.bias * factor
         qkv = F.linear(x, self.qkv.weight * factor[:, None], bias)
-        return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=h).unbind(0)
+        q, k, v = qkv.unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v, 1.0
 
     def attend(
         self,
@@ -254,7 +277,7 @@ class Locality(Adapter):
         if attn_mask is not None:
             bias = merge_masks(bias, attn_mask)
         if self.temperature is None:
-            return attend(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, bias, dropout_p)
+            return attend(q, k, v, bias, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale)
         return attend(q * self.scale.to(q.dtype), k, v, bias, dropout_p)
 
 
@@ -308,17 +331,19 @@ class LocalitySelfAttention(Locality, Attention):
     def forward(
         self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n c"]:
+        n = x.shape[1]
+        if self.irreversible is not None and self.temperature is None and attn_mask is None and not is_causal:
+            return Attention.forward(self, x, self.diagonal(n, n, x))  # fewest operations
         if not self.fused_attn or not is_plain(self.q_norm, nn.Identity):
             return super().forward(x, attn_mask, is_causal)
-        q, k, v = self.scaled_qkv(x)
-        n = x.shape[1]
+        q, k, v, scale = self.qkv_and_scale(x)
         bias = self.diagonal(n, n, q)
         if is_causal:
             attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril_()
         if attn_mask is not None:
             bias = merge_masks(bias, attn_mask)
-        y = attend(q, self.k_norm(k), v, bias, self.attn_drop.p if self.training else 0.0)
-        y = self.norm(rearrange(y, "b h n d -> b n (h d)"))
+        y = attend(q, self.k_norm(k), v, bias, self.attn_drop.p if self.training else 0.0, scale)
+        y = self.norm(y.transpose(1, 2).flatten(2))
         if (gate := getattr(self, "gate", None)) is not None:  # older versions of timm have none
             y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y))

@@ -129,9 +129,9 @@ class LocalTalkingHeads(Locality, models.cait.TalkingHeadAttn):
 
 def talking_heads(layer: Locality, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
     """Compute CaiT's attention with the diagonal masked after the heads are mixed."""
-    q, k, v = layer.scaled_qkv(x)
+    q, k, v, scale = layer.qkv_and_scale(x)
     bias = layer.diagonal(x.shape[1], x.shape[1], q)
-    y = attend_talking(q, k, v, layer.proj_l, layer.proj_w, layer.attn_drop, bias)
+    y = attend_talking(q if scale == 1 else q * scale, k, v, layer.proj_l, layer.proj_w, layer.attn_drop, bias)
     return layer.proj_drop(layer.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 
@@ -144,13 +144,13 @@ class LocalSwin(Locality, models.swin_transformer.WindowAttention):
     def forward(self, x: Float[Tensor, "b n c"], mask: Float[Tensor, "w n n"] | None = None) -> Float[Tensor, "b n c"]:
         if not is_plain(self.attn_drop, nn.Dropout):
             return self.hide(isolated_tokens(mask), x, mask)
-        q, k, v = self.scaled_qkv(x)
+        q, k, v, scale = self.qkv_and_scale(x)
         n, bias = x.shape[1], self._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask[:, None]
         if (hidden := keep_alone(self.diagonal(n, n, q), isolated_tokens(mask))) is not None:
             bias = bias + hidden
-        y = attend(q, k, v, bias, self.attn_drop.p if self.training else 0.0)
+        y = attend(q, k, v, bias, self.attn_drop.p if self.training else 0.0, scale)
         return self.proj_drop(self.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 
@@ -232,6 +232,11 @@ def remove(model: nn.Module, layer: Locality) -> None:
     for rows, factor in layer.folds() or ():
         rows.mul_(factor)
     layer.release()
+
+
+def fuse(model: nn.Module, layer: Locality) -> None:
+    """Fold the temperatures and keep the mask."""
+    layer.fuse()
 
 
 def describe_loss(layer: Locality) -> str | None:

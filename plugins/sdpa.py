@@ -32,8 +32,9 @@ def attend(
     v: Float[Tensor, "*b m e"],
     bias: Float[Tensor, "n m"] | Float[Tensor, "#w #h n m"] | None = None,
     dropout: float = 0.0,
+    scale: float = 1.0,
 ) -> Float[Tensor, "*b n e"]:
-    """Return softmax(q kᵀ + bias) v, with dropout on the probabilities. Scale q beforehand.
+    """Return softmax(scale · q kᵀ + bias) v, with dropout on the probabilities.
 
     A bias of w windows serves a batch of images · w, the windows of an image side by side.
     """
@@ -44,7 +45,9 @@ def attend(
     if prefers_fused(q.device.type, q.dtype, bias is not None and bias.requires_grad):
         if is_windowed(q, bias):
             bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    if scale != 1:
+        q = q * scale
     batch = q.shape[:-2]
     q, k, v = (tensor.flatten(0, -3) for tensor in (q, k, v))  # a compiler may lay out four axes as an image's
     if bias is not None and bias.ndim == 2:

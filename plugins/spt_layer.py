@@ -118,6 +118,9 @@ class ShiftedPatchTokenization(nn.Module):
     Source: arXiv:2112.13492, §3.2.
     """
 
+    irreversible: str | None = None
+    """Why the layer cannot be unpatched: set where it is fused for inference."""
+
     def __init__(
         self,
         in_chans: int,
@@ -155,19 +158,35 @@ class ShiftedPatchTokenization(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
         x = self._padded(x)
-        if not self._is_plain():
+        if self.irreversible is None and not self._is_plain():
             return rearrange(self.proj(self.norm(self._patches(x))), "b i j e -> b e i j")
         if not self.config.norm:
-            return F.conv2d(x, self.views.fold(self._kernels(self.proj.weight)), self.proj.bias, self.stride)
+            kernels, bias, _ = self._folded()
+            return F.conv2d(x, kernels, bias, self.stride)
         with torch.autocast(x.device.type, enabled=False):
-            kernels, bias = self._folded()
+            kernels, bias, share = self._folded()
+            if not self.features:
+                normal = self._normalized_windows(at_least_fp32(x), share.flatten())
         if self.features:
-            return self._project_map(at_least_fp32(x), kernels, bias)
-        with torch.autocast(x.device.type, enabled=False):
-            normal = self._normalized_windows(at_least_fp32(x))
-        dtype = self.proj.weight.dtype
+            return self._project_map(at_least_fp32(x), kernels, bias, share)
+        dtype = self.dtype
         tokens = F.linear(normal.to(dtype), kernels.flatten(1).to(dtype), bias.to(dtype))
-        return rearrange(tokens, "b i j e -> b e i j")
+        return tokens.permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Replace norm and projection by what they are folded to, for inference, where they are plain."""
+        if self._is_plain():
+            for name, value in zip(("kernels", "bias", "share"), self._folded(), strict=True):
+                self.register_buffer(name, None if value is None else value.detach())
+            self.proj, self.irreversible = None, "it is fused for inference"
+            if self.config.norm:  # still has its epsilon
+                self.norm = nn.LayerNorm(self.norm.normalized_shape, self.norm.eps, elementwise_affine=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return (self.kernels if self.proj is None else self.proj.weight).dtype
 
     def _is_plain(self) -> bool:
         """Return whether the weights of norm and projection may be used without calling the two layers."""
@@ -187,16 +206,11 @@ class ShiftedPatchTokenization(nn.Module):
         p, q = self.patch_size
         return rearrange(weight, "e (v c p q) -> e v c p q", c=self.in_channels, p=p, q=q)
 
-    def _share(self, like: Tensor) -> Float[Tensor, "c y z"]:
-        """Return the share of each pixel of a window in the views' values, for their mean."""
-        ones = self._kernels(like.new_ones(1, self.proj.in_features))
-        return self.views.fold(ones)[0] / self.proj.in_features
-
     def _windows(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b i j cyz"]:
         """Return the window of each token in a padded image."""
         y, z = self.views.window
         windows = x.unfold(2, y, self.stride[0]).unfold(3, z, self.stride[1])
-        return rearrange(windows, "b c i j y z -> b i j (c y z)")
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
     def _patches(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b i j vcpq"]:
         """Return the patches of all views of a padded image, view by view."""
@@ -206,23 +220,27 @@ class ShiftedPatchTokenization(nn.Module):
         views = torch.stack([windows[..., top : top + p, left : left + q] for top, left in corners])
         return rearrange(views, "v b c i j p q -> b i j (v c p q)")
 
-    def _normalized_windows(self, x: Tensor) -> Float[Tensor, "b i j cyz"]:
+    def _normalized_windows(self, x: Tensor, share: Float[Tensor, " cyz"]) -> Float[Tensor, "b i j cyz"]:
         """Return the window of each token, normalized by the mean and variance of its views."""
-        windows, share = self._windows(x), self._share(x).flatten()
-        centered = windows - (windows * share).sum(dim=-1, keepdim=True)
-        variance = (centered.square() * share).sum(dim=-1, keepdim=True)
-        return centered * (variance + self.norm.eps).rsqrt()
+        windows = self._windows(x)
+        windows -= (windows * share).sum(dim=-1, keepdim=True)
+        variance = windows.square().mul_(share).sum(dim=-1, keepdim=True)
+        return windows * (variance + self.norm.eps).rsqrt()
 
     def _project_map(
-        self, x: Tensor, kernels: Float[Tensor, "e c y z"], bias: Float[Tensor, " e"]
+        self,
+        x: Tensor,
+        kernels: Float[Tensor, "e c y z"],
+        bias: Float[Tensor, " e"],
+        share: Float[Tensor, "c y z"],
     ) -> Float[Tensor, "b e i j"]:
         """Return tokens of a feature map without cutting windows."""
         level = x.mean(dim=1, keepdim=True)
         detail = x - level
-        dtype = self.proj.weight.dtype
+        dtype = self.dtype
         product = F.conv2d(detail.to(dtype), kernels.to(dtype), stride=self.stride)
         with torch.autocast(x.device.type, enabled=False):
-            share = self._share(x).sum(dim=0)
+            share = share.sum(dim=0)
             levels = self._windows(level)
             levels = levels - (levels @ share.flatten())[..., None]
             variance = F.conv2d(detail.square().mean(dim=1, keepdim=True), share[None, None], stride=self.stride)
@@ -231,12 +249,21 @@ class ShiftedPatchTokenization(nn.Module):
             tokens = (product + levels) * (variance + self.norm.eps).rsqrt() + bias[:, None, None]
         return tokens.to(product.dtype)
 
-    def _folded(self) -> tuple[Float[Tensor, "e c y z"], Float[Tensor, " e"]]:
-        """Return weight and bias of a normalized window: the views' weights summed, with LayerNorm's gain and bias."""
+    def _folded(self) -> tuple[Float[Tensor, "e c y z"], Float[Tensor, " e"], Float[Tensor, "c y z"] | None]:
+        """Return weight and bias of a normalized window, and the share of each of its pixels in the views' values.
+
+        The weights are the views' added up, with LayerNorm's gain and bias. The shares are for the values' mean.
+        """
+        if self.proj is None:
+            return self.kernels, self.bias, self.share
+        if not self.config.norm:
+            return self.views.fold(self._kernels(self.proj.weight)), self.proj.bias, None
         weight, gain, bias, offset = map(
             at_least_fp32, (self.proj.weight, self.norm.weight, self.proj.bias, self.norm.bias)
         )
-        return self.views.fold(self._kernels(weight * gain)), bias + weight @ offset
+        ones = self._kernels(torch.ones_like(weight[:1]))
+        share = self.views.fold(ones)[0] / self.proj.in_features
+        return self.views.fold(self._kernels(weight * gain)), bias + weight @ offset, share
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

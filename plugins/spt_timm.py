@@ -134,6 +134,12 @@ def remove(model: nn.Module, layer: nn.Module) -> None:
     release_patch_size(model, layer)
 
 
+def fuse(model: nn.Module, layer: nn.Module) -> None:
+    """Fold norm and projection; layers with shifted views added have neither and stay unchanged."""
+    if isinstance(layer, ShiftedPatchTokenization):
+        layer.fuse()
+
+
 def patched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every layer with shifted views, and what replaced others."""
     for name, module in model.named_modules():

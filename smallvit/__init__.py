@@ -17,6 +17,7 @@ _HOMES = {
     "add_distillation_token": "smallvit.plugins.distillation",
     "create_model": "smallvit.models.factory",
     "describe": "smallvit.plugins.patch",
+    "fuse": "smallvit.plugins.patch",
     "initialize": "smallvit.models.initialization",
     "load_model": "smallvit.models.checkpoint",
     "load_base_state_dict": "smallvit.plugins.patch",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from smallvit.plugins.distillation import add_distillation_token as add_distillation_token
     from smallvit.plugins.lsa_layer import set_lsa_strength as set_lsa_strength
     from smallvit.plugins.patch import describe as describe
+    from smallvit.plugins.patch import fuse as fuse
     from smallvit.plugins.patch import load_base_state_dict as load_base_state_dict
     from smallvit.plugins.patch import patch as patch
     from smallvit.plugins.patch import unpatch as unpatch

@@ -222,7 +222,7 @@ def _create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: st
         raise infos[-1].error(f"the models have different classes ({which} {differing[0]!r}) and cannot be compared")
     return [
         EvaluationTask(
-            predictor=create_predictor(info, size, config.compute.device, config.compute.amp),
+            predictor=create_predictor(info, size, config.compute.device, config.compute.amp).fused(),
             dataset=dataset,
             splits=splits,
             class_indices=indices,

@@ -111,6 +111,7 @@ def predict_images(
         InputError: The model has no classifier, or its logits are not finite.
     """
     weights.check_classifier(model.info)
+    model = model.fused()
     names = readable_names(model.class_names)
     batches = [images[start : start + model.batch_size] for start in range(0, len(images), model.batch_size)]
     decode_one = partial(try_decode, model, max_megapixels)

@@ -6,7 +6,7 @@ Axes: b batch, c channels, h w pixels, k classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +19,7 @@ from smallvit.datasets.augment import normalize
 from smallvit.datasets.dataset import ImageDataset
 from smallvit.evaluation.evaluate import compute_logits
 from smallvit.models import weights, weights_info
-from smallvit.models.factory import prepare_for_inference
+from smallvit.models.factory import fuse_for_inference, prepare_for_inference
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.plugins.resize import set_input_size
 from smallvit.utils import hardware
@@ -63,6 +63,10 @@ class Predictor:
         """Move pixels to the device and normalize them as in training."""
         mean, std = torch.tensor([self.info.mean, self.info.std], device=self.device)[:, :, None, None]
         return normalize(pixels.to(self.device), mean, std)
+
+    def fused(self) -> Predictor:
+        """Return the predictor with its model fused for inference if it is in fp32: the same logits up to rounding."""
+        return replace(self, model=fuse_for_inference(self.model, self.device, self.dtype))
 
     @torch.inference_mode()
     def predict_logits(self, images: Float[Tensor, "b c h w"], *, flip: bool = False) -> Float[Tensor, "b k"]:

@@ -126,7 +126,7 @@ def write_onnx(model: Predictor, path: Path) -> None:
 
     with _explain_errors(model, "ONNX"):
         program = torch.onnx.export(
-            model.model,
+            _fused(model),
             (example_images(model, 2),),
             dynamo=True,
             verbose=False,
@@ -154,7 +154,7 @@ def write_pt2(model: Predictor, path: Path) -> None:
     """
     with _explain_errors(model, "torch.export"):
         program = torch.export.export(
-            model.model, (example_images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            _fused(model), (example_images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
     with atomic_write(path) as partial:
         torch.export.save(program, partial, extra_files={METADATA: json.dumps(build_metadata(model), indent=2)})
@@ -193,6 +193,13 @@ def describe_size(model: nn.Module, file: int) -> str:
         f"{part}: {now:,} bytes instead of {before:,}, {before / now:.1f} times smaller"
         for part, (now, before) in parts.items()
     )
+
+
+def _fused(model: Predictor) -> nn.Module:
+    """Return the model fused for inference, with what it keeps after the first images."""
+    fused = model.fused()
+    fused.predict_logits(example_images(model, 1))
+    return fused.model
 
 
 @contextmanager

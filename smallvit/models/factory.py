@@ -27,7 +27,7 @@ from smallvit.models.architectures import CIFAR_RESNETS, OURS, require_multiple,
 from smallvit.plugins import BinaryConfig, PluginConfig
 from smallvit.plugins.patch import UnsupportedModelError, patch
 from smallvit.utils.errors import InputError, first_line, flag
-from smallvit.utils.hardware import is_convolutional
+from smallvit.utils.hardware import is_convolutional, precision_name
 
 if TYPE_CHECKING:
     from smallvit.models.small_stems import StemPlan
@@ -323,3 +323,11 @@ def prepare_for_inference(model: nn.Module, device: torch.device, dtype: torch.d
     set_fused_attention(model, device.type, dtype)
     model.eval().to(device)
     return model.to(memory_format=torch.channels_last) if is_convolutional(model) else model
+
+
+def fuse_for_inference(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a fused copy of a patched model in fp32; other models themselves, since half precision rounds it apart."""
+    from smallvit.plugins.patch import fuse, patched_layers
+
+    is_patched = any(True for _ in patched_layers(model))
+    return fuse(model) if is_patched and precision_name(device, dtype) == "fp32" else model

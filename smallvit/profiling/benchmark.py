@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from smallvit.config.options import Amp
-from smallvit.models.factory import prepare_for_inference
+from smallvit.models.factory import fuse_for_inference, prepare_for_inference
 from smallvit.utils import hardware
 from smallvit.utils.hardware import autocast, choose_dtype, precision_name
 
@@ -181,7 +181,9 @@ def measure_speed(models: Sequence[nn.Module], device: torch.device, amp: Amp, s
     dtypes = {choose_dtype(device, amp, model, *size[:2]) for model, size in zip(models, sizes, strict=True)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     watches = [
-        Stopwatch(prepare_for_inference(model, device, dtype), size, device, dtype, seconds)
+        Stopwatch(
+            fuse_for_inference(prepare_for_inference(model, device, dtype), device, dtype), size, device, dtype, seconds
+        )
         for model, size in zip(models, sizes, strict=True)
     ]
     batch_size = min(watch.find_batch_size(hardware.batch_size(device)) for watch in watches)

@@ -22,7 +22,7 @@ from smallvit.config.config import Config
 from smallvit.config.model import ModelConfig
 from smallvit.config.options import Amp
 from smallvit.models import factory, weights_info
-from smallvit.models.factory import prepare_for_inference
+from smallvit.models.factory import fuse_for_inference, prepare_for_inference
 from smallvit.plugins.resize import set_input_size
 from smallvit.profiling import benchmark, flops
 from smallvit.profiling.benchmark import ROUNDS, SECONDS, Stopwatch, Timing, run_if_memory_allows, take_turns
@@ -222,7 +222,8 @@ def measure_models(
     records, timings = [], []
     for model in track(models, "warming up and memory"):
         loaded = prepare_for_inference(build_model(model.spec, model.img_size), device, dtype)
-        watch = Stopwatch(loaded, model.input_size, device, dtype, seconds)
+        fused = fuse_for_inference(loaded, device, dtype)
+        watch = Stopwatch(fused, model.input_size, device, dtype, seconds)
         starts = {name: partial(_start_timing, watch, *batch) for name, batch in batches.items()}
         timings.append({name: run_if_memory_allows(start) for name, start in starts.items()})
         kept = run_if_memory_allows(

@@ -234,11 +234,11 @@ class Locality(Adapter):
     @torch.no_grad()
     def fuse(self) -> None:
         """Fold the temperatures into the queries where that is exact, and keep the bias of the diagonal."""
-        if not any(isinstance(each, Adapter) for each in self.children()):  # bits do not scale
-            if self.temperature is not None and (folds := self.folds()) is not None:
-                for rows, factor in folds:
-                    rows.mul_(factor)
-                self.temperature = None
+        one_bit = any(isinstance(each, Adapter) for each in self.children())  # and bits do not scale
+        if self.temperature is not None and not one_bit and (folds := self.folds()) is not None:
+            for rows, factor in folds:
+                rows.mul_(factor)
+            self.temperature = None
         self.register_buffer("kept", None, persistent=False)
         self.irreversible, self.chooses_kernel = "it is fused for inference", False
 

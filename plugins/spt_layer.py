@@ -158,7 +158,7 @@ class ShiftedPatchTokenization(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
         x = self._padded(x)
-        if self.irreversible is None and not self._is_plain():
+        if not self._is_plain():
             return rearrange(self.proj(self.norm(self._patches(x))), "b i j e -> b e i j")
         if not self.config.norm:
             kernels, bias, _ = self._folded()
@@ -176,7 +176,7 @@ class ShiftedPatchTokenization(nn.Module):
     @torch.no_grad()
     def fuse(self) -> None:
         """Replace norm and projection by what they are folded to, for inference, where they are plain."""
-        if self._is_plain():
+        if self.proj is not None and self._is_plain():
             for name, value in zip(("kernels", "bias", "share"), self._folded(), strict=True):
                 self.register_buffer(name, None if value is None else value.detach())
             self.proj, self.irreversible = None, "it is fused for inference"
@@ -189,7 +189,9 @@ class ShiftedPatchTokenization(nn.Module):
         return (self.kernels if self.proj is None else self.proj.weight).dtype
 
     def _is_plain(self) -> bool:
-        """Return whether the weights of norm and projection may be used without calling the two layers."""
+        """Return whether norm and projection are folded, or their weights may be used without calling the two."""
+        if self.proj is None:
+            return True
         weights = *self.norm._parameters.values(), *self.proj._parameters.values()
         norm = nn.LayerNorm if self.config.norm else nn.Identity
         return is_plain(self.norm, norm) and is_plain(self.proj) and not any(weight is None for weight in weights)

@@ -63,7 +63,8 @@ def test_fused_models_compute_the_same_logits_from_less() -> None:
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         if "binary" not in arch:
             layers = [each for each in fused.modules() if isinstance(each, Locality)]
-            assert layers and all(each.temperature is None for each in layers)
+            assert layers
+            assert all(each.temperature is None for each in layers)
         tokenizations = [each for each in fused.modules() if isinstance(each, ShiftedPatchTokenization)]
         assert all(each.proj is None and not list(each.parameters()) for each in tokenizations)
         assert bool(tokenizations) == ("spt" in arch and "t2t" not in arch)
@@ -111,7 +112,7 @@ def test_fused_models_survive_copies_devices_sizes_and_gradients_of_images() -> 
         expected = fused(x)
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), smallvit.fuse(fused)):
         assert torch.equal(twin(x), expected)
-    assert_same_logits(copy.deepcopy(fused).double(), copy.deepcopy(model).double(), x.double())
+    assert_same_logits(copy.deepcopy(fused).double(), copy.deepcopy(model).double(), x[:1].double())
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(fused(x)[:1].sum(), x)
     (other,) = torch.autograd.grad(model(x)[:1].sum(), x)
@@ -123,13 +124,14 @@ def test_fused_models_survive_copies_devices_sizes_and_gradients_of_images() -> 
 def test_fused_models_are_for_inference_only() -> None:
     model = vit()
     fused = smallvit.fuse(model.train())
-    assert model.training and not fused.training and not any(each.requires_grad for each in fused.parameters())
+    assert (model.training, fused.training) == (True, False)
+    assert not any(each.requires_grad for each in fused.parameters())
     assert fused.eval() is fused
     with pytest.raises(RuntimeError, match="this VisionTransformer is fused for inference; train the model that fuse"):
         fused.train()
     with pytest.raises(ValueError, match=r"cannot unpatch this VisionTransformer: .*: it is fused for inference"):
         smallvit.unpatch(fused)
-    with pytest.raises(RuntimeError, match="patch_embed.proj"):
+    with pytest.raises(RuntimeError, match=r"patch_embed\.proj"):
         model.load_state_dict(fused.state_dict())
     with torch.no_grad():
         model.eval().head.bias.add_(1)
@@ -139,6 +141,7 @@ def test_fused_models_are_for_inference_only() -> None:
 @pytest.mark.slow
 def test_fused_models_are_exported_with_fewer_operations() -> None:
     model, x = vit(), images()
+    model.blocks = model.blocks[:2]
     fused, dynamic = smallvit.fuse(model), ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
         expected = fused(x)
@@ -146,8 +149,8 @@ def test_fused_models_are_exported_with_fewer_operations() -> None:
     for each in (fused, model):
         program = torch.export.export(each, (x,), dynamic_shapes=dynamic)
         torch.testing.assert_close(program.module()(x[:1]), expected[:1], rtol=0, atol=1e-4)
-        counts.append(len(program.graph.nodes) - len(program.state_dict))
-    assert counts[0] < 0.9 * counts[1]
+        counts.append(sum(node.op == "call_function" for node in program.graph.nodes))
+    assert counts[0] < counts[1] - 2 * 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(fused, (x[:2],), dynamo=True, verbose=False, dynamic_shapes=dynamic)

@@ -38,14 +38,19 @@ def smooth_images(count: int, size: int) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp_(0, 1).mul_(255).byte()
 
 
-def measure_seconds(call: Callable[[], object], device: torch.device | None = None, steps: int = 1) -> float:
+def measure_seconds(
+    call: Callable[[], object],
+    device: torch.device | None = None,
+    steps: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return the mean seconds of `steps` calls in a row, including the device's work."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(steps):
         call()
     if device is not None and device.type != "cpu":
         torch.accelerator.synchronize(device)
-    return (time.perf_counter() - start) / steps
+    return (clock() - start) / steps
 
 
 def measure_in_turns(
@@ -56,6 +61,7 @@ def measure_in_turns(
     warm_up: int = 1,
     steps: int = 1,
     title: str = "rounds",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
     """Return the seconds of each call in each round.
 
@@ -64,7 +70,7 @@ def measure_in_turns(
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for number in track(range(warm_up + rounds), title, console=Console(stderr=True), transient=True):
         for key, call in calls.items():
-            seconds = measure_seconds(call, device, steps)
+            seconds = measure_seconds(call, device, steps, clock)
             if number >= warm_up:
                 times[key].append(seconds)
     return times

@@ -309,10 +309,10 @@ def best(**options: Any) -> dict[str, Any]:
 
     Command: smallvit train --recipe best --data cifar100
     Hardware: one thread of an AMD EPYC. Accuracy of `vit96` after 10 passes over 14,700 images of CIFAR-100 (`smallvit
-    reproduce plugins/cifar100 --budget 0.1`): 38.90 ± 0.43 %, with --spt 29.19 ± 1.19 %. Of `vit` with --spt after 10
+    reproduce plugins/cifar100 --budget 0.1`): 38.97 ± 0.33 %, with --spt 29.50 ± 1.00 %. Of `vit` with --spt after 10
     passes over 7,400 images (`smallvit reproduce best/cifar100 --budget 0.005`): 27.37 ± 0.37 %, where `lee2021` has
-    13.25 ± 0.20 %. Mean and standard deviation of seeds 0 and 1, of `lee2021` 0 to 2. At the paper's length: not yet
-    measured.
+    13.25 ± 0.20 %. Mean and standard deviation of seeds 0 to 2, of `best` for `vit` 0 and 1. At the paper's length: not
+    yet measured.
     """
     plain = options.get("arch") in (None, "vit", "vit96") and not options.get("init")
     variants = {"pos_embed": "sincos", "linear_drop_path": True} if plain else {}

@@ -21,6 +21,7 @@ VERBS = {
     "report": "write one or more runs as an HTML page",
     "reproduce": "repeat a published experiment and compare with its results",
     "compare": "compare models by accuracy, size and speed, after training them",
+    "crossval": "cross-validate a model: a run for each fold, means and predictions",
     "profile": "measure operations, memory, latency and throughput of models",
     "export": "write a trained model for ONNX, torch.export, timm or the Hub",
     "probe": "evaluate features on other data: linear classifier, neighbors",

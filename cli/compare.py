@@ -23,6 +23,7 @@ and a picture.
   smallvit compare --data cifar100 --arch vit --arch vit+spt+lsa --epochs 30
   smallvit compare vit vit+spt+lsa --data DIR
   smallvit compare --arch vit --ablation --epochs 50 --seeds 2
+  smallvit compare vit vit+spt+lsa --data DIR --folds 5     # the same for all
   smallvit compare --arch vit --arch vit,lr=3e-3 --images-seen 100000
   smallvit compare RUN RUN ...
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from smallvit.config.config import option_names
@@ -323,6 +323,39 @@ def _hold_out_groups(
     if best[0][0]:
         raise InputError(f"the groups are too large to hold out {purpose} and keep images of every class for training")
     return best[1:]
+
+
+def take_fold(
+    labels: np.ndarray, groups: np.ndarray | None, folds: int, fold: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices outside of a fold and those in it; folds are scikit-learn's, stratified and by groups if any.
+
+    Args:
+        fold: Number of the fold, from 1.
+
+    Raises:
+        InputError: there are too few images or groups.
+    """
+    members = np.unique(groups) if groups is not None else labels
+    if len(members) < folds:
+        raise InputError(f"--folds {folds}: only {len(members)} {'images' if groups is None else 'groups'}; give fewer")
+    splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+        try:
+            return list(splitter.split(labels, labels, groups))[fold - 1]
+        except ValueError:
+            raise InputError(f"--folds {folds}: no class has so many images; give fewer folds") from None
+
+
+def join(first: Split, second: Split) -> Split:
+    """Return the images of two parts of the same data."""
+    labels = torch.cat([first.labels, second.labels])
+    if isinstance(first, Files):
+        return replace(first, positions=np.concatenate([first.positions, second.positions]), labels=labels)
+    pixels, paths = torch.cat([first.pixels, second.pixels]), first.paths and (*first.paths, *second.paths)
+    pairs = ((first.groups, second.groups), (first.weights, second.weights))
+    return Images(pixels, labels, paths, *(None if pair[0] is None else np.concatenate(pair) for pair in pairs))
 
 
 def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

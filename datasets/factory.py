@@ -14,7 +14,16 @@ import torch
 from smallvit.config.options import DataConfig
 from smallvit.datasets import readers
 from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, is_manifest, require_data
-from smallvit.datasets.dataset import Files, ImageDataset, Images, Split, hold_out, nested_share
+from smallvit.datasets.dataset import (
+    Files,
+    ImageDataset,
+    Images,
+    Split,
+    hold_out,
+    join,
+    nested_share,
+    take_fold,
+)
 from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_errors, median_side
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
@@ -199,7 +208,10 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
     missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
     if len(missing):
         raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
-    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    fractions, drew_fold = {"test": config.test_fraction, "val": config.val_fraction}, bool(config.folds) and draw
+    if drew_fold:
+        parts, more = _hold_out_fold(config, parts, class_names)
+        notes += more
     held_out = [split for split in fractions if split not in parts]
     if not draw:
         parts |= {split: parts["train"].subset(np.arange(0)) for split in held_out}
@@ -223,4 +235,29 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
     if config.train_fraction < 1:
         train = train.subset(nested_share(train.labels.numpy(), config.train_fraction, config.split_seed))
         notes.append(f"training on {len(train):,} images, {100 * config.train_fraction:g} % of each class")
-    return HeldOut(parts | {"train": train}, held_out, notes)
+    return HeldOut(parts | {"train": train}, ["test"] * drew_fold + held_out, notes)
+
+
+def _hold_out_fold(
+    config: DataConfig, parts: dict[str, Split], class_names: tuple[str, ...]
+) -> tuple[dict[str, Split], list[str]]:
+    """Return a fold of the training and validation images as the test split, and notes.
+
+    Raises:
+        InputError: there are too few images or groups, or all images of a class are in the fold.
+    """
+    pool, notes = join(parts["train"], parts["val"]) if "val" in parts else parts["train"], []
+    if "test" in parts:
+        notes.append(f"--folds: the test split, {len(parts['test']):,} images, is not used")
+    labels, groups = pool.labels.numpy(), pool.groups
+    rest, held = take_fold(labels, groups, config.folds, config.fold, config.fold_seed)
+    if missing := np.setdiff1d(labels, labels[rest]).tolist():
+        raise InputError(
+            f"--data {config.data}: all images of class {class_names[missing[0]]!r} are in fold {config.fold} of "
+            f"{config.folds}; add images{'' if groups is None else ' of other groups'}"
+        )
+    within = "" if groups is None else f" of {len(np.unique(groups[held])):,} groups"
+    notes.append(
+        f"fold {config.fold} of {config.folds} is the test split: {len(held):,} images{within}, seed {config.fold_seed}"
+    )
+    return {"train": pool.subset(rest), "test": pool.subset(held)}, notes

@@ -32,8 +32,8 @@ HEIF_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".hif"})
 HEIF_REMEDY = "pip install 'smallvit[heif]'"
 SYSTEM_FILES = {"__macosx", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 """Files and folders that macOS, Linux and Windows create, in lower case."""
-RUN_FILES = ("config.json", "compare.md")
-"""Files in the folders that `smallvit train` and `smallvit compare` write."""
+RUN_FILES = ("config.json", "compare.md", "crossval.json")
+"""Files in the folders that `smallvit train`, `compare` and `crossval` write."""
 
 Sample = tuple[str, int, str]
 """Name, class number and split of an image."""

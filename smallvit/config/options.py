@@ -92,6 +92,14 @@ class DataConfig(Options):
     """Share of all images held out for the final test, if the dataset has no test split."""
     split_seed: int = option(0, "evaluation", "shared", "affects_test", "draws_test", ge=0)
     """Seed of these splits; runs with the same seed are evaluated on the same images."""
+    folds: int = option(0, "evaluation", "shared", "affects_test", "draws_test", ge=0)
+    """Divide the training and validation images into this many folds (smallvit crossval trains on all): --fold is the
+    test split, --val-fraction of the others is held out to choose the best epoch, and a test split of the data is not
+    used. Folds are stratified, and groups stay together."""
+    fold: int = option(1, "evaluation", "affects_test", "draws_test", ge=1)
+    """Fold that is the test split, from 1 to --folds."""
+    fold_seed: int = option(0, "evaluation", "shared", "affects_test", "draws_test", ge=0)
+    """Seed of the folds."""
     skip_corrupt: bool = option(False, "resumable", "evaluation", "shared")
     """Skip images that cannot be decoded instead of stopping."""
     max_megapixels: float = option(MAX_MEGAPIXELS, "resumable", "evaluation", "shared", gt=0, le=1000)
@@ -100,6 +108,8 @@ class DataConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data), "data", repr(self.data), "a data set or folder")
+        require(self.folds != 1, "folds", 1, "at least 2")
+        require(not self.folds or self.fold <= self.folds, "fold", self.fold, f"at most --folds {self.folds}")
 
 
 @dataclass(frozen=True, kw_only=True)

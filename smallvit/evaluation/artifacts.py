@@ -81,8 +81,8 @@ def write_artifacts(
     with atomic_update(folder, list_outputs) as partial_folder:
         write_csv(record["classes"], partial_folder / CLASSES)
         rows = [[name, *row] for name, row in zip(names, confusion, strict=True)]
-        _write_rows(partial_folder / CONFUSION, [["true", *names], *rows])
-        _write_rows(partial_folder / PREDICTIONS, _prediction_rows(outputs, names, paths))
+        write_rows(partial_folder / CONFUSION, [["true", *names], *rows])
+        write_rows(partial_folder / PREDICTIONS, _prediction_rows(outputs, names, paths))
         plot_confusion(confusion, names, partial_folder / CONFUSION_FIGURE, title)
         plot_reliability(record["reliability"], record["ece"], partial_folder / RELIABILITY, title)
         if (sheet := draw_mistakes(outputs, names, read_images)) is not None:
@@ -174,7 +174,8 @@ def _prediction_rows(outputs: Outputs, names: list[str], paths: list[str] | None
         yield row if paths is None else [*row, paths[index]]
 
 
-def _write_rows(path: Path, rows: Iterable[list[Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[list[Any]]) -> None:
+    """Write rows as CSV."""
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

@@ -166,7 +166,7 @@ def evaluate_run(
     hardware.pick_device(config.compute.device)
     digest = weights_info.compute_sha256(infos[0])
     console = console or create_console(stderr=True)
-    tasks = _create_tasks(name, infos, config, split)
+    tasks = create_tasks(name, infos, config, split)
     for note in list(_list_notes(tasks, config)):  # all checks come before the first line
         console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False)
     corruptions: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
@@ -207,7 +207,7 @@ def compare_outputs(outputs: Outputs, others: Outputs) -> dict[str, Any]:
     return stats.compare_paired(outputs.correct[first], others.correct[second])
 
 
-def _create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str) -> list[EvaluationTask]:
+def create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str) -> list[EvaluationTask]:
     """Pair each model with the same images at its own size, or the first at the size of `config`."""
     own = weights_info.is_training_data(config.data.data, weights_info.read_data_options(name))
     sizes = [config.data.img_size or infos[0].spec["img_size"], *(info.spec["img_size"] for info in infos[1:])]

@@ -8,10 +8,11 @@ Clopper and Pearson (1934) replaces the bootstrap's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, t
 
 CONFIDENCE = 0.95
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
@@ -77,6 +78,39 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
         "only_other": only_second,
         "p": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
     }
+
+
+def corrected_t_test(differences: Sequence[float], test_share: float) -> dict[str, Any]:
+    """Test whether the mean difference of two models over the folds of (repeated) cross-validations is 0.
+
+    Training sets of folds overlap, so their results vary less than those of independent experiments. The variance of
+    the mean is therefore (1/J + n_test/n_train) times that of the J differences (the corrected resampled t-test of
+    Nadeau and Bengio 2003, equation 9, doi:10.1023/A:1024068626366).
+
+    Args:
+        differences: Difference in each fold, in points.
+        test_share: n_test/n_train.
+
+    Returns:
+        The mean difference, its 95 % interval, `t`, degrees of freedom `df`, and the two-sided `p`.
+    """
+    count, mean = len(differences), float(np.mean(differences))
+    error = float(np.sqrt((1 / count + test_share) * np.var(differences, ddof=1)))
+    statistic = mean / error if error else float(np.copysign(np.inf, mean)) if mean else 0.0
+    reach = float(t.ppf(TAILS[1], count - 1)) * error
+    p = 2 * float(t.sf(abs(statistic), count - 1))
+    return {"difference": mean, "interval": [mean - reach, mean + reach], "t": statistic, "df": count - 1, "p": p}
+
+
+def format_t_test(comparison: dict[str, Any]) -> str:
+    """Describe the result of `corrected_t_test` in a sentence."""
+    low, high = comparison["interval"]
+    p = comparison["p"]
+    return (
+        f"{comparison['difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}), "
+        f"{'significant' if p < SIGNIFICANCE else 'not significant'} (corrected resampled t-test, "
+        f"{comparison['df']} degrees of freedom, p {f'= {p:.2g}' if p >= 1e-4 else '< 0.0001'})"
+    )
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:

@@ -65,6 +65,21 @@ class Grid:
     jobs: int | None = None
     """Runs trained at the same time; None chooses."""
 
+    @property
+    def folds(self) -> int:
+        """Number of folds, each of which is a run of every row and seed; 0 without cross-validation."""
+        return self.flags.get("folds", 0)
+
+    @property
+    def runs_per_row(self) -> int:
+        """Number of runs of each row."""
+        return len(self.seeds) * max(1, self.folds)
+
+    def fold_options(self, seed: int, fold: int) -> dict[str, int]:
+        """Return the options of a fold; each seed divides the images anew."""
+        first = self.flags.get("fold_seed", 0)
+        return {"fold": fold, "fold_seed": first + seed - self.seeds.start} if fold else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
@@ -103,7 +118,8 @@ class PlannedRun:
         Raises:
             SignalInterrupt: A signal stopped the run; it has been saved.
         """
-        title, console = f"{prefix} {self.row.label}, seed {self.seed}:", trainings.console
+        fold = f", fold {self.options['fold']}" if "fold" in self.options else ""
+        title, console = f"{prefix} {self.row.label}, seed {self.seed}{fold}:", trainings.console
         if self.is_finished:
             console.print(f"{title} already finished, {self.folder}")
             return True
@@ -149,11 +165,12 @@ def plan_runs(grid: Grid) -> list[PlannedRun]:
         PlannedRun(
             row=row,
             seed=seed,
-            folder=grid.out / row.folder(seed),
+            folder=grid.out / f"{row.folder(seed)}{f'-fold{fold}' * bool(fold)}",
             recipe=recipe,
-            options=each | {"epochs": epochs, "seed": seed},
+            options=each | {"epochs": epochs, "seed": seed} | grid.fold_options(seed, fold),
         )
         for seed in grid.seeds
+        for fold in range(1, grid.folds + 1) or [0]
         for row, recipe, each in zip(grid.rows, recipes, options, strict=True)
     ]
 
@@ -295,6 +312,24 @@ class Output:
     """Device and precision of inference."""
 
 
+def train_grid(grid: Grid, device: str) -> tuple[list[PlannedRun], list[PlannedRun]]:
+    """Train the missing runs of a grid; return all its runs, and those that failed.
+
+    Raises:
+        InputError: Rows or data are invalid, or a folder holds another run; nothing has been trained.
+        KeyboardInterrupt: A signal stopped a run, which has been saved.
+    """
+    hardware.pick_device(device)
+    planned = plan_runs(grid)
+    for run in {run.row.label: run for run in planned if not run.is_finished}.values():
+        run.check()
+    jobs = choose_jobs(grid.jobs, device, sum(not run.is_finished for run in planned))
+    with Trainings(jobs, create_console()) as trainings:
+        numbered = [(f"[{number}/{len(planned)}]", run) for number, run in enumerate(planned, 1)]
+        finished = trainings.map(lambda each: each[1].train(each[0], trainings), numbered)
+    return planned, [run for run, done in zip(planned, finished, strict=True) if not done]
+
+
 def compare_rows(grid: Grid, output: Output) -> bool:
     """Train the missing runs of a grid and compare its rows; return whether all runs are finished.
 
@@ -303,19 +338,11 @@ def compare_rows(grid: Grid, output: Output) -> bool:
         KeyboardInterrupt: A signal stopped a run, which has been saved.
         OSError: The files cannot be written.
     """
-    hardware.pick_device(output.compute.device)
-    planned = plan_runs(grid)
-    for run in {run.row.label: run for run in planned if not run.is_finished}.values():
-        run.check()
-    jobs = choose_jobs(grid.jobs, output.compute.device, sum(not run.is_finished for run in planned))
-    with Trainings(jobs, create_console()) as trainings:
-        numbered = [(f"[{number}/{len(planned)}]", run) for number, run in enumerate(planned, 1)]
-        finished = trainings.map(lambda each: each[1].train(each[0], trainings), numbered)
-    failed = [run for run, done in zip(planned, finished, strict=True) if not done]
+    planned, failed = train_grid(grid, output.compute.device)
     rows = []
     for row in grid.rows:
         finished = [run.folder for run in planned if run.row is row and run not in failed]
-        rows.append(AggregatedRun(row.label, tuple(map(aggregate.read_finished_run, finished)), len(grid.seeds)))
+        rows.append(AggregatedRun(row.label, tuple(map(aggregate.read_finished_run, finished)), grid.runs_per_row))
     _report(rows, output, {run.row.label: run.recipe for run in planned if run.recipe is not None})
     return not failed
 

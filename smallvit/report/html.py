@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 from smallvit import __version__
 from smallvit.config.config import default_options, format_train_command, option_names, option_types
 from smallvit.config.spec import format_value
-from smallvit.evaluation.stats import format_comparison, has_unequal_classes, list_confusions
+from smallvit.evaluation.stats import format_comparison, format_t_test, has_unequal_classes, list_confusions
 from smallvit.plugins import PLUGINS
 from smallvit.report import pictures
 from smallvit.report.run_summary import RunSummary
@@ -29,33 +29,69 @@ MAX_CONFUSIONS = 8
 """Pairs of classes in the table of frequent confusions."""
 
 
-def write_report(runs: Sequence[RunSummary], path: Path) -> None:
-    """Write the page of one or several runs.
+def write_crossval(record: dict[str, Any], scores: list[list[str]], classes: list[list[str]], path: Path) -> None:
+    """Write the page of a cross-validation.
+
+    Args:
+        record: The contents of crossval.json.
+        scores: Table of the folds.
+        classes: Table of the classes.
+        path: The page, next to the files of the cross-validation.
 
     Raises:
         OSError: The file cannot be written.
     """
+    page = (
+        _environment()
+        .get_template("crossval.html.jinja")
+        .render(
+            version=__version__,
+            day=datetime.date.today().isoformat(),
+            record=record,
+            tables={"Folds": scores, "Classes": classes},
+            confusions=list_confusions(record)[:MAX_CONFUSIONS],
+            picture=pictures.read_confusion(path.parent, record),
+        )
+    )
+    write_text(path, escape_undecodable(page.lstrip()))
+
+
+def _environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("smallvit.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "short": EngFormatter(places=1),
         "duration": format_duration,
         "comparison": format_comparison,
+        "t_test": format_t_test,
     }
+    return environment
+
+
+def write_report(runs: Sequence[RunSummary], path: Path) -> None:
+    """Write the page of one or several runs.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
     comparison = _compare(dict(zip(names, runs, strict=True))) if len(runs) > 1 else {}
     seeds = comparison.get("seeds", {})
-    page = environment.get_template(TEMPLATE).render(
-        version=__version__,
-        day=datetime.date.today().isoformat(),
-        title=f"{len(runs)} runs" if comparison else runs[0].title,
-        runs=[
-            _describe(run) | {"name": name, "key": f"run{number}", "seeds": seeds.get(run.folder, 1)}
-            for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
-        ],
-        comparison=comparison,
+    page = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            version=__version__,
+            day=datetime.date.today().isoformat(),
+            title=f"{len(runs)} runs" if comparison else runs[0].title,
+            runs=[
+                _describe(run) | {"name": name, "key": f"run{number}", "seeds": seeds.get(run.folder, 1)}
+                for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
+            ],
+            comparison=comparison,
+        )
     )
     write_text(path, escape_undecodable(page.lstrip()))
 

@@ -209,6 +209,14 @@ def _read_test(folder: Path, metrics: dict[str, Any], notes: list[str]) -> dict[
     return {name: _read_picture(folder / f"{name}.png", notes, *each) for name, each in texts.items()}
 
 
+def read_confusion(folder: Path, metrics: dict[str, Any]) -> Picture | None:
+    """Read the confusion matrix in a folder; None if it is missing or damaged."""
+    right, images = sum(row[n] for n, row in enumerate(metrics["confusion"])), sum(map(sum, metrics["confusion"]))
+    caption = "Rows are true classes, columns predicted; the darker, the larger the share of the row."
+    alt = f"{right:,} of {images:,} images lie on the diagonal."
+    return _read_picture(folder / "confusion.png", [], "Confusion matrix", caption, alt)
+
+
 def _read_attention(folder: Path, result: dict[str, Any], notes: list[str]) -> list[Picture | None]:
     """Read overview, heads, temperatures, and all layers of each image."""
     images, layers = result["images"], result["layers"]

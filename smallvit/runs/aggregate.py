@@ -55,7 +55,7 @@ FIELDS = (
     *("test_top1", "test_top1_std", "parameters", "macs", *tables.BINARY_FIGURES),
     *("train_images_per_second", "train_images_per_second_std"),
     *("inference_images_per_second", "inference_images_per_second_iqr", "latency_ms", "latency_ms_iqr"),
-    *("peak_memory_bytes", "images_seen", "epochs", "batch_size"),
+    *("peak_memory_bytes", "images_seen", "epochs", "batch_size", "folds"),
 )
 """Fields of a record after model and seeds; accuracies in per cent, iqr is the interquartile range."""
 PANELS = {"inference_images_per_second": "inference images/s", "train_images_per_second": "training images/s"}
@@ -105,7 +105,7 @@ class AggregatedRun:
             record |= {name: self.values(name)[0] for name in ("parameters", "macs", "images_seen", "epochs")}
             record |= {name: self.runs[0].summary.get(name) for name in tables.BINARY_FIGURES}
             record |= {"peak_memory_bytes": max(self.values("peak_memory_bytes"))}
-            record |= {"batch_size": self.option("batch_size")}
+            record |= {name: self.option(name) for name in ("batch_size", "folds")}
         return record
 
 
@@ -215,6 +215,8 @@ def comparison_rows(records: list[dict[str, Any]], without: Sequence[str] = ()) 
     """Return header and cells of a comparison; `without` names columns to omit."""
     columns = tables.with_binary_columns(COLUMNS, records)
     columns = {name: title for name, title in columns.items() if name not in without}
+    if any(record.get("folds") for record in records):
+        columns["seeds"] = "folds"
     return [[*columns.values()], *([format_cell(record, name) for name in columns] for record in records)]
 
 
@@ -254,6 +256,12 @@ def _describe_data(runs: Sequence[AggregatedRun]) -> list[str]:
     spread = (
         "; mean ± standard deviation of the sample (n - 1) over seeds" if any(len(r.runs) > 1 for r in runs) else ""
     )
+    if shared["folds"]:
+        return [
+            f"Data: {runs[0].data}, {shared['folds']} folds, the same for all rows, of what is in no test split of the "
+            f"data (fold-seed {shared['fold_seed']}; val-fraction {shared['val_fraction']} of the other folds)",
+            f"Test top-1: in %, {flip}weights of the {epoch}; mean ± standard deviation (n - 1) over folds",
+        ]
     return [
         f"Data: {runs[0].data}, {runs[0].values('test_images')[0]:,} test images; same splits for all rows (split-seed "
         f"{shared['split_seed']}, {', '.join(splits)}, for splits that the data does not define)",

@@ -73,6 +73,8 @@ def warn_ineffective(config: Config) -> None:
         ineffective.append(("data_dir", "a data set that is downloaded; give a folder of images by --data"))
     if config.data.columns is not None and not is_manifest(config.data.data):
         ineffective.append(("columns", "a table; give a .csv, .tsv or .parquet file by --data"))
+    if config.data.fold > 1 and not config.data.folds:
+        ineffective.append(("fold", "--folds; add e.g. --folds 5"))
     for name, needed in ineffective:
         warn(f"{flag(name)} has no effect without {needed}")
 

@@ -448,7 +448,8 @@ def test_a_test_split_with_training_images_is_refused_and_other_overlaps_are_rep
 def test_weights_store_a_fingerprint_of_their_training_data(trained_run: Path) -> None:
     info, dataset = weights_info.read_weights_info(str(trained_run), "eval"), datasets.create_dataset(DataConfig())
     assert info.training_data == dataset.describe_training_data(DataConfig())
-    assert info.training_data["test_split"] == {"group_by": None, "split_seed": 0, "test_fraction": 0.2}
+    fold = {"folds": 0, "fold": 1, "fold_seed": 0}
+    assert info.training_data["test_split"] == {"group_by": None, "split_seed": 0, "test_fraction": 0.2} | fold
 
 
 # Errors

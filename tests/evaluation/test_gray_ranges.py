@@ -64,7 +64,7 @@ def test_a_model_sees_gray_values_as_in_its_training(
 
     photographs(tmp_path / "others", 2000)  # evaluated with the model's range, not by their own
     config = Config.build(data=str(tmp_path / "others"), device="cpu", amp="off")
-    (task,) = evaluator._create_tasks(str(run), [info], config, "test")
+    (task,) = evaluator.create_tasks(str(run), [info], config, "test")
     assert task.dataset.gray_ranges == info.gray_ranges
     assert task.dataset.test.pixels.max() == 128
     assert smallvit("attend", run, bright, "--out", tmp_path / "seen", "--device", "cpu", "--amp", "off")[0] == 0

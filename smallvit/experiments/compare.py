@@ -76,7 +76,7 @@ class Grid:
         return len(self.seeds) * max(1, self.folds)
 
     def fold_options(self, seed: int, fold: int) -> dict[str, int]:
-        """Return the options of a fold; each seed divides the images anew."""
+        """Return the options of a fold; each seed has another division."""
         first = self.flags.get("fold_seed", 0)
         return {"fold": fold, "fold_seed": first + seed - self.seeds.start} if fold else {}
 

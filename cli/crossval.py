@@ -35,7 +35,8 @@ final model. A run's fold is its test split. The best epoch is chosen on
 Missing runs are trained, on a CPU several at a time (--jobs); the same command
 resumes after an interruption. --compare trains a second model on the same
 folds, or reads another cross-validation, and tests the difference (corrected
-resampled t-test).
+resampled t-test). Options of the model and the optimizer are of the first
+model alone; the second has its own, such as vit+spt,patch-size=8,lr=0.003.
 
 Written to --out, by default crossval/<model>-<data>: crossval.json,
 predictions.csv (of each image, by the run that has not seen it), classes.csv,
@@ -54,7 +55,7 @@ HELP = {
 
 def parser() -> Parser:
     """Return the argument parser."""
-    excluded = {*option_names("launch"), "fold", "keep_resume"} - {"out"}
+    excluded = {*option_names("launch"), "fold", "keep", "keep_resume", "processes"} - {"out"}
     names = [name for name in option_types() if name not in excluded]
     return options_parser("smallvit crossval", DESCRIPTION, names, _add_arguments, HELP)
 

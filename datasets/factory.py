@@ -222,7 +222,8 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
         try:
             rest, held = hold_out(labels, fraction, seed, f"a {split} split", class_names, groups)
         except InputError as error:
-            raise InputError(f"--data {config.data}: {error}") from None
+            remedy = ", or add --val-fraction 0 to use the last epoch" if split == "val" else ""
+            raise InputError(f"--data {config.data}: {error}{remedy}") from None
         parts |= {"train": train.subset(rest), split: train.subset(held)}
         if fraction:
             within = "" if groups is None else f" of {len(np.unique(groups[held])):,} groups"

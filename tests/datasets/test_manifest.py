@@ -159,7 +159,7 @@ def test_unusable_tables_say_where_and_what_to_do(image_folder: Path, tmp_path: 
         ([HEADER, *([row[0], "a", *row[2:]] for row in good)], "all rows have the label 'a'; at least 2 classes"),
         ([HEADER, *([*row[:2], "test", *row[3:]] for row in good)], "has no row in split train; add one"),
         (without("split", "group")[:22], "line 22: class 'gray' has only this image, so none can be held out; add"),
-        (without("split", "group")[:23], "class 'gray' has too few images to hold out a val split"),
+        (without("split", "group")[:23], "val/ and test/, or add --val-fraction 0 to use the last epoch"),
         (
             [["path", "label", "group"], *([*row[:2], row[1] if row[1] == "dark" else row[3]] for row in good)],
             "all images of class 'dark' are in group 'dark', so none can be held out for a test split; 3 groups",

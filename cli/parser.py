@@ -23,7 +23,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from smallvit.config import recipes
-from smallvit.config.config import Config, option_names
+from smallvit.config.config import Config, literals, option_names
 from smallvit.config.model import expand_arch
 from smallvit.config.options import REGULARIZATION
 from smallvit.config.other_names import suggest_option
@@ -365,5 +365,12 @@ def _value(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         choices = "{" + ",".join(get_args(kind)) + "}"
         return {"metavar": choices if len(choices) < 50 else "NAME"}
+    if words := literals(kind):
+
+        def parse_number(text: str) -> int | str:
+            return text if text in words else int(text)
+
+        parse_number.__name__ = "int"
+        return {"type": parse_number, "metavar": "N"}
     plain = next(k for k in get_args(kind) or (kind,) if k is not NoneType)
     return {"type": plain, "metavar": {int: "N", float: "X", str: "NAME"}[plain]}

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from types import MappingProxyType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from smallvit.config.model import InitConfig, ModelConfig, expand_arch
 from smallvit.config.options import (
@@ -138,6 +138,10 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Mapping:
         require(isinstance(value, Mapping), name, repr(value), "a dictionary")
         return {str(each): _to_plain(own) for each, own in value.items()}
+    if words := literals(kind):
+        if value in words:
+            return value
+        kind = int
     choices = [c for c in get_args(kind) if not isinstance(c, type)]
     if choices:
         hint = suggest(value, choices) if isinstance(value, str) else ""
@@ -149,6 +153,11 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
     require(type(value) in kinds, name, repr(value), expected)
     return value
+
+
+def literals(kind: Any) -> tuple[str, ...]:
+    """Return the words that an option takes instead of a number."""
+    return tuple(word for each in get_args(kind) if get_origin(each) is Literal for word in get_args(each))
 
 
 def _to_plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class Options:
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value, bounds = getattr(self, each.name), each.metadata.get("bounds")
-            if value is None or not bounds:
+            if value is None or value == "auto" or not bounds:
                 continue
             finite = not isinstance(value, float) or math.isfinite(value)
             expected = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
@@ -190,8 +191,11 @@ class OptimConfig(Options):
 
     epochs: int = option(100, "common", "shared", ge=1)
     """Passes over the training images."""
-    batch_size: int = option(128, "common", "shared", ge=1)
-    """Images per step, at most, over all devices; the steps of an epoch have equal size."""
+    max_time: str | None = option(None, "common", "shared")
+    """Time for the whole run, such as 90s, 30m or 1h30m, instead of --epochs; the schedule fits itself to it."""
+    batch_size: int | Literal["auto"] = option(128, "common", "shared", ge=1)
+    """Images per step, at most, over all devices; the steps of an epoch have equal size. On a GPU auto is the largest
+    power of two that fits into memory."""
     grad_accum_steps: int = option(1, ge=1)
     """Parts that a batch is split into to save memory; gradients are accumulated."""
     loss: str = "ce"
@@ -255,8 +259,21 @@ class OptimConfig(Options):
         name, names = self.regularization, ("auto", *REGULARIZATION)
         require(name in names, "regularization", name, f"one of {', '.join(names)}{suggest(name, names)}")
         parts = self.grad_accum_steps
-        require(parts <= self.batch_size, "grad_accum_steps", parts, "at most --batch-size")
+        fits = self.batch_size == "auto" or parts <= self.batch_size
+        require(fits, "grad_accum_steps", parts, "at most --batch-size")
+        require(self.max_seconds != 0, "max_time", self.max_time, "a time such as 90s, 30m or 1h30m")
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr {self.lr}")
+
+    @property
+    def max_seconds(self) -> float | None:
+        """The limit --max-time in seconds; 0 if it is no time."""
+        if self.max_time is None:
+            return None
+        parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", self.max_time)
+        try:
+            return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+        except (AttributeError, ValueError):
+            return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +364,8 @@ class RunConfig(Options):
     """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
     select_by: Literal["top1", "macro_f1", "balanced_accuracy", "loss"] = option("top1", "shared")
     """Validation metric that chooses the best epoch."""
+    patience: int | None = option(None, "shared", ge=1)
+    """Epochs without improvement of this metric after which training stops; by default it does not."""
     keep: int = option(0, "resumable", ge=0)
     """Number of latest epochs whose weights are kept, in addition to last and best."""
     log: str | None = option(None, "resumable", "shared", "local")

@@ -30,6 +30,7 @@ OTHER_NAMES = {
     "loss=focal": ("focal_loss",),
     "class_weights": ("class_weight",),
     "select_by": ("eval_metric", "metric_for_best_model"),
+    "patience": ("early_stopping_patience",),
     "opt": ("optim", "optimizer"),
     "lr": ("learning_rate", "lr0"),
     "min_lr": ("lr_min",),

@@ -43,7 +43,10 @@ def apply_recipe(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     if name not in RECIPES:
         raise InputError(f"--recipe {name}: no such recipe{suggest(name, RECIPES)}; see smallvit list recipes")
-    return inspect.unwrap(RECIPES[name])(**options) | options
+    values = inspect.unwrap(RECIPES[name])(**options)
+    if options.get("batch_size") == "auto":
+        values = {"lr_base_size": values["batch_size"]} | values
+    return values | options
 
 
 @recipe

@@ -163,19 +163,21 @@ def render_frame(view: RunView, console: Console, height: int | None = None) -> 
 def format_headline(view: RunView) -> Text:
     """Return the run's name, model, progress, best accuracy, speed and remaining time."""
     model, epochs, history = view.config.model, view.config.optim.epochs, view.history
+    limit = view.config.optim.max_seconds
     parts = [model.arch or ARCH, *(PLUGINS[name].label for name in added_plugins(model.arch, model.plugins))]
     text = Text.assemble((view.folder.resolve().name, "bold"), f"  {' + '.join(parts)} on {view.data_name}\n")
     if not history:
-        return text.append(f"no epoch of {epochs} finished yet")
+        return text.append("no epoch finished yet" if limit else f"no epoch of {epochs} finished yet")
     last = history[-1]
-    figures = [f"epoch {last['epoch']}/{epochs}"]
+    figures = [f"epoch {last['epoch']}" if limit else f"epoch {last['epoch']}/{epochs}"]
     if (best := best_epoch(history, view.config.run.select_by)) is not None:
         figures.append(f"best val {best['val_top1']:.2f} % (epoch {best['epoch']})")
     figures.append(f"{last['images_per_second']:,.0f} images/s")
     if view.summary is not None:
         figures.append(f"test top-1 {view.summary['test_top1']:.2f} %")
     else:
-        figures.append(f"{format_duration(last['seconds'] / max(1, last['epoch']) * (epochs - last['epoch']))} left")
+        left = last["seconds"] / max(1, last["epoch"]) * (epochs - last["epoch"])
+        figures.append(f"{format_duration(max(0, limit - last['seconds']) if limit else left)} left")
     return text.append("  ".join(figures))
 
 

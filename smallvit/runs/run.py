@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,7 @@ class Run:
         self._new, self._replaces, self._extends = new, replaces, extends
         self._created = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
         self._lock: Lock | None = None
+        self.opened_at = time.monotonic()
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name

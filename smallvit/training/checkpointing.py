@@ -65,7 +65,22 @@ class Checkpointer:
     def position(self) -> str:
         """Epochs and steps done, in words."""
         number, step = self.state.epoch + bool(self.state.step), self.state.step
-        return f"epoch {number} of {self.setup.config.optim.epochs}" + (f", step {step}" if step else "")
+        total = "" if self.setup.budget else f" of {self.setup.config.optim.epochs}"
+        return f"epoch {number}{total}" + (f", step {step}" if step else "")
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over: all epochs are done, or the time or the patience has run out."""
+        state, budget = self.state, self.setup.budget
+        if self.exhausted:
+            return True
+        return state.epoch >= self.setup.config.optim.epochs if budget is None else budget.finished and not state.step
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the selected metric has not improved for --patience epochs."""
+        state, patience = self.state, self.setup.config.run.patience
+        return bool(patience and state.best_epoch and state.epoch - state.best_epoch >= patience)
 
     @property
     def seconds(self) -> float:
@@ -97,6 +112,9 @@ class Checkpointer:
         try:
             self.state = RunState(**saved)
             setup.scaler.load_state_dict(self.state.scaler)
+            if setup.budget is not None:
+                setup.budget.progress = self.state.progress
+                setup.budget.started -= self.state.elapsed
             if setup.world.main:  # the other processes' shares are in its sum
                 self.losses[: self.state.step] = torch.tensor(self.state.losses)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -134,6 +152,8 @@ class Checkpointer:
                 action = StepAction.CHECK_LOSS
             elif mean is not None:
                 rate = state.step * self.setup.batches.sampling.size / state.epoch_seconds
+                if self.setup.budget is not None:
+                    self.display.plan(self.setup.budget.estimate_epochs(self.steps_done))
                 self.display.step(self.steps_done, mean * world.size, rate)
         if world.size > 1:
             seconds_per_step = state.epoch_seconds / state.step
@@ -152,7 +172,7 @@ class Checkpointer:
     def _perform(self, action: int) -> None:
         if action == StepAction.CHECK_LOSS:
             self.mean_loss()
-        if action >= StepAction.SAVE and self.state.epoch < self.setup.config.optim.epochs:
+        if action >= StepAction.SAVE and not self.finished:
             self.save()  # not during the final test, which evaluates the best weights
         if action == StepAction.STOP:
             raise SignalInterrupt(self.setup.world.agree(self.signals.received))
@@ -163,14 +183,14 @@ class Checkpointer:
         if best:
             self.best = checkpoint.snapshot(self.setup.eval_model)
         state.history.append(metrics)
+        state.omitted_steps = len(self.losses) - state.step
         state.epoch, state.step = state.epoch + 1, 0
         state.seconds = metrics["seconds"]
         state.step_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
         self.async_loss.pending = False
-        last = state.epoch == self.setup.config.optim.epochs
         due = time.monotonic() - self.saved_at > EPOCH_SECONDS
-        if self.setup.world.agree(int(last or due or self.setup.config.run.keep > 0)):
+        if self.setup.world.agree(int(self.finished or due or self.setup.config.run.keep > 0)):
             self.save()
         self.ticked_at = time.monotonic()
 
@@ -223,6 +243,8 @@ class Checkpointer:
         if setup.world.agree(int(not finite)):
             raise self._diverged("weights are no longer finite")
         state.scaler = setup.scaler.state_dict()
+        if setup.budget is not None:
+            state.progress, state.elapsed = setup.budget.progress, setup.budget.elapsed
         state.losses = setup.world.total(self.losses[: state.step]).tolist()
         weights = checkpoint.snapshot(setup.eval_model) if not state.step else None
         gathered = checkpoint.gather_state(setup.trained, setup.optimizer, setup.average)
@@ -277,5 +299,11 @@ class RunState:
     """Time of training alone in completed epochs."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the loss scaler in fp16."""
+    progress: float = 0.0
+    """Share of the schedule that is complete, with --max-time."""
+    elapsed: float = 0.0
+    """Time since the start of the run, with --max-time."""
+    omitted_steps: int = 0
+    """Steps that the last epoch lacks, with --max-time."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of every epoch, as in metrics.jsonl."""

@@ -29,6 +29,8 @@ SET_BY_INIT = ("arch", "plugin_init", "plugin_warmup_ratio")
 """Options that the weights of --init may have changed."""
 NOT_INHERITED = ("dropout", "drop_path", "linear_drop_path")
 """Options of the model that do not follow the weights of --init."""
+CHOSEN = ("streaming", "batch_size")
+"""Options whose value auto is replaced by what a run chose."""
 RESTART_SECONDS = 20.0
 """Maximum wait of a restarted run for its predecessor to end."""
 
@@ -192,7 +194,7 @@ def _resume(folder: Path, config: Config, timeout: float = 0.0) -> Run:
     moved = [name for name in paths if name in config.given]
     free = {*option_names("resumable", "launch"), *moved, *extended, *(SET_BY_INIT if old["init"] is not None else ())}
     for name in config.given:
-        if name not in free and new[name] != old[name] and not (name == "streaming" and new[name] == "auto"):
+        if name not in free and new[name] not in (old[name], "auto" if name in CHOSEN else old[name]):
             raise InputError(
                 f"{flag(name)} {new[name]}: the run in {folder} has {old[name]}, which cannot change; remove it"
             )
@@ -226,6 +228,11 @@ def _extend(folder: Path, stored: Config, config: Config) -> dict[str, Any]:
             )
     if not finished or "epochs" not in config.given or after <= before:
         return {}
+    if stored.optim.max_time or stored.run.patience:
+        raise InputError(
+            f"--epochs {after}: the run in {folder} ended by --max-time or --patience; train from its weights with "
+            f"--init {folder} --epochs N"
+        )
     return {"epochs": after, "sched_start_epoch": before}
 
 

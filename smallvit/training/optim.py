@@ -91,7 +91,7 @@ def create_optimizer(
         raise InputError(f"--opt {config.opt}: no such optimizer{hint}; see timm.optim.list_optimizers()")
     if config.opt in UNSAVED:
         raise InputError(f"--opt {config.opt}: cannot be used here (a run with it could not be resumed)")
-    rate = config.lr * config.batch_size / config.lr_base_size if config.lr_base_size else config.lr
+    rate = config.lr * int(config.batch_size) / config.lr_base_size if config.lr_base_size else config.lr
     options = {"fused": True} if config.opt in FUSED else {}
     parameters = [each for each in model.parameters() if each.requires_grad] if config.weight_decay_all else model
     try:

@@ -31,8 +31,9 @@ def count_processes(config: Config) -> int:
     """
     asked, threads = config.compute.processes, torch.get_num_threads()
     on_cpu = pick_device(config.compute.device).type == "cpu"
+    batch = config.optim.batch_size
     if asked == "auto":
-        return max(1, min(threads, config.optim.batch_size // LEAST_IMAGES)) if on_cpu else 1
+        return max(1, min(threads, batch // LEAST_IMAGES)) if on_cpu and batch != "auto" else 1
     count = int(asked)
     if count > 1 and not on_cpu:
         raise InputError(f"--processes {count}: for CPUs; several GPUs: torchrun --nproc-per-node N -m smallvit train")

@@ -26,6 +26,7 @@ from smallvit.models import factory
 from smallvit.plugins.patch import describe
 from smallvit.training import optim
 from smallvit.training.launch import apply_regularization, resolve
+from smallvit.training.limits import COMPILE_SECONDS, SCHEDULE_STEPS, TimeBudget
 from smallvit.training.losses import Objective, create_objective
 from smallvit.training.optim import InitialWeights
 from smallvit.training.token_saving import TokenSaving
@@ -83,6 +84,8 @@ class Setup:
     """The model to distill from."""
     objective: Objective
     """The loss of labels, and of the teacher's outputs if there is a teacher."""
+    budget: TimeBudget | None
+    """Progress of a run that is limited by --max-time."""
     world: World
     """This process among those of torchrun."""
 
@@ -92,8 +95,8 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """Number of steps of all epochs."""
-        return self.config.optim.epochs * len(self.batches)
+        """Number of steps of the whole schedule: those of all epochs, or a nominal number with --max-time."""
+        return self.config.optim.epochs * len(self.batches) if self.budget is None else SCHEDULE_STEPS
 
     @property
     def precision(self) -> str:
@@ -157,7 +160,7 @@ class Setup:
 
     def warnings(self) -> Iterator[str]:
         """Yield what a user may not expect of the sizes of images, batches and splits, a line each."""
-        data, batch = self.dataset, self.config.optim.batch_size
+        data, batch = self.dataset, int(self.config.optim.batch_size)
         size = re.search(r"_(\d{3})$", self.spec["arch"])
         if size and int(size[1]) > data.img_size:
             cost = (int(size[1]) / data.img_size) ** 2
@@ -220,7 +223,9 @@ def create_setup(
     streaming = "on" if dataset.train.on_disk else "off"
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
-    batches = create_train_loader(dataset, config.optim.batch_size, augment, config.run.seed, device, **part)
+    batches = create_train_loader(dataset, int(config.optim.batch_size), augment, config.run.seed, device, **part)
+    if config.run.patience is not None and not len(dataset.val):
+        raise InputError(f"--patience {config.run.patience}: needs validation images, and --val-fraction is 0")
     spec = _spec(config, dataset)
     torch.manual_seed(config.run.seed)  # the initial weights
     model = factory.create_model(**spec)
@@ -238,6 +243,10 @@ def create_setup(
     _require_images(config, batches, model, world)
     dtype = choose_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
     work = config.optim.epochs * batches.sampling.views // world.size
+    budget = None
+    if (seconds := config.optim.max_seconds) is not None:
+        budget = _create_budget(config, dataset, len(batches), seconds)
+        work = 10**15 if seconds >= COMPILE_SECONDS else 0
     how = hardware.choose_compilation(config.compute.compile, device, counted.macs, work)
     compilation = hardware.Compilation(how, required=required)
     teacher = None
@@ -285,7 +294,9 @@ def create_setup(
         optimizer=optimizer,
         scaler=LossScaler(device, dtype),
         schedule=optim.create_schedule(
-            optimizer, config.optim, (config.optim.epochs - config.optim.sched_start_epoch) * len(batches)
+            optimizer,
+            config.optim,
+            SCHEDULE_STEPS if budget else (config.optim.epochs - config.optim.sched_start_epoch) * len(batches),
         ),
         parameters=parameters,
         frozen_norms=optim.find_frozen_norms(model),
@@ -294,8 +305,16 @@ def create_setup(
         saving=saving,
         teacher=teacher,
         objective=objective,
+        budget=budget,
         world=world,
     )
+
+
+def _create_budget(config: Config, dataset: ImageDataset, epoch_steps: int, seconds: float) -> TimeBudget:
+    """Return the progress of a run that may take this long; a moving average is evaluated next to its weights."""
+    val, test = len(dataset.val) * (1 + (config.optim.ema_decay is not None)), len(dataset.test)
+    interval = config.optim.val_interval
+    return TimeBudget(seconds, epoch_steps, val, test * (1 + config.augment.test_flip), interval)
 
 
 def _initialize(model: nn.Module, weight_init: str) -> None:

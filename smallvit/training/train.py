@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from smallvit.plugins import PLUGINS
 from smallvit.runs.run import Run, best_epoch
 from smallvit.training.checkpointing import Checkpointer, RunState
 from smallvit.training.launch import open_run
+from smallvit.training.limits import fit_batch_size
 from smallvit.training.optim import plugin_strength
 from smallvit.training.processes import start_processes
 from smallvit.training.setup import Setup, create_setup
@@ -65,9 +67,11 @@ def fit(run: Run) -> TrainResult:
 
         # Data, model, optimizer
         saved = world.send(weights_info.read_progress(run / Run.STATE) if world.main and run.saved else None)
+        if run.config.optim.batch_size == "auto":
+            run.config = fit_batch_size(run.config, world, create_setup, train_step)
         setup = create_setup(run.config, world, saved=saved)
         setup.print_overview(console)
-        config, epochs = setup.config, setup.config.optim.epochs
+        config, epochs, budget = setup.config, setup.config.optim.epochs, setup.budget
         if world.main:
             run.begin(config)
         world.agree(0)  # the other processes read the folder only now
@@ -75,13 +79,17 @@ def fit(run: Run) -> TrainResult:
         # Loop, from the last checkpoint
         with (
             SignalHandler() as signals,
-            TrainingProgress(console, setup.steps, epochs) as display,
+            TrainingProgress(
+                console, *((setup.steps, epochs) if budget is None else (len(setup.batches), 1))
+            ) as display,
             hardware.tf32(setup.device, setup.dtype),
-            hardware.explain_out_of_memory(config.optim.batch_size, setup.dataset.img_size),
+            hardware.explain_out_of_memory(int(config.optim.batch_size), setup.dataset.img_size),
             explain_worker_failures(),
             _open_trackers(run, setup) as trackers,
         ):
             checkpointer = Checkpointer(run, setup, signals, display)
+            if budget is not None:
+                budget.started = run.opened_at
             if checkpointer.restore():
                 console.print(f"resume after {checkpointer.position}")
                 if (start := config.optim.sched_start_epoch) and checkpointer.state.epoch >= start:
@@ -89,18 +97,25 @@ def fit(run: Run) -> TrainResult:
             state = checkpointer.state
             for metrics in state.history if trackers else ():
                 trackers.log(metrics)
-            console.print(f"train  {epochs} epochs of {len(setup.batches)} steps")
+            length = f"{epochs} epochs" if budget is None else f"for {config.optim.max_time}, epochs"
+            console.print(f"train  {length} of {len(setup.batches)} steps")
             display.begin(checkpointer.steps_done)
-            while state.epoch < epochs:
+            if budget is not None and not checkpointer.finished:
+                measure_evaluation(setup)
+            while not checkpointer.finished:
                 for images, targets in setup.batches.epoch(setup.augmentation_epoch(state.epoch), state.step):
                     step = partial(train_step, setup, state.epoch, state.step, images, targets)
                     first = setup.compilation.pending
                     checkpointer.step(compile_step(run, setup, signals, console, step) if first else step())
+                    if budget is not None and budget.finished:
+                        break
                 metrics = evaluate_epoch(setup, checkpointer)
                 display.epoch(metrics)
                 if trackers:
                     trackers.log(metrics)
 
+            if checkpointer.exhausted:
+                console.print(f"stop   {config.run.select_by} has not improved since epoch {state.best_epoch}")
             # Evaluate the test split once, with the best weights on the validation split (without one, the last)
             weights, chosen = world.send(checkpoint.load_weights(run / Run.BEST) if world.main else None)
             checkpoint.load_tensors(setup.eval_model, weights)
@@ -119,6 +134,14 @@ def fit(run: Run) -> TrainResult:
         if (skipped := len(setup.dataset.test) - test["images"]) > 0:
             console.print(f"test: skipped {skipped} images that cannot be decoded")
         return print_result(TrainResult(run.folder, summary), console)
+
+
+def measure_evaluation(setup: Setup) -> None:
+    """Measure the time of evaluating an image for --max-time, by a few batches whose results are not used."""
+    began = setup.budget.elapsed
+    split = "val" if len(setup.dataset.val) else "test"
+    images = setup.evaluate(split, wrap=lambda batches: islice(batches, 3))["images"]
+    setup.budget.measured(images, setup.budget.elapsed - began)
 
 
 def set_strength(setup: Setup, model: nn.Module, strength: float) -> None:
@@ -169,10 +192,13 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     config, model, optimizer = setup.config, setup.model, setup.optimizer
     number = epoch * len(setup.batches) + step + 1
     start = config.optim.sched_start_epoch * len(setup.batches)
-    strength = plugin_strength(number, start or setup.steps, config.optim.plugin_warmup_ratio)
+    at = number
+    if setup.budget is not None:
+        at = 1 + round(setup.budget.advance(step, setup.world) * (setup.steps - 1))
+    strength = plugin_strength(at, start or setup.steps, config.optim.plugin_warmup_ratio)
     set_strength(setup, model, strength)
-    setup.schedule.step_update(number - start)
-    setup.saving.step(number / setup.steps)
+    setup.schedule.step_update(at - start)
+    setup.saving.step(at / setup.steps)
     for norm in setup.frozen_norms:
         norm.eval()
     torch.manual_seed(_seed(config.run.seed, MODEL_STREAM, epoch, step, setup.world.rank))
@@ -216,14 +242,15 @@ def backward(setup: Setup, images: Tensor, targets: Tensor, position: tuple[int,
 
 def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
     """Evaluate an epoch on the validation split, save it if due, and return its metrics."""
-    state, model = checkpointer.state, setup.model
+    state, model, budget = checkpointer.state, setup.model, setup.budget
+    began = budget.elapsed if budget else 0.0
     train_loss = checkpointer.mean_loss()
     checkpointer.tick()
     if setup.world.size > 1:
         for each in (model, setup.eval_model):
             distribute_bn(each, setup.world.size)  # those of the main process, as DDP has them within the epoch
     epoch, optim = state.epoch + 1, setup.config.optim
-    due = epoch % optim.val_interval == 0 or epoch == optim.epochs
+    due = epoch % optim.val_interval == 0 or (budget.finished if budget else epoch == optim.epochs)
     evaluate = partial(setup.evaluate, "val", wrap=checkpointer.stop_on_signal) if due else lambda **_: None
     val = evaluate()
     raw = evaluate(model=model) if setup.average is not None else None
@@ -236,13 +263,15 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
         **learned_values(setup),
         **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
         "lr": setup.optimizer.param_groups[0]["lr"],
-        "images_per_second": setup.batches.sampling.views / state.epoch_seconds,
+        "images_per_second": state.step * setup.batches.sampling.size / state.epoch_seconds,
         "seconds": checkpointer.seconds,
     }
     best = due and (val is None or best_epoch([*state.history, metrics], setup.config.run.select_by) is metrics)
     if best:
         state.best_epoch = state.epoch + 1
     checkpointer.epoch(metrics, best)
+    if budget is not None:
+        budget.end_epoch(budget.elapsed - began, validated=val is not None)
     return metrics
 
 
@@ -267,7 +296,8 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     """Return the contents of summary.json; accuracies in percent."""
     from smallvit.profiling.flops import count_float_bytes, count_packed_bytes
 
-    seen = state.epoch * setup.batches.sampling.views
+    seen = (state.epoch * len(setup.batches) - state.omitted_steps) * setup.batches.sampling.size
+    budget = setup.budget
     best = state.history[chosen["epoch"] - 1]
     return {
         **{f"test_{name}": test[name] for name in (*ACCURACIES, "loss", "images")},
@@ -276,6 +306,7 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "imbalance_ratio": setup.dataset.imbalance_ratio,
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,
+        **({"max_seconds": budget.limit, "elapsed_seconds": budget.elapsed} if budget else {}),
         "train_seconds": state.seconds,
         "images_seen": seen,
         "images_per_second": seen / state.step_seconds,

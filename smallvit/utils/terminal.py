@@ -112,6 +112,11 @@ class TrainingProgress(Progress):
         """Show that `done` steps were completed before the run was resumed."""
         self.update(self.task, completed=done)
 
+    def plan(self, epochs: int) -> None:
+        """Show another number of epochs."""
+        self.steps, self.epochs = self.steps // self.epochs * epochs, epochs
+        self.update(self.task, total=self.steps)
+
     def step(self, done: int, loss: float, images_per_second: float) -> None:
         """Show the progress after `done` steps; `loss` is the epoch's mean so far."""
         shown = self._show((done - 1) * self.epochs // self.steps + 1, done, loss, images_per_second)

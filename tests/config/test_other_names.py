@@ -20,9 +20,9 @@ default-root-dir degrees depth deterministic dist-bn dist-url do-eval do-train d
 early-stopping evaluate fast-dev-run flipud fuser gp gaussian-blur-prob grayscale-prob hub-model-id in-chans
 interpolation iou jsd-loss label-names label-column-name limit-train-batches local-rank log-dir log-interval log-level
 logging-dir logging-steps lr-base lr-cycle-decay lr-gamma lr-k-decay lr-noise lr-step-size lr-warmup-decay
-lr-warmup-method lrf mask-ratio max-steps max-time mean min-epochs mixup-off-epoch mixup-switch-prob mlp-ratio
+lr-warmup-method lrf mask-ratio max-steps mean min-epochs mixup-off-epoch mixup-switch-prob mlp-ratio
 model-ema-force-cpu model-ema-steps model-kwargs momentum multi-scale no-prefetcher no-resume-opt norm-weight-decay
-num-classes num-heads num-nodes opt-betas opt-eps opt-kwargs overfit-batches patch patience patience-epochs
+num-classes num-heads num-nodes opt-betas opt-eps opt-kwargs overfit-batches patch patience-epochs
 per-device-eval-batch-size pin-mem plots pose print-freq ra-magnitude ra-sampler rank ratio recount recovery-interval
 rect remode resplit run-name save save-freq save-images save-json save-period save-steps save-total-limit scale shear
 single-cls source split split-bn start-epoch std strategy teacher-path test-only tf32 time torchscript

@@ -146,7 +146,7 @@ def fit_batch_size(
     --lr is for --lr-base-size, else for the recipe's batch size, or 128.
 
     Raises:
-        InputError: The device has no memory of its own, there are several processes, or no batch fits.
+        InputError: The device is a CPU, there are several processes, or no batch fits.
     """
     device = pick_device(config.compute.device)
     if device.type in WITHOUT_LIMIT:

@@ -157,7 +157,7 @@ def test_training_stops_when_the_selected_metric_no_longer_improves(
         engine.train(config.replace(out=str(tmp_path / "other"), val_fraction=0.0))
 
 
-def test_the_largest_batch_that_fits_is_found_and_the_learning_rate_follows(
+def test_the_largest_batch_that_fits_is_chosen_and_scales_the_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config.build(**TINY | {"batch_size": "auto", "epochs": 1, "out": str(tmp_path / "run")})

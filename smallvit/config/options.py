@@ -192,10 +192,9 @@ class OptimConfig(Options):
     epochs: int = option(100, "common", "shared", ge=1)
     """Passes over the training images."""
     max_time: str | None = option(None, "common", "shared")
-    """Time for the whole run, such as 90s, 30m or 1h30m, instead of --epochs; the schedule fits itself to it."""
+    """Time for the whole run instead of --epochs, e.g. 1h30m."""
     batch_size: int | Literal["auto"] = option(128, "common", "shared", ge=1)
-    """Images per step, at most, over all devices; the steps of an epoch have equal size. On a GPU auto is the largest
-    power of two that fits into memory."""
+    """Images per step, at most, over all devices; auto, on a GPU: the largest power of two that fits into memory."""
     grad_accum_steps: int = option(1, ge=1)
     """Parts that a batch is split into to save memory; gradients are accumulated."""
     loss: str = "ce"

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 SCHEDULE_STEPS = 10_000
 """Steps of the schedule of a run that is limited by time; its progress is a share of them."""
-TARGET = 0.97
+TARGET = 0.98
 """Share of the limit that a run aims at, since the times of its last steps and evaluations are estimates."""
-FINISH_SECONDS = 2.0
-"""Time to draw the curves and write the results."""
+FINISH_SECONDS, FINISH_SHARE = 5.0, 0.05
+"""Time to draw the curves and write the results, also on a busy machine, and its largest share of the limit."""
 SMOOTHING = 0.1
 """Weight of the latest step in the mean time of a step."""
 COMPILE_SECONDS = 1800.0
@@ -64,7 +64,7 @@ class TimeBudget:
         """Share of the schedule that is complete."""
         self.seconds_per_image = 0.0
         """Time to evaluate an image."""
-        self.val_seconds: float | None = None
+        self.val_seconds = 0.0
         """Time from the end of an epoch's steps to the start of the next epoch."""
         self.step_seconds: float | None = None
         """Mean time of a step; unknown in the first steps, which may compile the model."""
@@ -83,8 +83,8 @@ class TimeBudget:
     @property
     def seconds_left(self) -> float:
         """Seconds left for training and for the evaluations before the last ones."""
-        final = self.seconds_per_image * (self.val_images + self.test_images)
-        return TARGET * self.limit - self.elapsed - final - min(FINISH_SECONDS, 0.02 * self.limit)
+        final = self.val_seconds + self.seconds_per_image * self.test_images
+        return TARGET * self.limit - self.elapsed - final - min(FINISH_SECONDS, FINISH_SHARE * self.limit)
 
     def measured(self, images: int, seconds: float) -> None:
         """Record the time of evaluating images before the first step.
@@ -93,16 +93,17 @@ class TimeBudget:
             InputError: No time is left for training.
         """
         self.seconds_per_image = seconds / images
+        self.val_seconds = self.seconds_per_image * self.val_images
         self.calls, self.called_at = 0, monotonic()
         if self.seconds_left <= 0:
-            final = self.seconds_per_image * (self.val_images + self.test_images)
+            final = self.val_seconds + self.seconds_per_image * self.test_images
             raise InputError(
                 f"--max-time: {self.elapsed:.0f} s have passed before the first step, and evaluation takes about "
                 f"{final:.0f} s: give more than {self.limit:g} s"
             )
 
-    def advance(self, step: int, world: World = World()) -> float:  # noqa: B008, it is frozen
-        """Return the share of the schedule that is complete with the next step, `step` of its epoch."""
+    def advance(self, world: World = World()) -> float:  # noqa: B008, it is frozen
+        """Return the share of the schedule that is complete with the next step."""
         now = monotonic()
         if self.calls > 1:  # the first step is no example of the others
             seconds = now - self.called_at
@@ -110,18 +111,22 @@ class TimeBudget:
             self.step_seconds = seconds if mean is None else mean + SMOOTHING * (seconds - mean)
         self.calls, self.called_at = self.calls + 1, now
         if self.step_seconds is not None or self.seconds_left <= 0:
-            own = self.progress + (1 - self.progress) * self._share(step)
+            own = self.progress + (1 - self.progress) * self._share()
             self.progress = min(1.0, world.agree(round(own * 2**30)) / 2**30)
         return self.progress
 
-    def _share(self, step: int) -> float:
+    def _share(self) -> float:
         """Return the share of the rest of the schedule that the next step completes."""
         seconds, left = self.step_seconds or 0.0, self.seconds_left
-        val_seconds = self.seconds_per_image * self.val_images if self.val_seconds is None else self.val_seconds
-        if left - seconds < seconds + (val_seconds if step == self.epoch_steps - 1 else 0):
+        if left < 2 * seconds:
             return 1.0  # no time for another step
         training = self.epoch_steps * seconds
-        return min(1.0, seconds / left * (training + val_seconds / self.val_interval) / training)
+        return min(1.0, seconds / left * (training + self.val_seconds / self.val_interval) / training)
+
+    @property
+    def skips_validation(self) -> bool:
+        """Whether evaluating an epoch that is not the last would leave no time for another step."""
+        return not self.finished and self.seconds_left - self.val_seconds < 2 * (self.step_seconds or 0.0)
 
     def end_epoch(self, seconds: float, *, validated: bool) -> None:
         """Record the time from the end of an epoch's steps to the start of the next epoch."""

@@ -102,6 +102,7 @@ def fit(run: Run) -> TrainResult:
             display.begin(checkpointer.steps_done)
             if budget is not None and not checkpointer.finished:
                 measure_evaluation(setup)
+                display.deadline = budget.started + budget.limit
             while not checkpointer.finished:
                 for images, targets in setup.batches.epoch(setup.augmentation_epoch(state.epoch), state.step):
                     step = partial(train_step, setup, state.epoch, state.step, images, targets)
@@ -126,6 +127,8 @@ def fit(run: Run) -> TrainResult:
 
                 title = f"{run.folder.name}: test top-1 {test['top1']:.2f} %"
                 plot_curves(state.history, run / Run.CURVES, title, config.run.select_by)
+                if budget is not None:
+                    summary["elapsed_seconds"] = budget.elapsed
                 run.write_json(Run.SUMMARY, summary)
                 if trackers:
                     trackers.finish(summary)
@@ -194,7 +197,7 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     start = config.optim.sched_start_epoch * len(setup.batches)
     at = number
     if setup.budget is not None:
-        at = 1 + round(setup.budget.advance(step, setup.world) * (setup.steps - 1))
+        at = 1 + round(setup.budget.advance(setup.world) * (setup.steps - 1))
     strength = plugin_strength(at, start or setup.steps, config.optim.plugin_warmup_ratio)
     set_strength(setup, model, strength)
     setup.schedule.step_update(at - start)
@@ -250,7 +253,10 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
         for each in (model, setup.eval_model):
             distribute_bn(each, setup.world.size)  # those of the main process, as DDP has them within the epoch
     epoch, optim = state.epoch + 1, setup.config.optim
-    due = epoch % optim.val_interval == 0 or (budget.finished if budget else epoch == optim.epochs)
+    due = epoch % optim.val_interval == 0 or epoch == optim.epochs
+    if budget is not None:
+        skipped = bool(setup.world.agree(int(budget.skips_validation)))
+        due = budget.finished or (epoch % optim.val_interval == 0 and not skipped)
     evaluate = partial(setup.evaluate, "val", wrap=checkpointer.stop_on_signal) if due else lambda **_: None
     val = evaluate()
     raw = evaluate(model=model) if setup.average is not None else None
@@ -306,7 +312,7 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "imbalance_ratio": setup.dataset.imbalance_ratio,
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,
-        **({"max_seconds": budget.limit, "elapsed_seconds": budget.elapsed} if budget else {}),
+        **({"max_seconds": budget.limit} if budget else {}),
         "train_seconds": state.seconds,
         "images_seen": seen,
         "images_per_second": seen / state.step_seconds,

@@ -105,6 +105,8 @@ class TrainingProgress(Progress):
         self.steps, self.epochs = steps, epochs
         self.accuracy = ""
         self.first: tuple[float, int] | None = None
+        self.deadline: float | None = None
+        """End of a run that is limited by time, on the monotonic clock."""
         self.last_line = time.monotonic()
         self.task = self.add_task("training", total=steps, completed=0, figures="")
 
@@ -152,6 +154,8 @@ class TrainingProgress(Progress):
         """Return the time left, by the speed since the first call: what precedes it may be another process's steps, and
         the first step, which may compile the model."""
         now = time.monotonic()
+        if self.deadline is not None:
+            return f"  {format_duration(max(0.0, self.deadline - now))} left"
         started, first = self.first = self.first or (now, done)
         if done == first:
             return ""

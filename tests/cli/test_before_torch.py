@@ -49,7 +49,7 @@ MISSING = {
     "train --data": "--data NAME: the value is missing. Data set (see smallvit list data)",
     "train --spt yes": "--spt takes no value; remove 'yes'",
     "train --learning-rate 3": "--learning-rate: no such option; smallvit calls it --lr",
-    "train --patience 3": "--patience: no such option; see smallvit train --help",
+    "train --cooldown 3": "--cooldown: no such option; see smallvit train --help",
     "compare vit vit+spt --data missing/folder": "--data missing/folder: no such folder",
     "compare vit vti --data digits": "row vti: --arch vti: no such architecture (did you mean 'vit'?)",
     "compare vit missing/run": "vit is a row to train, missing/run an existing run; give one kind only",

@@ -29,12 +29,12 @@ class Clock:
         self.now = 0.0
         monkeypatch.setattr(limits, "monotonic", lambda: self.now)
 
-    def after(self, function: Callable[..., Any], seconds: Callable[[], float]) -> Callable[..., Any]:
-        """Return a function that takes this time."""
+    def after(self, function: Callable[..., Any], seconds: Callable[[Any], float]) -> Callable[..., Any]:
+        """Return a function that takes a time that depends on its result."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
-            self.now += seconds()
+            self.now += seconds(result)
             return result
 
         return timed
@@ -49,13 +49,14 @@ def simulate(clock: Clock, limit: float, epoch_steps: int, step: Callable[[float
     budget.measured(10, val / 8)  # the estimate is a quarter too high
     progress: list[float] = []
     while not budget.finished:
-        for number in range(epoch_steps):
-            progress.append(budget.advance(number))
+        for _ in range(epoch_steps):
+            progress.append(budget.advance())
             clock.now += step(clock.now) * (1 if len(progress) > 1 else 20)  # the first one compiles
             if budget.finished:
                 break
-        clock.now += val
-        budget.end_epoch(val, validated=True)
+        validated = not budget.skips_validation
+        clock.now += val * validated
+        budget.end_epoch(val * validated, validated=validated)
     clock.now += 2 * val + 1
     return progress
 
@@ -97,10 +98,10 @@ def test_time_that_does_not_suffice_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Let a step take one second, and the evaluation of a split three."""
+    """Let a step take one second, and the evaluation of an image a fiftieth."""
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(engine, "train_step", clock.after(engine.train_step, lambda: 1.0))
-    monkeypatch.setattr(setup, "evaluate", clock.after(setup.evaluate, lambda: 3.0))
+    monkeypatch.setattr(engine, "train_step", clock.after(engine.train_step, lambda _: 1.0))
+    monkeypatch.setattr(setup, "evaluate", clock.after(setup.evaluate, lambda result: result["images"] / 50))
     return clock
 
 
@@ -131,6 +132,7 @@ def test_a_run_with_max_time_resumes_in_the_time_that_is_left(
     assert 90 <= summary["elapsed_seconds"] <= 100
     lines = [json.loads(line) for line in (tmp_path / "run" / Run.METRICS).read_text().splitlines()]
     assert len(lines) == summary["epochs"] > 5
+    assert lines[-1]["val_top1"] is not None
     assert lines[-1]["lr"] == pytest.approx(config.optim.min_lr)
     assert [line["lr"] for line in lines[2:]] == sorted((line["lr"] for line in lines[2:]), reverse=True)
     assert summary["images_seen"] % 29 == 0  # 258 images in nine steps of 29

@@ -21,7 +21,7 @@ $(INSTALLED): $(RUNTIME)
 	touch $@
 
 demo: $(RUNTIME)
-	$(VENV)/bin/smallvit train --recipe quick --arch vit --epochs 20
+	$(VENV)/bin/smallvit train --recipe quick --spt
 
 # What a newcomer runs: everything but the tests marked slow
 test: $(INSTALLED)

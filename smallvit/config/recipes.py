@@ -271,36 +271,6 @@ def _baseline(options: dict[str, Any]) -> dict[str, str]:
 
 
 @recipe
-def quick(**options: Any) -> dict[str, Any]:
-    """Train a good model quickly: SPT and LSA, little augmentation, 40 epochs, one-cycle learning rate.
-
-    No paper's. A run this short does not gain from strong augmentation. The learning rate rises over a fifth of the
-    steps and decays linearly, as in one-cycle schedules (Smith, Topin 2017, arXiv:1708.07120).
-
-    Command: smallvit train --recipe quick
-    Hardware and duration: 21 s on two threads of an AMD EPYC.
-    Accuracy: digits 98.42 ± 0.32 % (validation 98.60 ± 0.70 %), mean and standard deviation of seeds 0 to 2.
-    Chosen on the digits' validation accuracies alone, where most choices made no difference beyond chance; other data
-    is not yet measured.
-    """
-    return {
-        "spt": True,
-        "lsa": True,
-        "epochs": 40,
-        "batch_size": 64,
-        "loss": "ce",
-        "opt": "adamw",
-        "lr": 3e-3,
-        "sched": "linear",
-        "min_lr": 1e-6,
-        "warmup_ratio": 0.2,
-        "ema_decay": 0.999,
-        "aug": "basic",
-        "regularization": "lee2021",
-    }
-
-
-@recipe
 def best(**options: Any) -> dict[str, Any]:
     """Train with Muon, smaller batches, a convolutional stem, depthwise FFN and LSA.
 
@@ -328,6 +298,20 @@ def best(**options: Any) -> dict[str, Any]:
         "opt": "muon",
         **variants,
     }
+
+
+@recipe
+def quick(**options: Any) -> dict[str, Any]:
+    """Train a good model quickly: the recipe `best` with random crops and flips as its only augmentation, 20 epochs.
+
+    No paper's. A run this short does not gain from strong augmentation.
+
+    Command: smallvit train --recipe quick
+    Hardware and duration: one thread of an AMD EPYC, next to other programs; 109 ± 12 s.
+    Accuracy: digits 98.79 ± 0.89 % (validation 99.53 ± 0.81 %), mean and standard deviation of seeds 0 to 2. On other data
+    measured with 2 passes over 14,700 images of CIFAR-100 (`smallvit reproduce quick/cifar100`).
+    """
+    return {**inspect.unwrap(best)(**options), "epochs": 20, "aug": "basic"}
 
 
 @recipe

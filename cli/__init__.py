@@ -25,6 +25,7 @@ VERBS = {
     "profile": "measure operations, memory, latency and throughput of models",
     "export": "write a trained model for ONNX, torch.export, timm or the Hub",
     "probe": "evaluate features on other data: linear classifier, neighbors",
+    "check": "find duplicates, damaged files and wrong labels before training",
     "show": "draw augmented training images, as the model sees them",
     "list": "list architectures, recipes, experiments, data, plugins, presets",
     "completion": "print a script for completion of verbs and options in a shell",

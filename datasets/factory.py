@@ -64,19 +64,26 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
             raise InputError(f"--group-by {config.group_by}: {config.data} has no file names to group by; remove it")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
-    if info is not None:
-        images = readers.read(config.data, data_folder(config))
-        if isinstance(images, Listing):
-            return _load_files(config, images, draw, info)
-        size = config.img_size or info.img_size
-        splits = {split: part.resize(size) for split, part in images.splits.items()}
-        return assemble(config, splits, images.class_names, [], info, draw=draw)
-    root, min_classes = Path(os.path.expanduser(config.data)), 2 if draw else 1
+    images = read_source(config, 2 if draw else 1)
+    if isinstance(images, Listing):
+        return _load_files(config, images, draw, info, None if info else ranges)
+    size = config.img_size or info.img_size
+    splits = {split: part.resize(size) for split, part in images.splits.items()}
+    return assemble(config, splits, images.class_names, [], info, draw=draw)
+
+
+def read_source(config: DataConfig, min_classes: int = 2) -> Listing | readers.Arrays:
+    """Return the image files that `config` names, or the images of a data set that has none; download it first.
+
+    Raises:
+        InputError: the files are unusable, or the download failed.
+    """
+    if config.data in DATASETS:
+        return readers.read(config.data, data_folder(config))
+    root = Path(os.path.expanduser(config.data))
     if is_manifest(config.data):
-        files = read_manifest(root, config.columns, min_classes)
-    else:
-        files = list_zip(root) if root.is_file() else list_folder(root, min_classes)
-    return _load_files(config, files, draw, ranges=ranges)
+        return read_manifest(root, config.columns, min_classes)
+    return list_zip(root) if root.is_file() else list_folder(root, min_classes)
 
 
 def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy
 import sklearn
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from smallvit import datasets
 from smallvit.config.config import Config
+from smallvit.config.options import ComputeConfig
 from smallvit.datasets.dataset import Files, ImageDataset, Images
 from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.gray import GrayRanges
@@ -199,6 +201,31 @@ def evaluate_run(
     if folder is not None:
         artifacts.write_artifacts(folder, record, outputs, tasks[0].paths, tasks[0].read_images)
     return record
+
+
+def predict_test(
+    name: str, verb: str, compute: ComputeConfig, progress: Progress, *, flip: bool = False
+) -> tuple[EvaluationTask, Outputs, Float[np.ndarray, "n k"]]:
+    """Predict the test split of a run's own data with its best weights.
+
+    Returns:
+        The model and its images, its outputs, and the probabilities of all classes.
+
+    Raises:
+        InputError: There is no such run, its data has moved, or the logits are not finite.
+    """
+    info = weights_info.read_weights_info(name, verb)
+    config = replace(Config.build(**weights_info.add_data_options(info, {})), compute=compute)
+    (task,) = create_tasks(name, [info], config, "test")
+    batches, probabilities = [], []
+    for pixels, indices in progress.track(task.batches(), len(task), description=Path(name).name):
+        logits = task.predictor.predict_logits(task.predictor.normalize(pixels), flip=flip).cpu()
+        if not logits.isfinite().all():
+            raise info.error("the logits are not finite, so these weights are unusable")
+        labels = task.dataset.test.labels[indices.cpu()]
+        batches.append(metrics.reduce_logits(logits, labels, indices))
+        probabilities.append(logits.double().softmax(dim=1).numpy())
+    return task, metrics.concatenate(batches), np.concatenate(probabilities)
 
 
 def compare_outputs(outputs: Outputs, others: Outputs) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from rich.progress import Progress
 from smallvit.config.config import Config, option_names
 from smallvit.config.options import ComputeConfig
 from smallvit.evaluation import artifacts, metrics, stats
-from smallvit.evaluation.evaluator import EvaluationTask, create_tasks
+from smallvit.evaluation.evaluator import EvaluationTask, predict_test
 from smallvit.evaluation.metrics import Outputs
 from smallvit.experiments.compare import Grid, PlannedRun, train_grid
-from smallvit.models import weights_info
 from smallvit.utils.errors import InputError, escape_undecodable
 from smallvit.utils.files import atomic_update
 from smallvit.utils.tables import Spread, write_csv
@@ -91,21 +90,9 @@ def cross_validate(
 
 def predict_fold(run: PlannedRun, compute: ComputeConfig, progress: Progress) -> FoldResult:
     """Predict the images of a run's fold with its best weights."""
-    name = str(run.folder)
-    info = weights_info.read_weights_info(name, "crossval")
-    config = Config.build(**weights_info.read_data_options(name) or {})
-    config = replace(config, compute=compute)
-    (task,) = create_tasks(name, [info], config, "test")
-    flip, batches, probabilities = run.options.get("test_flip", False), [], []
-    for pixels, indices in progress.track(task.batches(), len(task), description=run.folder.name):
-        logits = task.predictor.predict_logits(task.predictor.normalize(pixels), flip=flip).cpu()
-        if not logits.isfinite().all():
-            raise info.error("the logits are not finite, so these weights are unusable")
-        labels = task.dataset.test.labels[indices.cpu()]
-        batches.append(metrics.reduce_logits(logits, labels, indices))
-        probabilities.append(logits.double().softmax(dim=1).numpy())
-    outputs = metrics.concatenate(batches)
-    return FoldResult(run=run, task=task, outputs=outputs, probabilities=np.concatenate(probabilities))
+    flip = run.options.get("test_flip", False)
+    task, outputs, probabilities = predict_test(str(run.folder), "crossval", compute, progress, flip=flip)
+    return FoldResult(run=run, task=task, outputs=outputs, probabilities=probabilities)
 
 
 def summarize(results: Sequence[FoldResult], command: str) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from jaxtyping import UInt8
 from matplotlib.ticker import EngFormatter
+from PIL import Image
 
 from smallvit import __version__
 from smallvit.config.config import default_options, format_train_command, option_names, option_types
@@ -25,6 +28,8 @@ TEMPLATE = "page.html.jinja"
 NOT_MEASURED = ("inference_images_per_second", "latency_ms")
 """Columns of a comparison that run folders do not fill."""
 INFERENCE = "Inference: not measured here; use smallvit compare RUN RUN ..."
+THUMBNAIL, MAX_THUMBNAILS, MAX_PICTURED = 96, 8, 300
+"""Of findings: side of a picture in pixels, pictures of a finding, and findings of a kind with pictures."""
 MAX_CONFUSIONS = 8
 """Pairs of classes in the table of frequent confusions."""
 
@@ -51,6 +56,52 @@ def write_crossval(record: dict[str, Any], scores: list[list[str]], classes: lis
             tables={"Folds": scores, "Classes": classes},
             confusions=list_confusions(record)[:MAX_CONFUSIONS],
             picture=pictures.read_confusion(path.parent, record),
+        )
+    )
+    write_text(path, escape_undecodable(page.lstrip()))
+
+
+def write_check(
+    results: dict[str, Any],
+    findings: dict[str, list[tuple[str, list[int]]]],
+    classes: list[list[str]],
+    read: Callable[[int, int], UInt8[np.ndarray, "c h w"]],
+    sheet: Image.Image | None,
+    path: Path,
+) -> None:
+    """Write the page of a check of images.
+
+    Args:
+        results: The results of the check.
+        findings: A line and the numbers of the images for each finding, by the titles of the kinds.
+        classes: Table of the classes.
+        read: Return the pixels of an image by its number, for a side in pixels.
+        sheet: Some images of each class.
+        path: The page.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def embed(index: int) -> str:
+        return pictures.embed(Image.fromarray(read(index, THUMBNAIL).transpose(1, 2, 0)))
+
+    page = (
+        _environment()
+        .get_template("check.html.jinja")
+        .render(
+            version=__version__,
+            day=datetime.date.today().isoformat(),
+            results=results,
+            findings={
+                title: [
+                    (line, [embed(index) for index in indices[:MAX_THUMBNAILS]] if number < MAX_PICTURED else [])
+                    for number, (line, indices) in enumerate(lines)
+                ]
+                for title, lines in findings.items()
+            },
+            classes=classes,
+            sheet=None if sheet is None else pictures.embed(sheet),
         )
     )
     write_text(path, escape_undecodable(page.lstrip()))

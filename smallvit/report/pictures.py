@@ -150,6 +150,14 @@ def _data_url(file: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def embed(image: Image.Image) -> str:
+    """Return an image as a data URL; shrink it if it is too large for WebP."""
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=QUALITY)
+    return _data_url(file, "webp")
+
+
 # Files
 
 
@@ -174,10 +182,7 @@ def _read_picture(
     except Exception as error:  # damaged files raise many kinds
         notes.append(f"{path} is not shown, since it is damaged ({first_line(error)})")
         return None
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=QUALITY)
-    source, (width, height) = _data_url(file, "webp"), image.size
+    source, (width, height) = embed(image), image.size
     return Picture(title=title, caption=caption, alt=alt, source=source, width=width, height=height, folded=folded)
 
 

@@ -170,6 +170,13 @@ class Setup:
             )
         if len(data.train) < batch:
             yield f"a step has all {len(data.train)} training images, since --batch-size is {batch}"
+        if not (data.train.on_disk or data.test.on_disk):
+            known = set(data.train.hashes())
+            if count := sum(each in known for each in data.test.hashes()):
+                yield (
+                    f"{count:,} of {len(data.test):,} test images are also in train, pixel by pixel, which raises the "
+                    "accuracy; smallvit check lists duplicates"
+                )
         if 0 < (count := len(data.val)) < FEW_IMAGES:
             points = 100 * 1.96 * math.sqrt(0.25 / count)
             yield (

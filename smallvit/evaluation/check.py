@@ -266,7 +266,7 @@ def find_wrong_labels(
     own = probabilities[np.arange(n), labels]
     counts = np.bincount(labels, minlength=k)
     thresholds = np.where(counts > 0, np.bincount(labels, own, k) / np.maximum(counts, 1), np.inf)
-    confident: Bool[np.ndarray, "n k"] = probabilities >= thresholds
+    confident: Bool[np.ndarray, "n k"] = probabilities >= thresholds - 1e-6  # rounding
     counted = np.where(confident, probabilities, -1).argmax(axis=1)
     others = probabilities.copy()
     others[np.arange(n), labels] = -1
@@ -298,9 +298,7 @@ def check_labels(source: Source, run: str, compute: ComputeConfig) -> list[dict[
         if path in position:
             sums[position[path]] = sums.get(position[path], 0) + row
     if not sums:
-        raise InputError(
-            f"--run {run}: its predictions are of other images than those of {source.name}; train it again"
-        )
+        raise InputError(f"--run {run}: none of its predictions is of an image file of {source.name}; give a run on it")
     indices, totals = np.array(list(sums)), np.stack(list(sums.values()))
     probabilities = (totals / totals.sum(axis=1, keepdims=True))[:, [names.index(each) for each in source.class_names]]
     wrong, classes = find_wrong_labels(source.labels[indices], probabilities)

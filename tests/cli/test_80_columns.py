@@ -34,6 +34,7 @@ COMMANDS = {
     "eval RUN --robustness --compare short": "calibration error",
     "predict RUN images --top 9": "%",
     "show": "augmented.png",
+    "check digits": "likely wrong labels",
     "watch RUN": "validation accuracy (%)",
     "compare RUN": "images seen",
     "report RUN --overwrite": "report.html",

@@ -42,6 +42,7 @@ MISSING = {
     "attend missing/run": "missing/run: no such file or folder",
     "probe missing/run": "missing/run: no such file or folder",
     "export missing/run --format onnx": "missing/run: no such file or folder",
+    "check missing/folder": "--data missing/folder: no such folder",
     "show --data missing/folder": "--data missing/folder: no such folder",
     "trian": "unknown verb 'trian' (did you mean 'train'?)",
     "train vit": "unknown argument 'vit'; use smallvit train --arch vit",

@@ -168,6 +168,10 @@ def test_results_follow_from_the_predictions_of_unseen_images(
     assert smallvit("eval", run)[0] == 0
     metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text())
     assert metrics["top1"] == pytest.approx(record["runs"][1]["top1"])
+    for each in (out, run):
+        code, shown, err = smallvit("check", image_folder, "--run", each)
+        assert (code, err) == (0, "")
+        assert "likely wrong labels" in shown
     code, _, err = smallvit("eval", run, *data, "--fold", 1, "--overwrite")
     assert code == 2
     assert "the test split contains images that it was trained on; add --fold 2 as in training" in err

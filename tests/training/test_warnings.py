@@ -40,6 +40,19 @@ def test_surprising_sizes_are_said(photographs: Path) -> None:
     assert f"{count} validation images measure an accuracy to within {points:.0f} points" in text
 
 
+def test_test_images_in_train_are_counted(photographs: Path) -> None:
+    """Splits share 3 of 12 images, which are larger than what is compared of them."""
+    folder = photographs.parent / "splits"
+    for index, path in enumerate(sorted(photographs.rglob("*.png"))):
+        splits = (*["train"] * (index % 5 > 0 or index % 20 == 0), *["test"] * (index % 5 == 0))
+        for split in splits:
+            target = folder / split / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    setup = create_setup(Config.build(data=str(folder), arch="vit96", img_size=64, val_fraction=0))
+    assert "3 of 12 test images are also in train" in "\n".join(setup.warnings())
+
+
 def test_usual_sizes_are_not_commented(tmp_path: Path) -> None:
     assert not list(create_setup(Config.build(arch="vit", batch_size=32)).warnings())
 

@@ -11,6 +11,7 @@ from typing import Any
 from smallvit.cli.parser import Parser, options_parser, parse
 from smallvit.config import spec
 from smallvit.config.config import Config, option_names, option_types
+from smallvit.config.recipes import apply_recipe
 from smallvit.config.spec import RowSpec
 from smallvit.datasets.catalog import require_data
 from smallvit.plugins import PLUGINS
@@ -113,7 +114,9 @@ def main(argv: list[str]) -> int:
 
 
 def _row(options: dict[str, Any], recipe: str | None) -> RowSpec:
-    """Return the model and the options that a second model does not share."""
-    arch = resolve(Config.build(**{name: options[name] for name in ("arch", "init") if name in options})).model.arch
+    """Return the model, with the plugins of its recipe, and the options that a second model does not share."""
+    values = options if recipe is None else apply_recipe(recipe, options)
+    arch = resolve(Config.build(**{name: values[name] for name in ("arch", "init") if name in values})).model.arch
     own = {name: value for name, value in options.items() if name not in (*option_names("shared"), "arch")}
+    own |= {name: values[name] for name in PLUGINS if name in values}
     return RowSpec(arch, {name: value for name, value in own.items() if name not in PLUGINS or value}, recipe)

@@ -26,7 +26,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Compute accuracy, macro F1 and balanced accuracy in percent, and mean cross-entropy over batches.
 
-    Macro F1 and balanced accuracy are means over the classes with images, as scikit-learn's.
+    Macro F1 and balanced accuracy are scikit-learn's for labels=classes with images, means over these.
 
     Args:
         model: The model.

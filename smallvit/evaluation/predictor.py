@@ -5,6 +5,7 @@ Axes: b batch, c channels, h w pixels, k classes.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -178,8 +179,10 @@ def check_test_split(
         then = (info.training_data or {}).get("test_split")
         then = then and {name: getattr(DataConfig, name) for name in option_names("draws_test")} | then
         if now is not None and then is not None and now != then:
-            remedy = " ".join(f"{flag(name)} {value}" for name, value in then.items() if value != now[name])
-            raise info.error(f"the test split contains images that it was trained on; add {remedy} as in training")
+            changed = {flag(name): value for name, value in then.items() if value != now[name]}
+            given = [f"add {name} {shlex.quote(str(value))}" for name, value in changed.items() if value is not None]
+            remedy = " and ".join([*given, *(f"remove {name}" for name, value in changed.items() if value is None)])
+            raise info.error(f"the test split contains images that it was trained on; {remedy} as in training")
         return []
     if "train" in splits:
         return [f"{info.name} was trained on images of train; accuracy on other images may be lower"]

@@ -159,6 +159,8 @@ def plan_runs(grid: Grid) -> list[PlannedRun]:
             recipes.append(_select_recipe(grid, row, dataset))
             size = {"img_size": dataset.img_size} if row.options.get("init") else {}  # not that of the weights
             options.append(row.given(flags | size, recipes[-1]))
+            if options[-1].get("batch_size") == "auto":
+                raise InputError("--batch-size auto: models that are compared need one batch size; give a number")
             Config.build(**options[-1])
     epochs = _common_epochs(grid, options, len(dataset.train))
     return [
@@ -323,6 +325,8 @@ def train_grid(grid: Grid, device: str) -> tuple[list[PlannedRun], list[PlannedR
     planned = plan_runs(grid)
     for run in {run.row.label: run for run in planned if not run.is_finished}.values():
         run.check()
+    for run in {run.options["fold"]: run for run in planned if "fold" in run.options}.values():
+        datasets.create_dataset(Config.build(**run.options).data)  # a fold may lack a class
     jobs = choose_jobs(grid.jobs, device, sum(not run.is_finished for run in planned))
     with Trainings(jobs, create_console()) as trainings:
         numbered = [(f"[{number}/{len(planned)}]", run) for number, run in enumerate(planned, 1)]

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from smallvit.config.config import Config, option_names
 from smallvit.config.options import ComputeConfig
 from smallvit.evaluation import artifacts, metrics, stats
-from smallvit.evaluation.evaluator import EvaluationTask, predict_test
+from smallvit.evaluation.evaluator import predict_test
 from smallvit.evaluation.metrics import Outputs
 from smallvit.experiments.compare import Grid, PlannedRun, train_grid
 from smallvit.utils.errors import InputError, escape_undecodable
@@ -38,17 +38,21 @@ class FoldResult:
     """Predictions of a run for its fold."""
 
     run: PlannedRun
-    task: EvaluationTask
+    data: str
+    source_hash: str
+    class_names: tuple[str, ...]
+    paths: Sequence[str] | None
+    train_images: int
     outputs: Outputs
     probabilities: Float[np.ndarray, "n k"]
 
     def scores(self) -> dict[str, Any]:
         """Return the fold's entry in crossval.json."""
-        macro = metrics.compute_class_metrics(self.outputs, self.task.class_names)["macro"]
+        macro = metrics.compute_class_metrics(self.outputs, self.class_names)["macro"]
         return {
             **{name: self.run.options[name] for name in ("fold_seed", "fold", "seed")},
             "run": self.run.folder.name,
-            "train_images": len(self.task.dataset.train) + len(self.task.dataset.val),
+            "train_images": self.train_images,
             "images": len(self.outputs),
             "top1": self.outputs.top1,
             "macro_f1": macro["f1"],
@@ -92,7 +96,17 @@ def predict_fold(run: PlannedRun, compute: ComputeConfig, progress: Progress) ->
     """Predict the images of a run's fold with its best weights."""
     flip = run.options.get("test_flip", False)
     task, outputs, probabilities = predict_test(str(run.folder), "crossval", compute, progress, flip=flip)
-    return FoldResult(run=run, task=task, outputs=outputs, probabilities=probabilities)
+    dataset = task.dataset
+    return FoldResult(
+        run=run,
+        data=dataset.name,
+        source_hash=dataset.source_hash,
+        class_names=task.class_names,
+        paths=task.paths,
+        train_images=len(dataset.train) + len(dataset.val),
+        outputs=outputs,
+        probabilities=probabilities,
+    )
 
 
 def summarize(results: Sequence[FoldResult], command: str) -> dict[str, Any]:
@@ -100,15 +114,15 @@ def summarize(results: Sequence[FoldResult], command: str) -> dict[str, Any]:
 
     With several repeats each image counts in each of them.
     """
-    task, run = results[0].task, results[0].run
+    run, class_names = results[0].run, results[0].class_names
     folds = [each.scores() for each in results]
     spreads = {name: Spread.of([fold[name] for fold in folds]) for name in SCORES}
-    pooled = metrics.compute_metrics(metrics.concatenate([each.outputs for each in results]), task.class_names)
+    pooled = metrics.compute_metrics(metrics.concatenate([each.outputs for each in results]), class_names)
     config = Config.build(**run.options)
     options = config.to_dict()
     return {
         "model": escape_undecodable(run.row.label),
-        "data": escape_undecodable(task.dataset.name),
+        "data": escape_undecodable(results[0].data),
         "images": sum(fold["images"] for fold in folds if fold["fold_seed"] == folds[0]["fold_seed"]),
         "folds": config.data.folds,
         "repeats": len(folds) // config.data.folds,
@@ -116,8 +130,8 @@ def summarize(results: Sequence[FoldResult], command: str) -> dict[str, Any]:
         "std": {name: spread.std for name, spread in spreads.items()},
         "runs": folds,
         "conditions": {
-            "images": task.dataset.source_hash,
-            "classes": list(task.class_names),
+            "images": results[0].source_hash,
+            "classes": list(class_names),
             **{name: options[name] for name in option_names("affects_test") if name not in ("data", "fold")},
         },
         **{name: pooled[name] for name in ("classes", "confusion")},
@@ -163,7 +177,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _write(out: Path, record: dict[str, Any], results: Sequence[FoldResult]) -> None:
-    names, confusion = list(results[0].task.class_names), np.array(record["confusion"])
+    names, confusion = list(results[0].class_names), np.array(record["confusion"])
     mean, std = record["mean"]["top1"], record["std"]["top1"]
     title = f"{record['model']} on {record['data']}: {mean:.2f} ± {std:.2f} % over {len(results)} folds"
     with atomic_update(out, lambda folder: [folder / name for name in FILES if (folder / name).exists()]) as partial:
@@ -179,7 +193,7 @@ def _prediction_rows(results: Sequence[FoldResult], names: list[str]) -> list[li
     """Return the predictions of all folds, with the probabilities of all classes."""
     rows: list[list[Any]] = [["fold_seed", "fold", "path", "label", "predicted", *(f"p({name})" for name in names)]]
     for each in results:
-        paths, outputs = each.task.paths, each.outputs
+        paths, outputs = each.paths, each.outputs
         start = [each.run.options["fold_seed"], each.run.options["fold"]]
         for index, label, predicted, p in zip(
             outputs.index.tolist(), outputs.label, outputs.predicted, each.probabilities.tolist(), strict=True

@@ -78,9 +78,11 @@ class Checkpointer:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the selected metric has not improved for --patience epochs."""
+        """Whether the selected metric has not improved for --patience epochs, as far as it was evaluated."""
         state, patience = self.state, self.setup.config.run.patience
-        return bool(patience and state.best_epoch and state.epoch - state.best_epoch >= patience)
+        if not (patience and state.best_epoch):
+            return False
+        return state.epoch - state.best_epoch >= patience and state.history[-1]["val_top1"] is not None
 
     @property
     def seconds(self) -> float:

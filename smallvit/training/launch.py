@@ -228,7 +228,8 @@ def _extend(folder: Path, stored: Config, config: Config) -> dict[str, Any]:
             )
     if not finished or "epochs" not in config.given or after <= before:
         return {}
-    if stored.optim.max_time or stored.run.patience:
+    summary = Run(folder, stored, new=False).read_summary()
+    if stored.optim.max_time or (summary and summary["epochs"] < before):
         raise InputError(
             f"--epochs {after}: the run in {folder} ended by --max-time or --patience; train from its weights with "
             f"--init {folder} --epochs N"

@@ -90,12 +90,12 @@ class TimeBudget:
         """Record the time of evaluating images before the first step.
 
         Raises:
-            InputError: No time is left for training.
+            InputError: No time is left for training; a run that is resumed completes its schedule at once then.
         """
         self.seconds_per_image = seconds / images
         self.val_seconds = self.seconds_per_image * self.val_images
         self.calls, self.called_at = 0, monotonic()
-        if self.seconds_left <= 0:
+        if self.seconds_left <= 0 and not self.progress:
             final = self.val_seconds + self.seconds_per_image * self.test_images
             raise InputError(
                 f"--max-time: {self.elapsed:.0f} s have passed before the first step, and evaluation takes about "
@@ -110,9 +110,10 @@ class TimeBudget:
             mean = self.step_seconds
             self.step_seconds = seconds if mean is None else mean + SMOOTHING * (seconds - mean)
         self.calls, self.called_at = self.calls + 1, now
-        if self.step_seconds is not None or self.seconds_left <= 0:
-            own = self.progress + (1 - self.progress) * self._share()
-            self.progress = min(1.0, world.agree(round(own * 2**30)) / 2**30)
+        own = self.progress
+        if self.step_seconds is not None or self.seconds_left <= 0:  # each process has its own clock
+            own += (1 - own) * self._share()
+        self.progress = min(1.0, world.agree(round(own * 2**30)) / 2**30)
         return self.progress
 
     def _share(self) -> float:
@@ -159,8 +160,12 @@ def fit_batch_size(
     if world.size > 1:
         raise InputError("--batch-size auto is for one process; with torchrun give a number")
     config = config.replace(lr_base_size=config.optim.lr_base_size or USUAL_BATCH)
-    setup = create_setup(config.replace(batch_size=USUAL_BATCH, compile="off", max_time=None), world)
+    whole = {"progressive_size": None, "patch_drop_rate": 0.0}  # as in the last steps
+    trial = config.replace(batch_size=max(USUAL_BATCH, parts := config.optim.grad_accum_steps), compile="off", **whole)
+    setup = create_setup(trial.replace(max_time=None), world)
     largest, size, best = max(USUAL_BATCH, len(setup.dataset.train) // LEAST_STEPS), SMALLEST_BATCH, None
+    while size < 2 * parts:
+        size *= 2
     while size <= largest:
         try:
             _try_steps(setup, size, train_step)

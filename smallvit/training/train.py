@@ -105,11 +105,11 @@ def fit(run: Run) -> TrainResult:
                 display.deadline = budget.started + budget.limit
             while not checkpointer.finished:
                 for images, targets in setup.batches.epoch(setup.augmentation_epoch(state.epoch), state.step):
+                    if budget is not None and budget.finished:
+                        break
                     step = partial(train_step, setup, state.epoch, state.step, images, targets)
                     first = setup.compilation.pending
                     checkpointer.step(compile_step(run, setup, signals, console, step) if first else step())
-                    if budget is not None and budget.finished:
-                        break
                 metrics = evaluate_epoch(setup, checkpointer)
                 display.epoch(metrics)
                 if trackers:

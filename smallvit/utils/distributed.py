@@ -220,19 +220,19 @@ class CPUBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         channels, dims = x.shape[1], [0, *range(2, x.ndim)]
+        shape = [1, channels] + [1] * (x.ndim - 2)
         values = x.float()
-        count = values.new_tensor([values.numel() // channels])
-        sums = _Sum.apply(torch.cat([values.sum(dims), values.square().sum(dims), count]))
-        mean, square = (sums[:-1] / sums[-1]).split(channels)
-        var = square - mean.square()
+        *_, count = sums = _Sum.apply(torch.cat([values.sum(dims), values.new_tensor([values.numel() // channels])]))
+        mean = sums[:-1] / count
+        centered = values - mean.view(shape)
+        var = _Sum.apply(centered.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            unbiased = var * (sums[-1] / (sums[-1] - 1))
+            unbiased = var * (count / (count - 1))
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(unbiased.detach(), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        shape = [1, channels] + [1] * (x.ndim - 2)
-        return (values * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+        return (centered * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 for _kind in (nn.BatchNorm1d, nn.BatchNorm2d):

@@ -15,6 +15,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from smallvit import Config, datasets
+from smallvit.cli import crossval as crossval_command
 from smallvit.config.options import DataConfig
 from smallvit.evaluation import stats
 from smallvit.experiments import compare
@@ -194,3 +195,16 @@ def test_a_comparison_with_folds_has_the_same_folds_for_all_rows(
         assert float(row["test_top1"]) == pytest.approx(np.mean(top1))
         assert (row["folds"], row["seeds"]) == ("2", "2")
     assert "2 folds, the same for all rows" in " ".join(printed.split())
+
+
+def test_a_recipe_brings_its_architecture_and_plugins() -> None:
+    row = crossval_command._row({"data": "digits"}, "quick")
+    assert (row.arch, row.options["stem"], row.options["ffn"], row.options["lsa"]) == ("vit", True, True, True)
+    assert "lsa" not in crossval_command._row({"data": "digits", "lsa": False}, "quick").options
+    assert crossval_command._row({"data": "digits"}, "resnet").arch == "resnet56"
+
+
+def test_an_automatic_batch_size_is_refused(smallvit: Command, tmp_path: Path) -> None:
+    code, _, error = smallvit("crossval", "--data", "digits", "--batch-size", "auto", "--out", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--batch-size auto: models that are compared need one batch size" in error

@@ -96,6 +96,15 @@ def test_time_that_does_not_suffice_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert Config.build(max_time="1.5m").optim.max_seconds == 90
 
 
+def test_a_run_that_is_resumed_after_its_time_completes_its_schedule_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    budget = TimeBudget(120, 10, 100, 200)
+    budget.progress, clock.now = 0.9, 119.0
+    budget.measured(10, 1.0)
+    assert budget.advance() == 1.0
+    assert budget.finished
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Let a step take one second, and the evaluation of an image a fiftieth."""
@@ -143,7 +152,7 @@ def test_a_run_with_max_time_resumes_in_the_time_that_is_left(
 def test_training_stops_when_the_selected_metric_no_longer_improves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = iter([10.0, 30.0, 20.0, 30.0, 29.0, 50.0, 50.0])
+    values = iter([10.0, 30.0, 20.0, 30.0, 29.0, *[50.0] * 9])
     original = setup.Setup.evaluate
 
     def evaluate(self: setup.Setup, split: str, **options: Any) -> dict[str, float] | None:
@@ -155,6 +164,9 @@ def test_training_stops_when_the_selected_metric_no_longer_improves(
     summary = engine.train(config).summary
     assert (summary["epochs"], summary["best_epoch"], summary["val_macro_f1"]) == (5, 2, 30)
     assert "stop   macro_f1 has not improved since epoch 2" in capsys.readouterr().out
+    seldom = engine.train(Config.build(**TINY, out=str(tmp_path / "seldom"), epochs=20, patience=2, val_interval=3))
+    lines = [json.loads(line) for line in (seldom.folder / Run.METRICS).read_text().splitlines()]
+    assert lines[-1]["val_top1"] is not None
     with pytest.raises(InputError, match="--patience 3: needs validation images"):
         engine.train(config.replace(out=str(tmp_path / "other"), val_fraction=0.0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from smallvit import Config, InputError
 from smallvit.runs.run import Run
 from smallvit.training import train
 from smallvit.training.processes import count_processes
+from smallvit.utils.distributed import World, convert_sync_bn
 from tests.training.test_distributed import PATIENCE, finish, flags, metrics, wait_for
 
 SHORT = {
@@ -88,6 +90,29 @@ def test_a_run_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> None:
         while Path(f"/proc/{other}").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not Path(f"/proc/{other}").exists()
+
+
+def test_batch_norm_of_one_process_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    torch.manual_seed(0)
+    x = (
+        torch.randn(8, 3, 5, 5) * torch.tensor([1.0, 0.01, 0.0])[:, None, None]
+        + torch.tensor([0.5, 100.0, 30.1])[:, None, None]
+    )
+    plain = torch.nn.BatchNorm2d(3)
+    torch.nn.init.uniform_(plain.weight)
+    world = World(size=2)
+    ours = convert_sync_bn(copy.deepcopy(plain), world, torch.device("cpu"))
+    outputs, gradients = [], []
+    for norm in (plain, ours):
+        images = x.clone().requires_grad_()
+        outputs.append(norm(images))
+        (outputs[-1] * torch.linspace(-1, 1, 5)).square().sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=2e-2)  # rounding of 100 is 1e-3 of 0.01
+    torch.testing.assert_close(gradients[1][:, 0], gradients[0][:, 0], rtol=1e-4, atol=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_the_number_of_processes_fits_threads_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:

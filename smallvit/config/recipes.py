@@ -309,7 +309,8 @@ def quick(**options: Any) -> dict[str, Any]:
     Command: smallvit train --recipe quick
     Hardware and duration: one thread of an AMD EPYC, next to other programs; 109 ± 12 s.
     Accuracy: digits 98.79 ± 0.89 % (validation 99.53 ± 0.81 %), mean and standard deviation of seeds 0 to 2. `vit96`
-    after 2 passes over 14,700 images of CIFAR-100: 26.28 % (`smallvit reproduce quick/cifar100`, one seed).
+    after 2 passes over 14,700 images of CIFAR-100: 26.28 % (`smallvit reproduce quick/cifar100`, one seed). Other
+    architectures and data: not yet measured.
     """
     return {**inspect.unwrap(best)(**options), "epochs": 20, "aug": "basic"}
 

@@ -287,7 +287,7 @@ def test_a_row_has_a_canonical_label_and_its_own_folder() -> None:
 def test_a_rows_options_override_flags_and_flags_override_recipes() -> None:
     flags = {"batch_size": 32, "data": "digits"}
     given = parse_spec("vit,lr=0.5,recipe=quick").given(flags, "deit")
-    assert (given["lr"], given["batch_size"], given["ema_decay"]) == (0.5, 32, 0.999)
+    assert (given["lr"], given["batch_size"], given["opt"]) == (0.5, 32, "muon")
     assert "spt" not in given  # quick's, but a row has the plugins that it names
     assert parse_spec("vit,batch-size=8").given(flags, "deit")["batch_size"] == 8
     assert parse_spec("vit").given(flags, "deit")["lr"] == recipes.deit().optim.lr

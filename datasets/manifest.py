@@ -206,7 +206,7 @@ def _to_text(cell: object) -> str:
 
 
 def _parse(file: Path, table: Table, fail: Callable[..., NoReturn]) -> Iterator[Row]:
-    """Yield the rows; one that is repeated as it is comes once."""
+    """Yield the rows, without exact repetitions."""
     seen: dict[str, Row] = {}
     for where, cells in table.rows:
         values = dict(zip(table.names, cells, strict=True))

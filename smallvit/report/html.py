@@ -46,19 +46,14 @@ def write_crossval(record: dict[str, Any], scores: list[list[str]], classes: lis
     Raises:
         OSError: The file cannot be written.
     """
-    page = (
-        _environment()
-        .get_template("crossval.html.jinja")
-        .render(
-            version=__version__,
-            day=datetime.date.today().isoformat(),
-            record=record,
-            tables={"Folds": scores, "Classes": classes},
-            confusions=list_confusions(record)[:MAX_CONFUSIONS],
-            picture=pictures.read_confusion(path.parent, record),
-        )
+    _write_page(
+        path,
+        "crossval.html.jinja",
+        record=record,
+        tables={"Folds": scores, "Classes": classes},
+        confusions=list_confusions(record)[:MAX_CONFUSIONS],
+        picture=pictures.read_confusion(path.parent, record),
     )
-    write_text(path, escape_undecodable(page.lstrip()))
 
 
 def write_check(
@@ -86,23 +81,23 @@ def write_check(
     def embed(index: int) -> str:
         return pictures.embed(Image.fromarray(read(index, THUMBNAIL).transpose(1, 2, 0)))
 
+    pictured = {
+        title: [
+            (line, [embed(index) for index in indices[:MAX_THUMBNAILS]] if number < MAX_PICTURED else [])
+            for number, (line, indices) in enumerate(lines)
+        ]
+        for title, lines in findings.items()
+    }
+    picture = None if sheet is None else pictures.embed(sheet)
+    _write_page(path, "check.html.jinja", results=results, findings=pictured, classes=classes, sheet=picture)
+
+
+def _write_page(path: Path, template: str, **values: Any) -> None:
+    """Write the page of a template."""
     page = (
         _environment()
-        .get_template("check.html.jinja")
-        .render(
-            version=__version__,
-            day=datetime.date.today().isoformat(),
-            results=results,
-            findings={
-                title: [
-                    (line, [embed(index) for index in indices[:MAX_THUMBNAILS]] if number < MAX_PICTURED else [])
-                    for number, (line, indices) in enumerate(lines)
-                ]
-                for title, lines in findings.items()
-            },
-            classes=classes,
-            sheet=None if sheet is None else pictures.embed(sheet),
-        )
+        .get_template(template)
+        .render(version=__version__, day=datetime.date.today().isoformat(), **values)
     )
     write_text(path, escape_undecodable(page.lstrip()))
 
@@ -130,21 +125,16 @@ def write_report(runs: Sequence[RunSummary], path: Path) -> None:
         names = [str(run.folder) for run in runs]
     comparison = _compare(dict(zip(names, runs, strict=True))) if len(runs) > 1 else {}
     seeds = comparison.get("seeds", {})
-    page = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            version=__version__,
-            day=datetime.date.today().isoformat(),
-            title=f"{len(runs)} runs" if comparison else runs[0].title,
-            runs=[
-                _describe(run) | {"name": name, "key": f"run{number}", "seeds": seeds.get(run.folder, 1)}
-                for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
-            ],
-            comparison=comparison,
-        )
+    _write_page(
+        path,
+        TEMPLATE,
+        title=f"{len(runs)} runs" if comparison else runs[0].title,
+        runs=[
+            _describe(run) | {"name": name, "key": f"run{number}", "seeds": seeds.get(run.folder, 1)}
+            for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
+        ],
+        comparison=comparison,
     )
-    write_text(path, escape_undecodable(page.lstrip()))
 
 
 def _describe(run: RunSummary) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from smallvit.utils.hardware import is_convolutional
 
 
 class TokenSaving:
-    """What a model is spared in the first part of training, by --patch-drop-rate and --progressive-size.
+    """Reduce the tokens of the first training steps, as --patch-drop-rate and --progressive-size say.
 
     Sources: Liu et al. 2022, arXiv:2208.07220 (patches); Tan and Le 2021, arXiv:2104.00298 (image sizes).
 

@@ -198,7 +198,10 @@ def convert_sync_bn(model: nn.Module, world: World, device: torch.device) -> nn.
 
 
 class _Sum(torch.autograd.Function):
-    """Sum a tensor over the processes; so are the gradients with respect to the sum."""
+    """Sum a tensor over the processes, and in the backward pass its gradients.
+
+    torch.distributed.nn.functional.all_reduce does the same, but is deprecated in torch 2.14.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ VERBS = {
     "crossval": "cross-validate a model: a run for each fold, means and predictions",
     "profile": "measure operations, memory, latency and throughput of models",
     "export": "write a trained model for ONNX, torch.export, timm or the Hub",
+    "embed": "write features of images, and the nearest neighbors of each",
     "probe": "evaluate features on other data: linear classifier, neighbors",
     "check": "find duplicates, damaged files and wrong labels before training",
     "show": "draw augmented training images, as the model sees them",

@@ -67,10 +67,7 @@ def main(argv: list[str]) -> int:
     require_run("smallvit predict", argv, run, options["images"], folders=True)
     path, form = _resolve_output(options["out"], options["format"], overwrite=options["overwrite"])
     require(top >= 1, "top", top, "at least 1")
-    given = "data" in config.given
-    names = _read_names(options["images"], run) if options["images"] or not given else []
-    if given:
-        names += _list_data(config.data)
+    names = list_names("predict", run, options["images"], config)
 
     from smallvit.models.weights_info import read_weights_info
 
@@ -132,6 +129,17 @@ def _resolve_output(out: str | None, form: str | None, *, overwrite: bool) -> tu
     return check_output_file(out, f".{form}", overwrite=overwrite), form
 
 
+def list_names(verb: str, run: str, images: list[str], config: Config) -> list[str]:
+    """Return the files and folders of the arguments, of standard input and of --data.
+
+    Raises:
+        InputError: There are none, or --data is neither a folder nor a table.
+    """
+    given = "data" in config.given
+    names = _read_names(images, shlex.join(["smallvit", verb, run])) if images or not given else []
+    return [*names, *_list_data(config.data)] if given else names
+
+
 def _list_data(config: DataConfig) -> list[str]:
     """Return the folder of --data, or the files of its table."""
     from smallvit.datasets.manifest import list_paths
@@ -142,9 +150,9 @@ def _list_data(config: DataConfig) -> list[str]:
     return list_paths(path, config.columns) if is_manifest(config.data) else [str(path)]
 
 
-def _read_names(arguments: list[str], run: str) -> list[str]:
+def _read_names(arguments: list[str], command: str) -> list[str]:
     """Return the files and folders of the arguments and of standard input."""
-    use = f"use {shlex.join(['smallvit', 'predict', run])} IMAGE ..., with files or folders"
+    use = f"use {command} IMAGE ..., with files or folders"
     if not arguments and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError(f"no images; {use}, or - to read names from standard input")
     lines = () if sys.stdin is None or "-" not in (arguments or ["-"]) else sys.stdin.buffer

@@ -17,6 +17,7 @@ _HOMES = {
     "add_distillation_token": "smallvit.plugins.distillation",
     "create_model": "smallvit.models.factory",
     "describe": "smallvit.plugins.patch",
+    "embed": "smallvit.evaluation.embed",
     "fuse": "smallvit.plugins.patch",
     "initialize": "smallvit.models.initialization",
     "load_model": "smallvit.models.checkpoint",
@@ -50,6 +51,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from smallvit.config.config import Config as Config
+    from smallvit.evaluation.embed import embed as embed
     from smallvit.evaluation.predict import predict as predict
     from smallvit.models.checkpoint import load_model as load_model
     from smallvit.models.factory import create_model as create_model

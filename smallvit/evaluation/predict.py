@@ -26,6 +26,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
 from smallvit.datasets.decode import describe_decode_error, open_image, resize, to_rgb
@@ -113,6 +114,21 @@ def predict_images(
     weights.check_classifier(model.info)
     model = model.fused()
     names = readable_names(model.class_names)
+    for predictions, pixels in decode_batches(model, images, max_megapixels):
+        classes = iter(() if pixels is None else _predict_batch(model, names, pixels, top, flip))
+        for prediction in predictions:
+            yield prediction if prediction.error is not None else replace(prediction, classes=next(classes))
+
+
+def decode_batches(
+    model: Predictor, images: Sequence[ImageInput], max_megapixels: float = MAX_MEGAPIXELS
+) -> Iterator[tuple[list[Prediction], UInt8[Tensor, "b c s s"] | None]]:
+    """Decode images in batches, the next one while the model computes.
+
+    Yields:
+        Predictions without classes for the images of a batch, and the pixels of those without an error; None if all
+        have one.
+    """
     batches = [images[start : start + model.batch_size] for start in range(0, len(images), model.batch_size)]
     decode_one = partial(try_decode, model, max_megapixels)
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -120,9 +136,7 @@ def predict_images(
         for following in [*batches[1:], []]:
             decoded, ahead = list(ahead), pool.map(decode_one, following)
             pixels = [each for _, each in decoded if each is not None]
-            classes = iter(_predict_batch(model, names, pixels, top, flip) if pixels else ())
-            for prediction, each in decoded:
-                yield prediction if each is None else replace(prediction, classes=next(classes))
+            yield [each for each, _ in decoded], torch.from_numpy(np.stack(pixels)) if pixels else None
 
 
 def list_images(images: Iterable[ImageInput], ignored: list[str] | None = None) -> list[ImageInput]:
@@ -235,11 +249,10 @@ def try_decode(
 
 
 def _predict_batch(
-    model: Predictor, names: tuple[str, ...], pixels: list[UInt8[np.ndarray, "c s s"]], top: int, flip: bool
+    model: Predictor, names: tuple[str, ...], pixels: UInt8[Tensor, "b c s s"], top: int, flip: bool
 ) -> list[tuple[tuple[str, float], ...]]:
     """Return the names and probabilities of each image's most probable classes."""
-    images = model.normalize(torch.from_numpy(np.stack(pixels)))
-    logits = model.predict_logits(images, flip=flip).cpu()
+    logits = model.predict_logits(model.normalize(pixels), flip=flip).cpu()
     if not logits.isfinite().all():
         raise model.info.error("the logits are not finite, so these weights are unusable")
     probabilities, classes = logits.double().softmax(dim=1).topk(min(top, len(names)))

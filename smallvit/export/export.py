@@ -25,10 +25,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from smallvit.evaluation.predictor import Predictor
 from smallvit.export import timm_folder
+from smallvit.export.quantize import Reduction, compare, reduce_precision
 from smallvit.export.verify import (
     build_metadata,
     example_images,
@@ -53,7 +55,14 @@ FOLDER_FILES = (README, PREPROCESS, timm_folder.CONFIG, timm_folder.WEIGHTS)
 
 
 def export_model(
-    model: Predictor, form: str, path: Path, *, readme: str | None = None, overwrite: bool = False
+    model: Predictor,
+    form: str,
+    path: Path,
+    *,
+    readme: str | None = None,
+    overwrite: bool = False,
+    reduction: Reduction | None = None,
+    progress: Progress | None = None,
 ) -> str | None:
     """Export a model, which must be on the CPU in fp32; return a message for the user, if any.
 
@@ -63,6 +72,8 @@ def export_model(
         path: The file or folder to write; other files in the folder stay.
         readme: The model card for the format "hub".
         overwrite: Replace preprocess.py of an earlier export.
+        reduction: Precision of the format "onnx", if it is below fp32.
+        progress: Where to show the progress of the comparison with fp32.
 
     Raises:
         InputError: the model cannot be exported, its outputs differ in the new format, or there is another
@@ -74,9 +85,13 @@ def export_model(
     writers = {"onnx": write_onnx, "pt2": write_pt2}
     check_preprocess((path.parent if form in writers else path) / PREPROCESS, preprocess, overwrite=overwrite)
     if form in writers:
-        writers[form](model, path)
+        message = None
+        if reduction is None:
+            writers[form](model, path)
+        else:
+            message = write_reduced(model, path, reduction, progress or Progress(disable=True))
         write_text(path.with_name(PREPROCESS), preprocess)
-        return None
+        return message
     with atomic_update(path, list_outputs) as partial:
         timm_folder.write_folder(model, partial)
         write_text(partial / PREPROCESS, preprocess)
@@ -138,12 +153,26 @@ def write_onnx(model: Predictor, path: Path) -> None:
     with atomic_write(path) as partial:
         with _explain_errors(model, "ONNX"):
             program.save(partial)
-            session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
         verify_logits(model, run, "onnxruntime")
+
+
+def write_reduced(model: Predictor, path: Path, reduction: Reduction, progress: Progress) -> str:
+    """Write an ONNX file in fp16 or int8, and return a table that compares it with fp32.
+
+    Raises:
+        InputError: the model cannot be exported, or its logits are not finite.
+    """
+    with atomic_write(path) as partial:
+        original = partial.with_name("fp32.onnx")
+        write_onnx(model, original)
+        with _explain_errors(model, f"ONNX in {reduction.precision}"):
+            reduce_precision(original, partial, reduction)
+        return compare(original, partial, reduction.test, progress).describe(reduction.precision)
 
 
 def write_pt2(model: Predictor, path: Path) -> None:

@@ -31,12 +31,12 @@ RUN is a run folder, a weights file, or a timm model with pretrained weights.
 Formats: onnx is a file for onnxruntime and OpenVINO, pt2 a torch.export
 program, timm a folder for timm.create_model("local-dir:FOLDER",
 pretrained=True), hub the same with a model card, packed a weights file for
-smallvit with eight one-bit weights per byte. Models that timm cannot build alone need `import
-smallvit.models.timm_registry` first. Exports accept any batch size and go to
-RUN/export or --out. All but packed come with preprocess.py, which preprocesses
-images with Pillow and NumPy alone. If a model cannot be exported, or its
-logits differ, the exit code is 2 and no file is written; if only --push fails,
-the exit code is 2 and the export is kept.
+smallvit with eight one-bit weights per byte. Models that timm cannot build
+alone need `import smallvit.models.timm_registry` first. Exports accept any
+batch size and go to RUN/export or --out. All but packed come with
+preprocess.py, which preprocesses images with Pillow and NumPy alone. If a
+model cannot be exported, or its logits differ, the exit code is 2 and no file
+is written; if only --push fails, the exit code is 2 and the export is kept.
 See also: smallvit predict, smallvit eval; docs/exporting.md.
 """
 FORMATS = ("onnx", "pt2", "timm", "hub", "packed")

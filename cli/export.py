@@ -12,6 +12,7 @@ from smallvit.cli.parser import Parser, evaluation_config
 from smallvit.runs.run import Run
 from smallvit.utils.errors import InputError, print_message, require
 from smallvit.utils.files import check_output_file, check_output_folder
+from smallvit.utils.sizes import parse_size
 
 if TYPE_CHECKING:
     from smallvit.export.quantize import Reduction
@@ -61,7 +62,7 @@ def parser() -> Parser:
     parser.add_argument("--license", metavar="ID", help="hub: license of the weights, e.g. mit or cc-by-4.0. [none]")
     parser.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder to this repository.")
     parser.add_argument("--private", action="store_true", help="hub: create a private repository.")
-    parser.add_argument("--img-size", type=int, metavar="N", help="Image size in pixels. [the model's]")
+    parser.add_argument("--img-size", metavar="SIZE", help="Image size in pixels, e.g. 64 or 64x96. [the model's]")
     parser.add_argument("--arch", metavar="NAME", help="timm model of a weights file from another program.")
     return parser
 
@@ -141,7 +142,8 @@ def _check_options(options: Namespace) -> None:
         raise InputError("--private has no effect without --push OWNER/NAME; add it")
     is_id = options.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.license)
     require(bool(is_id), "license", options.license, "a license identifier of the Hub, e.g. mit or cc-by-4.0")
-    require(options.img_size is None or options.img_size >= 1, "img_size", options.img_size, "at least 1 pixel")
+    if options.img_size is not None:
+        parse_size(options.img_size)
 
 
 def resolve_output(name: str, form: str, out: str | None, *, overwrite: bool, precision: str = "fp32") -> Path:

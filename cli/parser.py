@@ -35,6 +35,7 @@ from smallvit.runs.run import Run, read_options
 from smallvit.training.launch import apply_regularization
 from smallvit.training.losses import LOSSES
 from smallvit.utils.errors import WORDS, InputError, flag, is_utf8, require
+from smallvit.utils.sizes import Rectangle
 
 DEFAULTS_FROM = {
     "recipe": ("NAME", "Defaults of a recipe (see smallvit list recipes)."),
@@ -46,7 +47,7 @@ DEFAULTS_FROM = {
 EVALUATION_HELP = {
     "arch": "Architecture of a weights file without smallvit metadata: a timm model.",
     "data": "Images instead of the run's: a dataset name, a folder, zip file or table, or hfds/NAME.",
-    "img_size": "Image height and width in pixels; by default the model's.",
+    "img_size": "Image size in pixels, e.g. 64, or height x width, e.g. 64x96; by default the model's.",
 }
 """Help of options where verbs evaluate a trained model."""
 EVALUATION_OPTIONS = option_names("evaluation")
@@ -365,6 +366,8 @@ def _value(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         choices = "{" + ",".join(get_args(kind)) + "}"
         return {"metavar": choices if len(choices) < 50 else "NAME"}
+    if Rectangle in get_args(kind):
+        return {"type": str, "metavar": "SIZE"}
     if words := literals(kind):
 
         def parse_number(text: str) -> int | str:

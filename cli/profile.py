@@ -18,6 +18,7 @@ from smallvit.models import weights_info
 from smallvit.models.architectures import require_name
 from smallvit.utils.errors import require
 from smallvit.utils.files import check_output_folder, is_path
+from smallvit.utils.sizes import parse_size
 
 DESCRIPTION = """\
 Measure parameters, operations, memory, latency and throughput of models side
@@ -54,7 +55,9 @@ def _own(parser: Parser) -> None:
     group = parser.add_argument_group("profile", "What to measure.")
     sizes = {"type": int, "metavar": "N"}
     group.add_argument("rows", nargs="*", metavar="ROW", help=f"{spec.SPEC_FORM}, or a run folder.")
-    group.add_argument("--img-size", nargs="+", **sizes, help="Image sizes in pixels. [a run's own, else 32]")
+    group.add_argument(
+        "--img-size", nargs="+", metavar="SIZE", help="Image sizes in pixels, e.g. 64 64x96. [a run's own, else 32]"
+    )
     group.add_argument("--classes", default=100, **sizes, help="Classes of rows that are not runs. [100]")
     group.add_argument(
         "--batch-sizes",
@@ -96,7 +99,8 @@ def main(argv: list[str]) -> int:
         with row.named():
             require_name(row.arch)
     compute = Config.build(**given).compute
-    for name in ("img_size", "batch_sizes", "growth", "classes"):
+    sizes = [parse_size(size) for size in own["img_size"] or []]
+    for name in ("batch_sizes", "growth", "classes"):
         for value in [own[name]] if name == "classes" else own[name] or []:
             require(value >= 1, name, value, "at least 1")
     require(0 < own["seconds"] < math.inf, "seconds", own["seconds"], "more than 0")
@@ -110,7 +114,7 @@ def main(argv: list[str]) -> int:
     rows = [profile.parse_row(text, own["classes"]) for text in own["rows"] or ROWS]
     plan = profile.ProfileConfig(
         rows=list({row.label: row for row in rows}.values()),
-        img_sizes=own["img_size"] or [],
+        img_sizes=sizes,
         batch_sizes=own["batch_sizes"],
         growth=own["growth"],
         device=compute.device,

@@ -32,6 +32,7 @@ from smallvit.config.options import AugmentConfig
 from smallvit.datasets.functional import apply_operations, gather_pixels, normal_noise, resized_crop
 from smallvit.datasets.presets import preset
 from smallvit.utils.errors import InputError, warn
+from smallvit.utils.sizes import ImageSize, height_width
 
 if TYPE_CHECKING:
     from smallvit.datasets.auto_augment import Policy, Step
@@ -159,7 +160,7 @@ class Augment:
 
     @classmethod
     def from_config(
-        cls, config: AugmentConfig, img_size: int, flip: bool, aug: str = "mix", policy: str = "cifar10"
+        cls, config: AugmentConfig, img_size: ImageSize, flip: bool, aug: str = "mix", policy: str = "cifar10"
     ) -> Augment:
         """Create the augmentation of a preset, with the options of `config` instead of the preset's values.
 
@@ -187,7 +188,7 @@ class Augment:
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int, flip: np.ndarray | None = None) -> Draws:
         """Draw parameters for `b` images of `h` × `w` pixels; `flip` replaces random flips."""
         if self.crop == "resized":
-            crop = crop_boxes(rng, b, h, w, (self.crop_scale, 1.0))
+            crop = crop_boxes(rng, b, h, w, (self.crop_scale, 1.0), h / w)
         else:
             top, left = rng.integers(0, 2 * self.padding + 1, (2, b))
             crop = Boxes(top, left, top + h, left + w)
@@ -264,7 +265,7 @@ def _create_policies(auto_augment: str, color_jitter: float, policy: str) -> tup
     return tuple(each for each in (create_policy(auto_augment, policy), jitter) if each is not None)
 
 
-def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> int:
+def _padding(config: AugmentConfig, values: dict[str, Any], img_size: ImageSize) -> int:
     """Return the border of the selected crop in pixels."""
     crop, padding = values["crop"], values["crop_padding"]
     if config.crop_scale is not None and crop != "resized":
@@ -273,9 +274,10 @@ def _padding(config: AugmentConfig, values: dict[str, Any], img_size: int) -> in
         if config.crop_padding is not None:
             warn(f"--crop-padding has no effect with --crop {crop}; add --crop pad or reflect")
         return 0
-    largest = img_size - (crop == "reflect")
+    side = min(height_width(img_size))
+    largest = side - (crop == "reflect")
     if config.crop_padding is None:
-        return min(largest, round(img_size / 8) if padding is None else padding)
+        return min(largest, round(side / 8) if padding is None else padding)
     if padding > largest:
         raise InputError(f"--crop-padding {padding}: expected at most {largest} for images of {img_size} px")
     return padding
@@ -342,14 +344,20 @@ def swap_pairs(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
 
 def erasing_boxes(rng: np.random.Generator, chosen: np.ndarray, h: int, w: int, area: tuple[float, float]) -> Boxes:
     """Draw rectangles as torchvision's RandomErasing: area uniform, ratio log-uniform, the first of 10 that fits."""
-    height, width, fits = _draw_sides(rng, len(chosen), h, w, area, (0.3, 1 / 0.3), smaller=True)
+    height, width, fits = _draw_sides(rng, len(chosen), h, w, area, (0.3, 1 / 0.3), 1.0, smaller=True)
     happens = chosen & fits
     return _draw_positions(rng, height * happens, width * happens, h, w)
 
 
-def crop_boxes(rng: np.random.Generator, b: int, h: int, w: int, area: tuple[float, float]) -> Boxes:
-    """Draw rectangles as torchvision's RandomResizedCrop: as for erasing, from 3:4 to 4:3, or else the whole image."""
-    height, width, fits = _draw_sides(rng, b, h, w, area, (3 / 4, 4 / 3), smaller=False)
+def crop_boxes(
+    rng: np.random.Generator, b: int, h: int, w: int, area: tuple[float, float], shape: float = 1.0
+) -> Boxes:
+    """Draw rectangles as torchvision's RandomResizedCrop: as for erasing, from 3:4 to 4:3, or else the whole image.
+
+    Args:
+        shape: Height divided by width of the result, to which these ratios are relative.
+    """
+    height, width, fits = _draw_sides(rng, b, h, w, area, (3 / 4, 4 / 3), shape, smaller=False)
     return _draw_positions(rng, np.where(fits, height, h), np.where(fits, width, w), h, w)
 
 
@@ -370,11 +378,12 @@ def _draw_sides(
     w: int,
     area: tuple[float, float],
     ratio: tuple[float, float],
+    shape: float,
     smaller: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw heights and widths, and return whether they fit; `ratio` is symmetric in its logarithm."""
+    """Draw heights and widths, and return whether they fit; `ratio`, symmetric in its logarithm, is that to `shape`."""
     pixels = rng.uniform(*area, (b, ATTEMPTS)) * h * w
-    slant = np.exp(rng.uniform(*np.log(ratio), (b, ATTEMPTS)))
+    slant = shape * np.exp(rng.uniform(*np.log(ratio), (b, ATTEMPTS)))
     height, width = np.round(np.sqrt(pixels * slant)), np.round(np.sqrt(pixels / slant))
     fits = (height < h) & (width < w) if smaller else (height <= h) & (width <= w) & (height > 0) & (width > 0)
     first = (np.arange(b), fits.argmax(axis=1))

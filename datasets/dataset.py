@@ -9,6 +9,7 @@ import hashlib
 import os
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from timm.data.transforms import center_crop_or_pad
 from torch import Tensor
 
 from smallvit.config.config import option_names
 from smallvit.config.options import MAX_MEGAPIXELS, DataConfig
-from smallvit.datasets.decode import decode_image, open_image, run_in_threads
+from smallvit.datasets.decode import GRAY, decode_image, open_image, run_in_threads
 from smallvit.datasets.gray import GrayRanges, Range, measure
 from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import require_memory
+from smallvit.utils.sizes import ImageSize, fit_sides, height_width, image_size
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Images:
         return len(self.labels)
 
     @property
-    def size(self) -> int:
+    def size(self) -> ImageSize:
         """Height and width in pixels."""
-        return self.pixels.shape[-1]
+        return image_size(*self.pixels.shape[-2:])
 
     @property
     def channels(self) -> int:
@@ -74,19 +77,21 @@ class Images:
 
     def hashes(self, side: int = 32) -> list[bytes]:
         """Return a hash of each image's pixels, for speed of every n-th if they are larger than `side`."""
-        step = max(1, self.size // side)
+        step = max(1, min(self.pixels.shape[-2:]) // side)
         rows = self.pixels[:, :, ::step, ::step].contiguous().numpy()
         return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
 
-    def resize(self, size: int) -> Images:
-        """Resize square images (bicubic, antialiased)."""
-        if size == self.pixels.shape[-1]:
+    def resize(self, size: ImageSize, crop_mode: str = "center") -> Images:
+        """Resize images (bicubic, antialiased); `crop_mode` is that of `decode.resize`."""
+        if size == self.size:
             return self
         require_memory(len(self), self.pixels.shape[1], size)
-        pixels = torch.empty(*self.pixels.shape[:2], size, size, dtype=torch.uint8)
+        sides = fit_sides(tuple(self.pixels.shape[-2:]), size, crop_mode)
+        crop = partial(center_crop_or_pad, output_size=height_width(size), fill=GRAY)
+        pixels = torch.empty(*self.pixels.shape[:2], *height_width(size), dtype=torch.uint8)
         for source, target in zip(self.pixels.split(1000), pixels.split(1000), strict=True):
-            resized = F.interpolate(source.float(), (size, size), mode="bicubic", antialias=True)
-            target.copy_(resized.round_().clamp_(0, 255))
+            resized = F.interpolate(source.float(), sides, mode="bicubic", antialias=True)
+            target.copy_(crop(resized.round_().clamp_(0, 255)))
         return replace(self, pixels=pixels)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -111,7 +116,7 @@ class Files:
     positions: np.ndarray
     """Index in the listing of each image."""
     labels: Int64[Tensor, " n"]
-    size: int
+    size: ImageSize
     """Height and width in pixels after decoding."""
     skip_corrupt: bool = False
     """Whether to skip images that cannot be decoded; in training, the next image replaces them."""
@@ -119,6 +124,8 @@ class Files:
     ranges: GrayRanges = field(default_factory=GrayRanges)
     """Ranges of gray values of more than 8 bits."""
     max_megapixels: float = MAX_MEGAPIXELS
+    crop_mode: str = "center"
+    """How images are resized, see `decode.resize`."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -148,10 +155,10 @@ class Files:
         weights = "" if self.weights is None else f" {hashlib.sha256(self.weights).hexdigest()}"
         return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}{weights}"
 
-    def decode(self, index: int) -> UInt8[np.ndarray, "3 s s"]:
+    def decode(self, index: int) -> UInt8[np.ndarray, "3 h w"]:
         """Decode an image; Pillow's errors on damaged files pass through."""
         file = self.listing.open(int(self.positions[index]))
-        return decode_image(file, self.size, self.ranges, self.max_megapixels)
+        return decode_image(file, self.size, self.ranges, self.max_megapixels, self.crop_mode)
 
     def subset(self, indices: np.ndarray) -> Files:
         """Return the images at these indices."""
@@ -230,7 +237,7 @@ class ImageDataset:
     """Notes for the user on how the data was read and split."""
 
     @property
-    def img_size(self) -> int:
+    def img_size(self) -> ImageSize:
         """Height and width in pixels."""
         return self.train.size
 

@@ -1,9 +1,9 @@
 """Decode image files of any size and mode to one uint8 tensor, in parallel and cached on disk.
 
 EXIF orientation is applied, gray values of more than 8 bits are scaled (see `gray`), transparent pixels become white,
-and every mode becomes RGB. The shorter side is resized to the image size (bilinear, antialiased), then the center is
-cropped. For speed, JPEG files of at least four times the image size are decoded at a fraction of their size;
-`smallvit predict` decodes them whole.
+and every mode becomes RGB. Images are resized to cover the image size (bilinear, antialiased), then the center is
+cropped; --resize selects other ways. For speed, JPEG files of at least four times the image size are decoded at a
+fraction of their size; `smallvit predict` decodes them whole.
 Warnings of Pillow are harmless or followed by an error, so they are silenced.
 """
 
@@ -37,12 +37,15 @@ from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError, first_line, group_errors
 from smallvit.utils.files import atomic_write
 from smallvit.utils.hardware import require_memory
+from smallvit.utils.sizes import ImageSize, fit_sides, height_width
 from smallvit.utils.terminal import track
 
 CACHE_VERSION = 6
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
 NO_RANGES = GrayRanges()
+GRAY = 128
+"""Level of the border that --resize pad adds."""
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
 
 
@@ -67,42 +70,66 @@ def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Im
 
 
 def decode_image(
-    file: str | BinaryIO, size: int, ranges: GrayRanges = NO_RANGES, max_megapixels: float = MAX_MEGAPIXELS
-) -> UInt8[np.ndarray, "3 size size"]:
+    file: str | BinaryIO,
+    size: ImageSize,
+    ranges: GrayRanges = NO_RANGES,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    crop_mode: str = "center",
+) -> UInt8[np.ndarray, "3 h w"]:
     """Decode one file; Pillow's errors on damaged files pass through.
 
     Args:
         ranges: Ranges of gray values of more than 8 bits.
         max_megapixels: Larger images raise a ValueError.
+        crop_mode: see `resize`.
     """
     with open_image(file, max_megapixels) as image:
-        return convert_image(image, size, ranges)
+        return convert_image(image, size, ranges, crop_mode)
 
 
-def convert_image(image: Image.Image, size: int, ranges: GrayRanges = NO_RANGES) -> UInt8[np.ndarray, "3 size size"]:
-    """Convert an image of any mode and orientation to RGB, resize its shorter side to `size`, and crop the center."""
-    image.draft("RGB", (2 * size, 2 * size))  # large JPEGs: decode at a fraction of the size; at less it is too sharp
-    return np.asarray(resize(to_rgb(ImageOps.exif_transpose(image), ranges), size)).transpose(2, 0, 1)
+def convert_image(
+    image: Image.Image, size: ImageSize, ranges: GrayRanges = NO_RANGES, crop_mode: str = "center"
+) -> UInt8[np.ndarray, "3 h w"]:
+    """Convert an image of any mode and orientation to RGB and resize it."""
+    least = 2 * max(height_width(size))  # either side, as the image may have to be rotated
+    image.draft("RGB", (least, least))  # large JPEGs: decode at a fraction of the size; at less it is too sharp
+    rgb = to_rgb(ImageOps.exif_transpose(image), ranges)
+    return np.asarray(resize(rgb, size, crop_mode=crop_mode)).transpose(2, 0, 1)
 
 
 def resize(
-    image: Image.Image, size: int, *, interpolation: str = "bilinear", crop_pct: float = 1.0, crop_mode: str = "center"
+    image: Image.Image,
+    size: ImageSize,
+    *,
+    interpolation: str = "bilinear",
+    crop_pct: float = 1.0,
+    crop_mode: str = "center",
 ) -> Image.Image:
-    """Resize an image and crop the center exactly as timm's transform for evaluation does.
+    """Resize an image and crop the center exactly as timm's transform for evaluation does, except the gray border.
 
     Args:
-        size: Height and width of the result in pixels.
+        size: Size of the result.
         interpolation: Name of a Pillow filter.
-        crop_pct: `size` divided by the shorter side before the crop.
-        crop_mode: "center" keeps the aspect ratio, "squash" does not.
+        crop_pct: `size` divided by that before the crop.
+        crop_mode: "center" and "border" keep the aspect ratio, "squash" does not; see `fit_sides`.
     """
-    scale, resampling = int(size / crop_pct), Image.Resampling[interpolation.upper()]
-    width, height = (scale if crop_mode == "squash" else int(scale * side / min(image.size)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    if width * height > 100 * size**2:  # a thin line, too large when resized: equal but for rounding
+    (h, w), resampling = height_width(size), Image.Resampling[interpolation.upper()]
+    height, width = fit_sides((image.height, image.width), size, crop_mode, crop_pct)
+    left, top = (_offset(whole, side) for whole, side in ((width, w), (height, h)))
+    if width * height > 100 * w * h:  # a thin line, too large when resized: equal but for rounding
         x, y = image.width / width, image.height / height
-        return image.resize((size, size), resampling, box=(left * x, top * y, (left + size) * x, (top + size) * y))
-    return image.resize((width, height), resampling).crop((left, top, left + size, top + size))
+        return image.resize((w, h), resampling, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+    resized = image.resize((width, height), resampling)
+    if crop_mode != "border":
+        return resized.crop((left, top, left + w, top + h))
+    canvas = Image.new(image.mode, (w, h), (GRAY,) * len(image.getbands()))
+    canvas.paste(resized, (-left, -top))
+    return canvas
+
+
+def _offset(whole: int, side: int) -> int:
+    """Return where the center begins that timm crops, or the negative width of the border that it adds."""
+    return round((whole - side) / 2) if whole >= side else -((side - whole) // 2)
 
 
 def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:
@@ -149,7 +176,7 @@ def default_size(side: int | None, largest: int = 64) -> int:
 class Decoded:
     """The decoded images of a listing."""
 
-    pixels: UInt8[Tensor, "n 3 size size"]
+    pixels: UInt8[Tensor, "n 3 h w"]
     errors: dict[int, str]
     """Error message for each file that cannot be decoded."""
     cached: bool = False
@@ -158,14 +185,16 @@ class Decoded:
 
 def decode_cached(
     files: Listing,
-    size: int,
+    size: ImageSize,
     skip_corrupt: bool,
     max_megapixels: float = MAX_MEGAPIXELS,
     ranges: GrayRanges = NO_RANGES,
+    crop_mode: str = "center",
 ) -> Decoded:
     """Decode all files, or read them from the cache.
 
-    There is one cache file per folder and size, valid while the listing's fingerprint and the ranges are the same.
+    There is one cache file per folder, size and crop mode, valid while the listing's fingerprint and the ranges are the
+    same.
 
     Raises:
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
@@ -173,10 +202,11 @@ def decode_cached(
     require_memory(len(files), 3, size)
     heif = "".join(sorted(HEIF_SUFFIXES & image_suffixes()))  # their errors are cached, too
     key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}"
-    name = hashlib.sha256(f"{files.root.resolve()}\0{size}".encode("utf-8", "replace")).hexdigest()[:16]
+    identity = f"{files.root.resolve()}\0{size}" + f"\0{crop_mode}" * (crop_mode != "center")
+    name = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
     cache = cache_folder() / f"images-{name}.safetensors"
     cached = _read_cache(cache, key)
-    decoded = cached or _decode_all(files, size, max_megapixels, ranges)
+    decoded = cached or _decode_all(files, size, max_megapixels, ranges, crop_mode)
     if decoded.errors and not skip_corrupt:
         raise InputError(describe_errors(files, decoded.errors) + "; repair or remove them, or add --skip-corrupt")
     if not cached:
@@ -184,11 +214,11 @@ def decode_cached(
     return decoded
 
 
-def _decode_all(files: Listing, size: int, max_megapixels: float, ranges: GrayRanges) -> Decoded:
-    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+def _decode_all(files: Listing, size: ImageSize, max_megapixels: float, ranges: GrayRanges, crop_mode: str) -> Decoded:
+    pixels = np.empty((len(files), 3, *height_width(size)), dtype=np.uint8)
 
     def decode(index: int) -> None:
-        pixels[index] = decode_image(files.open(index), size, ranges, max_megapixels)
+        pixels[index] = decode_image(files.open(index), size, ranges, max_megapixels, crop_mode)
 
     errors = run_in_threads(decode, range(len(files)), files.paths, f"decoding {len(files):,} images")
     pixels[list(errors)] = 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from smallvit.config.options import DataConfig
+from smallvit.config.options import CROP_MODES, DataConfig
 from smallvit.datasets import readers
 from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, is_manifest, require_data
 from smallvit.datasets.dataset import (
@@ -67,8 +67,8 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
     images = read_source(config, 2 if draw else 1)
     if isinstance(images, Listing):
         return _load_files(config, images, draw, info, None if info else ranges)
-    size = config.img_size or info.img_size
-    splits = {split: part.resize(size) for split, part in images.splits.items()}
+    size, crop_mode = config.img_size or info.img_size, CROP_MODES[config.resize]
+    splits = {split: part.resize(size, crop_mode) for split, part in images.splits.items()}
     return assemble(config, splits, images.class_names, [], info, draw=draw)
 
 
@@ -104,12 +104,13 @@ def _load_files(
         files = group_by_path(files, config.group_by)
     side = None if config.img_size or info else median_side(files)
     size = config.img_size or (info.img_size if info else default_size(side))
-    max_megapixels = config.max_megapixels
+    max_megapixels, crop_mode = config.max_megapixels, CROP_MODES[config.resize]
     labels, splits, notes = torch.tensor(files.labels), np.array(files.splits), list(files.notes)
     if side is not None and side >= 2 * size:
         notes.append(f"images of {side} pixels (median shorter side) are reduced to {size}; --img-size changes that")
     indices = np.arange(len(files))
-    images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, max_megapixels=max_megapixels)
+    options = {"max_megapixels": max_megapixels, "crop_mode": crop_mode}
+    images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, **options)
     parts: dict[str, Split] = {
         split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)
     }
@@ -123,7 +124,7 @@ def _load_files(
         parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
         notes.append("streaming: worker processes decode the images in every epoch")
     else:
-        decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges)
+        decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges, crop_mode)
         paths = tuple(files.relative_path(index) for index in range(len(files)))
         loaded, bad = Images(decoded.pixels, labels, paths, images.groups, images.weights), list(decoded.errors)
         parts = {split: loaded.subset(np.setdiff1d(part.positions, bad)) for split, part in parts.items()}

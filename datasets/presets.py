@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from smallvit.utils.sizes import ImageSize, height_width
+
 SMALL = 32
-"""Side in pixels up to which DeiT's code pads images instead of resizing random crops."""
+"""Shorter side in pixels up to which DeiT's code pads images instead of resizing random crops."""
 
 OFF: dict[str, Any] = {
     "crop": "none",
@@ -103,10 +105,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, img_size: int) -> dict[str, Any]:
+def preset(name: str, img_size: ImageSize) -> dict[str, Any]:
     """Return all values of a preset for images of this size."""
     values = OFF | PRESETS[name]
     small = values.pop("crop_small", None)
-    if small and img_size <= SMALL:
+    if small and min(height_width(img_size)) <= SMALL:
         values["crop"] = small
     return values

@@ -24,7 +24,7 @@ from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from smallvit.config.options import DataConfig
+from smallvit.config.options import CROP_MODES, DataConfig
 from smallvit.datasets.catalog import DATASETS
 from smallvit.datasets.dataset import Images
 from smallvit.datasets.decode import decode_image, run_in_threads
@@ -35,6 +35,7 @@ from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import LOCK, atomic_folder, locked
 from smallvit.utils.hardware import require_memory
+from smallvit.utils.sizes import height_width
 
 HUB_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 """Names of each split at the Hugging Face Hub."""
@@ -261,12 +262,12 @@ def _decode_rows(split: str, rows: Any, config: DataConfig, ranges: GrayRanges) 
     image_files = import_module("datasets").Image(decode=False)
     rows, size = rows.cast_column("image", image_files), config.img_size or HUB_SIZE
     require_memory(len(rows), 3, size)
-    pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+    pixels = np.empty((len(rows), 3, *height_width(size)), dtype=np.uint8)
 
     def decode(index: int) -> None:
         image = rows[index]["image"]
         file = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
-        pixels[index] = decode_image(file, size, ranges, config.max_megapixels)
+        pixels[index] = decode_image(file, size, ranges, config.max_megapixels, CROP_MODES[config.resize])
 
     errors = run_in_threads(decode, range(len(rows)), [config.data] * len(rows), f"decoding {split}")
     for index, reason in sorted(errors.items()):

@@ -4,11 +4,12 @@ Workers decode, crop (a random rectangle for the crop `resized`, else the center
 augmentation runs on the device, as for images in memory. The random numbers follow from (seed, epoch, position), so
 the images are the same with any number of workers and devices, and an epoch can be entered at any step.
 
-Axes: b batch, c channels, s image size, k classes.
+Axes: b batch, c channels, h w pixels, k classes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.loader import DECODING, Pixels, Sampling, TrainLoader, explain_worker_failures
 from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError
+from smallvit.utils.sizes import ImageSize, height_width
 
 PREFETCH_BYTES = 2**30
 """Approximate size of decoded images that may wait for the device."""
@@ -61,7 +63,7 @@ class Decoder(Dataset):
         self.files, self.sampling, self.min_area, self.resampling = files, sampling, min_area, resampling
 
     def __getitem__(self, request: Request) -> tuple[np.ndarray | None, int, str]:
-        """Return gray levels (3, s, s), the class number, and the error if the file cannot be decoded."""
+        """Return gray levels (3, h, w), the class number, and the error if the file cannot be decoded."""
         index, epoch, position = request
         replaceable = self.files.skip_corrupt and self.sampling is not None
         for offset in range(MAX_SUBSTITUTES if replaceable else 1):
@@ -74,7 +76,7 @@ class Decoder(Dataset):
                 message = f"{path} ({describe_decode_error(error, path)})"
         return None, label, message
 
-    def _decode(self, index: int, epoch: int, position: int) -> UInt8[np.ndarray, "3 s s"]:
+    def _decode(self, index: int, epoch: int, position: int) -> UInt8[np.ndarray, "3 h w"]:
         files = self.files
         if self.sampling is None or self.min_area is None:
             return files.decode(index)
@@ -85,28 +87,30 @@ class Decoder(Dataset):
 
 def decode_crop(
     file: str | BinaryIO,
-    size: int,
+    size: ImageSize,
     rng: np.random.Generator,
     min_area: float,
     resampling: Image.Resampling = Image.Resampling.BILINEAR,
     ranges: GrayRanges = NO_RANGES,
     max_megapixels: float = MAX_MEGAPIXELS,
-) -> UInt8[np.ndarray, "3 size size"]:
+) -> UInt8[np.ndarray, "3 h w"]:
     """Decode one file and resize a random rectangle of it, as torchvision's RandomResizedCrop does."""
+    height, width = height_width(size)
     with open_image(file, max_megapixels) as image:
         if image.format not in ("JPEG", "MPO"):  # the others are decoded whole; TIFFs are transposed when loaded
             image = ImageOps.exif_transpose(image)
         is_rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)
         w, h = reversed(image.size) if is_rotated else image.size
-        box = crop_boxes(rng, 1, h, w, (min_area, 1.0))
+        box = crop_boxes(rng, 1, h, w, (min_area, 1.0), height / width)
         edges = np.array([box.left[0], box.top[0], box.right[0], box.bottom[0]], dtype=np.float64)
-        scale = max(1, min(edges[2] - edges[0], edges[3] - edges[1]) // size)  # decode no finer than necessary
+        # decode no finer than necessary
+        scale = max(1, min((edges[2] - edges[0]) // width, (edges[3] - edges[1]) // height))
         image.draft("RGB", (int(image.size[0] // scale), int(image.size[1] // scale)))
         image = to_rgb(ImageOps.exif_transpose(image), ranges)
         edges *= np.tile([image.size[0] / w, image.size[1] / h], 2)
         outer = np.concatenate([np.floor(edges[:2]), np.ceil(edges[2:])]).astype(int)
         image = image.crop(tuple(outer))  # first: resizing reads pixels around its box
-    image = image.resize((size, size), resampling, box=tuple(edges - np.tile(outer[:2], 2)))
+    image = image.resize((width, height), resampling, box=tuple(edges - np.tile(outer[:2], 2)))
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -116,7 +120,7 @@ class StreamingLoader(TrainLoader):
     def __init__(
         self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device, **options: Any
     ) -> None:
-        resized = augment.crop == "resized"  # done by the workers, on the whole image
+        resized = augment.crop == "resized" and dataset.train.crop_mode == "center"  # by workers, on the whole image
         on_device = replace(augment, crop="none") if resized else augment
         super().__init__(dataset, batch_size, on_device, seed, device, **options)
         resampling = Image.Resampling.BICUBIC if augment.bicubic else Image.Resampling.BILINEAR
@@ -145,7 +149,7 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
     workers = decoder.files.workers
     if workers is None:
         workers = min(16, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    bytes_ahead = 3 * decoder.files.size**2 * TYPICAL_BATCH * max(1, workers)
+    bytes_ahead = 3 * math.prod(height_width(decoder.files.size)) * TYPICAL_BATCH * max(1, workers)
     loader = DataLoader(
         decoder,
         batch_sampler=batches,
@@ -171,11 +175,11 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[np.ndarray | None, int, str]], size: int) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(items: list[tuple[np.ndarray | None, int, str]], size: ImageSize) -> tuple[Tensor, Tensor, list[str]]:
     """Return a batch without the images that cannot be decoded, and their errors."""
     errors = [message for _, _, message in items if message]
     good = [(pixels, label) for pixels, label, _ in items if pixels is not None]
     if not good:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), errors
+        return torch.empty(0, 3, *height_width(size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64), errors
     pixels, labels = zip(*good, strict=True)
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels), errors

@@ -115,7 +115,8 @@ def attend(
     if images:
         data, examples = None, [_read_file(model, str(path), config.data.max_megapixels, console) for path in images]
     else:
-        dataset = datasets.create_dataset(replace(config.data, img_size=model.img_size), ranges=model.info.gray_ranges)
+        data_config = replace(config.data, img_size=model.img_size, **model.info.data_options)
+        dataset = datasets.create_dataset(data_config, ranges=model.info.gray_ranges)
         weights.check_channels(model.info, dataset)
         for warning in check_test_split(model.info, dataset, config.data, (split,)):
             console.print(warning)

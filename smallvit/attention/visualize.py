@@ -3,7 +3,7 @@
 Map values are drawn in multiples of uniform attention, which gives every token the same weight. The functions take
 NumPy arrays and plain values; this module does not import torch.
 
-Axes: h heads, i j rows and columns of tokens, c channels, y x pixels, s side of a drawn image in pixels.
+Axes: h heads, i j rows and columns of tokens, c channels, y x pixels.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def draw_overview(images: Sequence[Pixels], labels: Sequence[str], views: Sequen
         path: The PNG to write.
     """
     kinds = ("attention, last layer", "rollout", "relevance, predicted class")
-    side = _drawn_side(images[0].shape[-1], OVERVIEW_SIDE)
+    sides = _drawn_sides(images[0].shape[1:], OVERVIEW_SIDE)
     panels, captions = [], []
     for image, label, view in zip(images, labels, views, strict=True):
-        panels.append(resize_image(image, side))
+        panels.append(resize_image(image, sides))
         captions.append(f"{_one_line(label)}\n{_one_line(view.predicted)} {view.probability:.0%}")
         for kind, weights in zip(kinds, map(relative_to_uniform, view.maps), strict=True):
-            panels.append(overlay_map(image, weights, weights.min(), weights.max(), side, smooth=True))
+            panels.append(overlay_map(image, weights, weights.min(), weights.max(), sides, smooth=True))
             captions.append(f"{kind}\n{weights.min():.2g} – {weights.max():.2g}")
     title = (
         "Below each image: its label and prediction. Below each map: its minimum (darkest) and maximum "
@@ -80,16 +80,16 @@ def draw_layers(image: Pixels, label: str, maps: Mapping[str, Float[np.ndarray, 
         maps: Maps of each layer, by its name.
         path: The PNG to write.
     """
-    of_layers, side = list(maps.values()), _drawn_side(image.shape[-1], LAYERS_SIDE)
+    of_layers, sides = list(maps.values()), _drawn_sides(image.shape[1:], LAYERS_SIDE)
     selected, columns = select_evenly(len(maps), MAX_PANELS), min(max(map(len, of_layers)), MAX_PANELS)
-    blank = np.full((3, side, side), 255, dtype=np.uint8)
+    blank = np.full((3, *sides), 255, dtype=np.uint8)
     panels, captions = [], []
     for index in selected:
         heads = select_evenly(len(of_layers[index]), columns)
         relative = [relative_to_uniform(of_layers[index][head]) for head in heads]
         missing = columns - len(heads)
-        drawn = [overlay_map(image, weights, 0, weights.max(), side) for weights in relative]
-        panels += [resize_image(image, side), *drawn, *[blank] * missing]
+        drawn = [overlay_map(image, weights, 0, weights.max(), sides) for weights in relative]
+        panels += [resize_image(image, sides), *drawn, *[blank] * missing]
         captions += [f"layer {index}", *(f"head {h}: {w.max():.2g}" for h, w in zip(heads, relative, strict=True))]
         captions += [""] * missing
     title = (
@@ -101,8 +101,14 @@ def draw_layers(image: Pixels, label: str, maps: Mapping[str, Float[np.ndarray, 
 
 
 def overlay_map(
-    image: Pixels, weights: Float[np.ndarray, "i j"], low: float, high: float, side: int, *, smooth: bool = False
-) -> UInt8[np.ndarray, "3 s s"]:
+    image: Pixels,
+    weights: Float[np.ndarray, "i j"],
+    low: float,
+    high: float,
+    sides: tuple[int, int],
+    *,
+    smooth: bool = False,
+) -> UInt8[np.ndarray, "3 y x"]:
     """Blend a color-mapped attention map over the image in grayscale.
 
     Args:
@@ -110,22 +116,22 @@ def overlay_map(
         weights: The map.
         low: Value with the darkest color.
         high: Value with the brightest color.
-        side: Side of the result in pixels.
+        sides: Height and width of the result in pixels.
         smooth: Interpolate between tokens (bilinear), instead of drawing squares.
     """
     scaled = ((weights - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
     resample = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-    values = np.asarray(Image.fromarray(scaled).resize((side, side), resample))
+    values = np.asarray(Image.fromarray(scaled).resize(sides[::-1], resample))
     colors = colormaps[COLORMAP](values)[..., :3].transpose(2, 0, 1)
-    gray = resize_image(image, side).mean(axis=0) / 255
+    gray = resize_image(image, sides).mean(axis=0) / 255
     return (255 * (OPACITY * colors + (1 - OPACITY) * gray)).round().astype(np.uint8)
 
 
-def resize_image(image: Pixels, side: int) -> UInt8[np.ndarray, "3 s s"]:
-    """Resize a square image to a side in pixels; whole factors repeat pixels."""
+def resize_image(image: Pixels, sides: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
+    """Resize an image to a height and width in pixels; whole factors repeat pixels."""
     rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
-    resample = Image.Resampling.BILINEAR if side % len(rgb) else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(rgb).resize((side, side), resample)).transpose(2, 0, 1)
+    resample = Image.Resampling.BILINEAR if sides[0] % len(rgb) else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(rgb).resize(sides[::-1], resample)).transpose(2, 0, 1)
 
 
 def relative_to_uniform(weights: Float[np.ndarray, "i j"]) -> Float[np.ndarray, "i j"]:
@@ -186,9 +192,12 @@ def _label_layers(axes: Axes) -> None:
     axes.grid(alpha=0.3)
 
 
-def _drawn_side(size: int, maximum: int) -> int:
-    """Return the side of a drawn image in pixels: the largest multiple of `size` up to `maximum`, or `maximum`."""
-    return max(1, maximum // size) * size if size <= maximum else maximum
+def _drawn_sides(sides: Sequence[int], maximum: int) -> tuple[int, int]:
+    """Return height and width of a drawn image: the largest multiple up to `maximum`, or that on the longer side."""
+    longest = max(sides)
+    factor = maximum // longest if longest <= maximum else maximum / longest
+    height, width = (max(1, round(factor * side)) for side in sides)
+    return height, width
 
 
 def _one_line(text: str) -> str:
@@ -196,7 +205,7 @@ def _one_line(text: str) -> str:
 
 
 def _save_grid(
-    panels: Sequence[UInt8[np.ndarray, "3 s s"]], captions: Sequence[str], columns: int, title: str, path: Path
+    panels: Sequence[UInt8[np.ndarray, "3 y x"]], captions: Sequence[str], columns: int, title: str, path: Path
 ) -> None:
     sheet = draw_grid(panels, captions, columns, title=title)
     with atomic_write(path) as partial:

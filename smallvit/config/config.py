@@ -24,6 +24,7 @@ from smallvit.config.options import (
     RunConfig,
 )
 from smallvit.utils.errors import InputError, flag, is_utf8, require, suggest
+from smallvit.utils.sizes import Rectangle, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Mapping:
         require(isinstance(value, Mapping), name, repr(value), "a dictionary")
         return {str(each): _to_plain(own) for each, own in value.items()}
+    if Rectangle in get_args(kind):
+        return value if value is None else parse_size(value)
     if words := literals(kind):
         if value in words:
             return value

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from smallvit.utils.errors import InputError, require, suggest
+from smallvit.utils.sizes import Rectangle, parse_size
 
 TAGS = {
     "resumable": "A resumed run may change it: it affects no result.",
@@ -58,6 +59,8 @@ class Options:
             require(finite and within, each.name, value, expected if finite else "a finite number")
 
 
+CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}
+"""timm's name of each value of --resize."""
 MAX_MEGAPIXELS = 500.0
 """Default size limit of an image."""
 
@@ -76,8 +79,12 @@ class DataConfig(Options):
     parentheses, else the whole match. The images of a group are in one split."""
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
-    img_size: int | None = option(None, "common", "evaluation", "shared", ge=1)
-    """Image size in pixels; by default that of the images, at most 64 for folders."""
+    img_size: int | Rectangle | None = option(None, "common", "evaluation", "shared")  # noqa: RUF009, a tuple
+    """Image size in pixels, e.g. 64, or height x width, e.g. 64x96; by default that of the images, at most 64 for
+    folders."""
+    resize: Literal["crop", "pad", "stretch"] = option("crop", "shared", "affects_test")
+    """Resize images of another aspect ratio to cover this size and crop the center (crop), to fit into it on gray
+    (pad), or to fill it exactly (stretch)."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
     """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
     workers: int | None = option(None, "resumable", "evaluation", "shared", ge=0)
@@ -108,6 +115,8 @@ class DataConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.img_size is not None:
+            object.__setattr__(self, "img_size", parse_size(self.img_size))
         require(bool(self.data), "data", repr(self.data), "a data set or folder")
         require(self.folds != 1, "folds", 1, "at least 2")
         require(not self.folds or self.fold <= self.folds, "fold", self.fold, f"at most --folds {self.folds}")

@@ -12,6 +12,7 @@ OTHER_NAMES = {
     "init=NAME": ("finetune", "initial_checkpoint", "model_name_or_path", "pretrained", "pretrained_path", "weights"),
     "data": ("data_path", "data_root", "data_set", "dataset", "dataset_name"),
     "img_size": ("image_size", "imgsz", "input_size"),
+    "resize": ("crop_mode",),
     "workers": ("dataloader_num_workers", "j", "num_workers"),
     "train_fraction": ("fraction",),
     "val_fraction": ("train_val_split", "validation_split"),

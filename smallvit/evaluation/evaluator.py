@@ -5,6 +5,7 @@ Axes: b batch, c channels, s image size, m classes of the data, n images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from smallvit import datasets
 from smallvit.config.config import Config
-from smallvit.config.options import ComputeConfig
+from smallvit.config.options import ComputeConfig, DataConfig
 from smallvit.datasets.dataset import Files, ImageDataset, Images
 from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.gray import GrayRanges
@@ -35,6 +36,7 @@ from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError, escape_undecodable, require, suggest
 from smallvit.utils.files import check_output_folder
+from smallvit.utils.sizes import ImageSize, height_width
 from smallvit.utils.terminal import create_console, create_progress
 
 CHOICES = (*SPLITS, "all")
@@ -238,7 +240,7 @@ def create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str
     """Pair each model with the same images at its own size, or the first at the size of `config`."""
     own = weights_info.is_training_data(config.data.data, weights_info.read_data_options(name))
     sizes = [config.data.img_size or infos[0].spec["img_size"], *(info.spec["img_size"] for info in infos[1:])]
-    data = _read_data(config, sizes, [info.gray_ranges for info in infos], draw=own or split != "all")
+    data = _read_data(config, sizes, infos, draw=own or split != "all")
     splits = SPLITS if split == "all" else (split,)
     if not any(len(getattr(data[0], each)) for each in splits):
         raise InputError(f"--split {split}: {data[0].name} has no such images; choose another split")
@@ -260,16 +262,17 @@ def create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str
 
 
 def _read_data(
-    config: Config, sizes: Sequence[int], ranges: Sequence[GrayRanges | None], *, draw: bool
+    config: Config, sizes: Sequence[ImageSize], infos: Sequence[WeightsInfo], *, draw: bool
 ) -> list[ImageDataset]:
     """Read the same images for each model: all in memory, or all streamed if the largest do not fit."""
-    read: dict[tuple[int, GrayRanges | None], ImageDataset] = {}
-    keys = list(zip(sizes, ranges, strict=True))
-    for size, scale in sorted(set(keys), key=lambda key: -key[0]):
-        options: dict[str, Any] = {"img_size": size}
-        if read:
-            options["streaming"] = "on" if isinstance(next(iter(read.values())).train, Files) else "off"
-        read[size, scale] = datasets.create_dataset(replace(config.data, **options), draw=draw, ranges=scale)
+    read: dict[tuple[DataConfig, GrayRanges | None], ImageDataset] = {}
+    keys = [
+        (replace(config.data, img_size=size, **info.data_options), info.gray_ranges)
+        for size, info in zip(sizes, infos, strict=True)
+    ]
+    for key in sorted(set(keys), key=lambda key: -math.prod(height_width(key[0].img_size))):
+        streaming = {"streaming": "on" if next(iter(read.values())).train.on_disk else "off"} if read else {}
+        read[key] = datasets.create_dataset(replace(key[0], **streaming), draw=draw, ranges=key[1])
     return [read[key] for key in keys]
 
 

@@ -2,7 +2,7 @@
 
 Threads decode the next batch while the model computes one, as in training.
 
-Axes: c channels, s image size, k classes.
+Axes: c channels, h w pixels, k classes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def predict(
     top: int = 5,
     *,
     flip: bool = False,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     device: str = "auto",
     amp: Amp = "auto",
 ) -> list[Prediction]:
@@ -79,7 +79,7 @@ def predict(
         images: One or several files, folders of files, Pillow images or arrays.
         top: Number of classes per image.
         flip: Average the probabilities over each image and its mirror image.
-        img_size: Image height and width in pixels; by default the model's.
+        img_size: Image size in pixels, or height and width; by default the model's.
         device: auto, cpu, cuda, cuda:1, mps.
         amp: Mixed precision: auto, bf16, fp16 or off.
 
@@ -166,7 +166,7 @@ def readable_names(names: Sequence[str]) -> tuple[str, ...]:
 
 def decode(
     model: Predictor, image: ImageInput, max_megapixels: float = MAX_MEGAPIXELS
-) -> tuple[UInt8[np.ndarray, "c s s"], str | None]:
+) -> tuple[UInt8[np.ndarray, "c h w"], str | None]:
     """Decode an image for a model, large JPEGs at their full size; one channel is the luma of the colors.
 
     Returns:
@@ -235,7 +235,7 @@ def _list_folder(folder: str | Path, ignored: list[str]) -> list[str]:
 
 def try_decode(
     model: Predictor, max_megapixels: float, image: ImageInput
-) -> tuple[Prediction, UInt8[np.ndarray, "c s s"] | None]:
+) -> tuple[Prediction, UInt8[np.ndarray, "c h w"] | None]:
     """Return a prediction without classes, and the pixels unless it has an error."""
     path = str(image) if isinstance(image, str | Path) else ""
     try:
@@ -249,7 +249,7 @@ def try_decode(
 
 
 def _predict_batch(
-    model: Predictor, names: tuple[str, ...], pixels: UInt8[Tensor, "b c s s"], top: int, flip: bool
+    model: Predictor, names: tuple[str, ...], pixels: UInt8[Tensor, "b c h w"], top: int, flip: bool
 ) -> list[tuple[tuple[str, float], ...]]:
     """Return the names and probabilities of each image's most probable classes."""
     logits = model.predict_logits(model.normalize(pixels), flip=flip).cpu()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mod
 
 import torch
 from jaxtyping import Float, UInt8
@@ -26,6 +27,7 @@ from smallvit.plugins.resize import set_input_size
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError, first_line, flag
 from smallvit.utils.hardware import batch_size, choose_dtype
+from smallvit.utils.sizes import ImageSize, height_width, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Predictor:
 
     info: WeightsInfo
     model: nn.Module
-    img_size: int
+    img_size: ImageSize
     """Image height and width in pixels."""
     device: torch.device
     dtype: torch.dtype
@@ -80,7 +82,7 @@ def load_predictor(
     option: str,
     *,
     arch: str | None = None,
-    img_size: int | None = None,
+    img_size: int | str | tuple[int, int] | None = None,
     device: str = "auto",
     amp: Amp = "auto",
 ) -> Predictor:
@@ -90,7 +92,7 @@ def load_predictor(
         name: A run folder, a weights file, or a timm model with pretrained weights.
         option: The flag or verb that the name was given to, for error messages.
         arch: The timm model in a file of another program.
-        img_size: Image height and width in pixels; by default the model's.
+        img_size: Image size in pixels, or height and width; by default the model's.
         device: auto, cpu, cuda, cuda:1, mps.
         amp: Mixed precision: auto, bf16, fp16 or off.
 
@@ -98,7 +100,8 @@ def load_predictor(
         InputError: There are no such weights or device, or the model cannot take images of this size.
     """
     info = read_model_info(name, option, arch)
-    return create_predictor(info, img_size or info.spec["img_size"], device, amp)
+    size = info.spec["img_size"] if img_size is None else parse_size(img_size)
+    return create_predictor(info, size, device, amp)
 
 
 def read_model_info(name: str, option: str, arch: str | None) -> WeightsInfo:
@@ -117,7 +120,7 @@ def read_model_info(name: str, option: str, arch: str | None) -> WeightsInfo:
     return weights.describe_file(info, arch)
 
 
-def create_predictor(info: WeightsInfo, img_size: int, device: str, amp: Amp) -> Predictor:
+def create_predictor(info: WeightsInfo, img_size: ImageSize, device: str, amp: Amp) -> Predictor:
     """Load a model for inference.
 
     Raises:
@@ -130,20 +133,20 @@ def create_predictor(info: WeightsInfo, img_size: int, device: str, amp: Amp) ->
     return Predictor(info=info, model=model, img_size=img_size, device=target, dtype=dtype)
 
 
-def _load_resized(info: WeightsInfo, size: int) -> nn.Module:
+def _load_resized(info: WeightsInfo, size: ImageSize) -> nn.Module:
     """Load a model and adapt it to an image size."""
     model = weights.load_trained_model(info)
     if size == info.spec["img_size"]:
         return model
-    embedding = getattr(model, "patch_embed", None)
-    if isinstance(embedding, PatchEmbed) and size % embedding.patch_size[0]:  # timm would crop the image
+    embedding, sides = getattr(model, "patch_embed", None), height_width(size)
+    if isinstance(embedding, PatchEmbed) and any(map(mod, sides, embedding.patch_size)):  # timm would crop the image
         patch = embedding.patch_size[0]
         raise InputError(f"--img-size {size}: expected a multiple of the patch size {patch} of {info.name}")
     try:
         if hasattr(model, "pos_embed") or hasattr(model, "set_input_size"):  # CNNs take any size
             set_input_size(model, size)
         with torch.inference_mode():
-            model(torch.zeros(1, info.spec["in_chans"], size, size))
+            model(torch.zeros(1, info.spec["in_chans"], *sides))
     except Exception as error:  # models raise anything for unsupported sizes
         raise InputError(f"--img-size {size}: not supported by {info.name} ({first_line(error)})") from None
     return model

@@ -66,7 +66,7 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     info = read_model_info(name, "probe", config.model.arch)
     hardware.pick_device(config.compute.device)
     size = config.data.img_size or info.spec["img_size"]
-    dataset = datasets.create_dataset(replace(config.data, img_size=size), ranges=info.gray_ranges)
+    dataset = datasets.create_dataset(replace(config.data, img_size=size, **info.data_options), ranges=info.gray_ranges)
     weights.check_channels(info, dataset)
     console = create_console(stderr=True)
     for warning in check_test_split(info, dataset, config.data):

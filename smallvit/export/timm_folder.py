@@ -28,6 +28,7 @@ from smallvit.models.checkpoint import snapshot
 from smallvit.models.weights_info import ENTRY
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import atomic_write, write_text
+from smallvit.utils.sizes import height_width
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -104,7 +105,7 @@ def _pretrained_cfg(model: Predictor, own: timm.models.PretrainedCfg | None) -> 
     heads = sorted({name.rpartition(".")[0] for name in factory.classifier_parameter_names(model.model)})
     fixed = own.fixed_input_size if own else arch not in (*CIFAR_RESNETS, "t2t")
     config = {
-        "input_size": [model.in_chans, model.img_size, model.img_size],
+        "input_size": [model.in_chans, *height_width(model.img_size)],
         "fixed_input_size": fixed,
         **info.resizing,
         "mean": list(info.mean),

@@ -17,12 +17,14 @@ from jinja2 import Environment
 from torch import Tensor, nn
 
 import smallvit
+from smallvit.datasets.decode import GRAY
 from smallvit.datasets.gray import FULL, GrayRanges
 from smallvit.evaluation.predictor import Predictor
 from smallvit.models.weights_info import ENTRY
 from smallvit.plugins.binary_layers import BinaryAttending, BinaryProduct
 from smallvit.utils.errors import first_line
 from smallvit.utils.files import read_safetensors
+from smallvit.utils.sizes import height_width
 
 TEMPLATE = Path(__file__).with_name("preprocess.py.jinja")
 TOLERANCE = 1e-4
@@ -79,7 +81,7 @@ def verify_logits(
 def example_images(model: Predictor, batch: int) -> Float[Tensor, "b c h w"]:
     """Return reproducible random inputs."""
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, model.in_chans, model.img_size, model.img_size, generator=generator)
+    return torch.randn(batch, model.in_chans, *height_width(model.img_size), generator=generator)
 
 
 def has_binary_activations(model: nn.Module) -> bool:
@@ -108,17 +110,29 @@ def build_metadata(model: Predictor) -> dict[str, str]:
 def describe_preprocessing(model: Predictor) -> str:
     """Describe in a sentence how images become inputs of a model."""
     mode = "RGB" if model.in_chans == 3 else "grayscale (ITU-R 601 luma)"
-    size, ranges = model.img_size, model.info.gray_ranges or GrayRanges()
-    resized, interpolation = int(size / model.info.resizing["crop_pct"]), model.info.resizing["interpolation"]
-    is_squashed = model.info.resizing["crop_mode"] == "squash"
-    sides = f"image to {resized} x {resized} pixels" if is_squashed else f"shorter side to {resized} pixels"
+    (height, width), ranges = height_width(model.img_size), model.info.gray_ranges or GrayRanges()
+    resized, crop_mode, interpolation = (
+        _resized(model),
+        *(model.info.resizing[name] for name in ("crop_mode", "interpolation")),
+    )
+    if crop_mode == "center" and resized[0] == resized[1]:
+        sides = f"shorter side to {resized[0]} pixels"
+    else:
+        words = {"center": "to cover", "border": f"on level {GRAY} to fit into", "squash": "to"}
+        sides = f"image {words[crop_mode]} {resized[0]} x {resized[1]} pixels"
     scaled = "".join(f"scale {line}; " for line in ranges.describe())
     return (
         f"Rotate the image by its EXIF orientation, {scaled}blend transparency onto white, convert to {mode}; resize "
-        f"the {sides} ({interpolation}, antialiased) and crop the central {size} x {size}; then "
-        f"(pixels / 255 - mean) / std per channel, as float32 (batch, {model.in_chans}, {size}, {size}). The softmax "
-        "of the logits gives the class probabilities."
+        f"the {sides} ({interpolation}, antialiased) and crop the central {height} x {width}; then "
+        f"(pixels / 255 - mean) / std per channel, as float32 (batch, {model.in_chans}, {height}, {width}). The "
+        "softmax of the logits gives the class probabilities."
     )
+
+
+def _resized(model: Predictor) -> tuple[int, int]:
+    """Return the height and width before the crop."""
+    height, width = (int(side / model.info.resizing["crop_pct"]) for side in height_width(model.img_size))
+    return height, width
 
 
 def render_preprocess(model: Predictor) -> str:
@@ -128,10 +142,11 @@ def render_preprocess(model: Predictor) -> str:
         Environment(trim_blocks=True, keep_trailing_newline=True)
         .from_string(TEMPLATE.read_text("utf-8"))
         .render(
-            size=model.img_size,
+            **dict(zip(("height", "width"), height_width(model.img_size), strict=True)),
             channels=model.in_chans,
-            resized=int(model.img_size / resizing["crop_pct"]),
-            squash=resizing["crop_mode"] == "squash",
+            resized=_resized(model),
+            crop_mode=resizing["crop_mode"],
+            gray=GRAY,
             interpolation=resizing["interpolation"],
             mean=list(model.info.mean),
             std=list(model.info.std),

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from smallvit.utils.errors import InputError, suggest
+from smallvit.utils.sizes import height_width, image_size
 
 OURS = {
     "vit": "lee2021.vit",
@@ -49,13 +50,15 @@ def timm_names() -> frozenset[str]:
     return frozenset(name for file in files for match in pattern.findall(file.read_text("utf-8")) for name in match)
 
 
-def require_multiple(img_size: int, patch_size: int) -> None:
+def require_multiple(img_size: int | tuple[int, int], patch_size: int) -> None:
     """Check that patches fill an image.
 
     Raises:
         InputError: they do not; the sizes next to it are given.
     """
-    if img_size % patch_size:
-        below, above = img_size // patch_size * patch_size, -(-img_size // patch_size) * patch_size
-        use = f"{below} or {above}" if below else f"{above}, or a smaller --patch-size"
-        raise InputError(f"--img-size {img_size} is not a multiple of the patch size {patch_size}; use {use}")
+    sides = height_width(img_size)
+    if any(side % patch_size for side in sides):
+        below = [side // patch_size * patch_size for side in sides]
+        above = image_size(*(-(-side // patch_size) * patch_size for side in sides))
+        use = f"{image_size(*below)} or {above}" if all(below) else f"{above}, or a smaller --patch-size"
+        raise InputError(f"--img-size {image_size(*sides)} is not a multiple of the patch size {patch_size}; use {use}")

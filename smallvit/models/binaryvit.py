@@ -40,6 +40,7 @@ from smallvit.plugins.binary import BINARY
 from smallvit.plugins.binary_layers import BinaryAttending, NormConv2d, RPReLU, ShortcutLinear, over_channels
 from smallvit.plugins.sdpa import attend
 from smallvit.utils.errors import InputError
+from smallvit.utils.sizes import ImageSize, height_width, image_size
 
 STAGES = {"num_heads": (1, 2, 4, 8), "mlp_ratios": (8, 8, 4, 4), "sr_ratios": (8, 4, 1, 1)}
 PYRAMIDS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -352,7 +353,7 @@ def fit_sr_ratio(grid: Grid, maximum: int) -> int:
     return ratio
 
 
-def create_binaryvit(arch: str, img_size: int, patch_size: int, pyramid: bool = True, **kwargs: Any) -> BinaryViT:
+def create_binaryvit(arch: str, img_size: ImageSize, patch_size: int, pyramid: bool = True, **kwargs: Any) -> BinaryViT:
     """Build a BinaryViT of a named size. `patch_size` is that of the pyramid; without it, patches are 4 times larger.
 
     Raises:
@@ -361,8 +362,8 @@ def create_binaryvit(arch: str, img_size: int, patch_size: int, pyramid: bool = 
     size = PYRAMIDS[arch] if pyramid else SINGLE_STAGE[arch]
     patch = patch_size if pyramid else SINGLE_STAGE_PATCH * patch_size
     least = patch * 2 ** (len(size["depths"]) - 1)
-    if img_size < least or img_size % patch:
-        use = max(least, img_size // patch * patch)
+    if any(side < least or side % patch for side in height_width(img_size)):
+        use = image_size(*(max(least, side // patch * patch) for side in height_width(img_size)))
         raise InputError(
             f"--img-size {img_size}: patches of {patch} px need a multiple of {patch}, at least {least}; use {use}, "
             "or another --patch-size"

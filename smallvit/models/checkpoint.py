@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from smallvit.config.options import CROP_MODES
 from smallvit.models.factory import create_model
 from smallvit.models.weights_info import ENTRY, FORMAT, PACKED, RESIZING, unwrap
 from smallvit.utils.distributed import distribute_like, full_tensor
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.files import atomic_write
+from smallvit.utils.sizes import height_width
 
 MAX_REASON = 200
 """Maximum length of an error message of torch, in characters."""
@@ -135,11 +137,12 @@ def to_pretrained_cfg(metadata: dict[str, Any]) -> dict[str, Any]:
     return ({"gray_ranges": ranges} if any(ranges.values()) else {}) | {
         "architecture": model["arch"],
         "num_classes": model["num_classes"],
-        "input_size": (model["in_chans"], model["img_size"], model["img_size"]),
+        "input_size": (model["in_chans"], *height_width(model["img_size"])),
         "mean": tuple(data["mean"]),
         "std": tuple(data["std"]),
         "label_names": tuple(data["class_names"]),
         **RESIZING,
+        "crop_mode": CROP_MODES[data.get("resize", "crop")],
     }
 
 

@@ -28,6 +28,7 @@ from smallvit.plugins import BinaryConfig, PluginConfig
 from smallvit.plugins.patch import UnsupportedModelError, patch
 from smallvit.utils.errors import InputError, first_line, flag
 from smallvit.utils.hardware import is_convolutional, precision_name
+from smallvit.utils.sizes import ImageSize, height_width, parse_size
 
 if TYPE_CHECKING:
     from smallvit.models.small_stems import StemPlan
@@ -55,7 +56,7 @@ MERGING = ("binaryvit", "binaryvit_tiny", "pit", "swin", "swin_transformer", "sw
 def create_model(
     arch: str,
     *,
-    img_size: int,
+    img_size: int | tuple[int, int],
     num_classes: int,
     in_chans: int = 3,
     patch_size: int | None = None,
@@ -65,10 +66,11 @@ def create_model(
     fit: bool = True,
     **model_kwargs: Any,
 ) -> nn.Module:
-    """Create a model of images (b, in_chans, img_size, img_size) that returns logits (b, num_classes).
+    """Create a model of images (b, in_chans, height, width) that returns logits (b, num_classes).
 
     Args:
         arch: an architecture, with or without plugins: `vit`, `vit+spt+lsa`, `deit_tiny_patch16_224+lsa`.
+        img_size: side of square images in pixels, or height and width.
         patch_size: in pixels, by default chosen for `img_size` (PiT, Swin: of the first stage; T2T: of its unfolds).
         drop_path_rate: stochastic depth, by default 0.1 for transformers.
         plugins: by name, each True, its options or its configuration, in addition to those in `arch`.
@@ -80,6 +82,7 @@ def create_model(
         InputError: unknown architecture, sizes that do not fit each other, or a plugin that does not fit.
     """
     arch, names = split_arch(arch)
+    img_size = parse_size(img_size)
     plugins = default_plugins(arch) | dict.fromkeys(names, True) | dict(plugins)
     options = ArchOptions(**model_kwargs)
     require_known(arch)
@@ -152,28 +155,28 @@ def require_known(arch: str) -> None:
         raise InputError(f"--arch {arch} names trained weights; give --init {arch}, or train {base} from scratch")
 
 
-def resolve_arch(arch: str, img_size: int, *, fit: bool = True) -> str:
+def resolve_arch(arch: str, img_size: ImageSize, *, fit: bool = True) -> str:
     """Return the architecture that a name stands for at an image size."""
-    return TINY if arch == "vit" and fit and img_size <= TINY_SIZE else arch
+    return TINY if arch == "vit" and fit and min(height_width(img_size)) <= TINY_SIZE else arch
 
 
-def default_patch_size(arch: str, img_size: int, *, fit: bool = True) -> int | None:
+def default_patch_size(arch: str, img_size: ImageSize, *, fit: bool = True) -> int | None:
     """Return the patch size in pixels of `arch` for an image size; None leaves it to timm, as without `fit`.
 
-    The patch in the name of a timm ViT, where at least 7 such patches fit along the side; else the largest power
-    of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
+    The patch in the name of a timm ViT, where at least 7 such patches fit along the shorter side; else the largest
+    power of two, at most 16, of which 7 fit (4 from 28 to 55 px, the paper's at 32; 8 up to 111, its patch at 64). For
     images of up to 16 px it is 2, and 1 below 8 px. PiT and Swin take half of it, and their own where it is 16.
     """
     family = arch if arch in OURS else _family(arch)
     if family is None or not (fit or arch in OURS):
         return None
-    named = re.search(r"_patch(\d+)", arch)
-    if named and family not in MERGING and img_size // int(named[1]) >= 7:
+    named, side = re.search(r"_patch(\d+)", arch), min(height_width(img_size))
+    if named and family not in MERGING and side // int(named[1]) >= 7:
         return int(named[1])
-    if img_size <= TINY_SIZE:
-        patch = 2 if img_size >= 8 else 1
+    if side <= TINY_SIZE:
+        patch = 2 if side >= 8 else 1
     else:
-        patch = next(patch for patch in (16, 8, 4, 2) if img_size // patch >= 7)
+        patch = next(patch for patch in (16, 8, 4, 2) if side // patch >= 7)
     if is_binaryvit(family):
         return patch // 4 if patch == 16 else max(1, patch // 2)
     if family in MERGING:
@@ -181,7 +184,7 @@ def default_patch_size(arch: str, img_size: int, *, fit: bool = True) -> int | N
     return patch
 
 
-def describe_choice(arch: str, img_size: int, patch_size: int | None, *, fit: bool = True) -> str:
+def describe_choice(arch: str, img_size: ImageSize, patch_size: int | None, *, fit: bool = True) -> str:
     """Describe in one line the model that `arch` creates at an image size."""
     if arch == TINY:
         return f"vit for {img_size}-pixel images: the tiny one, 96 wide, 6 layers, patch {patch_size}"
@@ -190,14 +193,14 @@ def describe_choice(arch: str, img_size: int, patch_size: int | None, *, fit: bo
     return f"{arch} for {img_size}-pixel images" + (f", patch {patch_size}" if patch_size else stride)
 
 
-def adapted_stride(arch: str, img_size: int, *, fit: bool = True) -> int | None:
+def adapted_stride(arch: str, img_size: ImageSize, *, fit: bool = True) -> int | None:
     """Return the total stride of one of timm's CNNs with an adapted stem; None if it is not adapted."""
     stem = _stem(arch, img_size) if fit else None
     return stem and stem.stride
 
 
 def _timm_model(
-    arch: str, img_size: int, patch_size: int | None, drop_path_rate: float | None, fit: bool, **arguments: Any
+    arch: str, img_size: ImageSize, patch_size: int | None, drop_path_rate: float | None, fit: bool, **arguments: Any
 ) -> nn.Module:
     family = _family(arch)
     if patch_size is not None:
@@ -272,7 +275,7 @@ def _binaryvit_arguments(arch: str, options: Mapping[str, bool]) -> dict[str, bo
     return {}
 
 
-def _stem(arch: str, img_size: int) -> StemPlan | None:
+def _stem(arch: str, img_size: ImageSize) -> StemPlan | None:
     """Return the plan that adapts the stem of one of timm's CNNs to small images; None if it is not adapted."""
     ours = arch in OURS or arch in CIFAR_RESNETS
     return None if ours or _family(arch) else _load("small_stems.plan_stem")(arch, img_size)

@@ -1,7 +1,7 @@
 """Adapt the stems of timm's CNNs to small images by removing their first downsampling steps.
 
 A CNN for 224-pixel images halves their side five times, which leaves a single position of a 32-pixel image. For a
-model of stride s and images of n pixels, the first log₂ f halvings are removed:
+model of stride s and images whose shorter side is n pixels, the first log₂ f halvings are removed:
 
     f = the smallest power of 2 with ⌈n · f / s⌉ ≥ 4,    s' = s / f
 
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from smallvit.plugins.lsa_timm import has_attention
+from smallvit.utils.sizes import ImageSize, height_width
 
 MIN_SIDE = 4
 """Minimum side of the last feature map."""
@@ -49,7 +50,7 @@ class StemPlan:
 
 
 @cache
-def plan_stem(arch: str, img_size: int) -> StemPlan | None:
+def plan_stem(arch: str, img_size: ImageSize) -> StemPlan | None:
     """Plan how to adapt a timm model to images of this size; None if it needs no change or cannot be changed."""
     if timm.get_pretrained_cfg(arch).fixed_input_size:
         return None
@@ -92,11 +93,11 @@ def _create_on_meta(arch: str) -> nn.Module:
             return timm.create_model(arch, pretrained=False).to("meta").eval()
 
 
-def _plan(model: nn.Module, img_size: int) -> StemPlan | None:
+def _plan(model: nn.Module, img_size: ImageSize) -> StemPlan | None:
     """Find a model's plan and check it by adapting the model."""
     halvings, side = _probe(model)
     timm_stride, factor = PROBE_SIZE // side, 1
-    while -(-img_size * factor // timm_stride) < MIN_SIDE and factor < timm_stride:
+    while -(-min(height_width(img_size)) * factor // timm_stride) < MIN_SIDE and factor < timm_stride:
         factor *= 2
     strides: LayerStrides = {}
     remaining = factor
@@ -111,7 +112,7 @@ def _plan(model: nn.Module, img_size: int) -> StemPlan | None:
         return None
     plan = StemPlan(timm_stride, timm_stride // factor, strides)
     adapt_stem(model, plan)
-    model(torch.zeros(1, 3, img_size, img_size))
+    model(torch.zeros(1, 3, *height_width(img_size)))
     return plan if timm_stride * side == plan.stride * _probe(model)[1] == PROBE_SIZE else None
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
 from torch import nn
 
@@ -61,7 +62,7 @@ def _entrypoint(name: str, arch: str, doc: str) -> Callable[..., nn.Module]:
     def create(
         pretrained: bool = False,
         arch: str = arch,
-        img_size: int = 32,
+        img_size: int | tuple[int, int] = 32,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         pretrained_cfg: dict[str, Any] | None = None,
@@ -72,22 +73,22 @@ def _entrypoint(name: str, arch: str, doc: str) -> Callable[..., nn.Module]:
             raise ValueError(f"{name} has no trained weights; create it with pretrained=False")
         if drop_rate:
             raise ValueError(f"{name} has no dropout: remove drop_rate, or use drop_path_rate")
-        if not isinstance(img_size, int):
-            raise ValueError(f"img_size {img_size}: {name} expects square images, given as one number")
         channels, size = rest.pop("in_chans", None), img_size
         cfg = default_cfgs[name].default.to_dict()
         if pretrained:
             cfg = resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
-            size = cfg["input_size"][1]
+            size = cfg["input_size"][1:]
         channels = channels or cfg["input_size"][0]
         arguments = {key: value for key, value in rest.items() if key not in IGNORED}
         model = create_model(arch, img_size=size, num_classes=num_classes, in_chans=channels, **arguments)
         if pretrained:
             load_pretrained(model, cfg, num_classes, channels, cache_dir=cache_dir)
-            if img_size != size and (hasattr(model, "pos_embed") or hasattr(model, "set_input_size")):
+            if to_2tuple(img_size) != to_2tuple(size) and (
+                hasattr(model, "pos_embed") or hasattr(model, "set_input_size")
+            ):
                 set_input_size(model, img_size)  # CNNs take any size
         else:
-            cfg |= {"architecture": name, "input_size": (channels, size, size), "num_classes": num_classes}
+            cfg |= {"architecture": name, "input_size": (channels, *to_2tuple(size)), "num_classes": num_classes}
         model.pretrained_cfg = model.default_cfg = cfg
         return model
 

@@ -19,6 +19,7 @@ from smallvit.models.weights_info import PRETRAINED, RESIZING, WeightsInfo, read
 from smallvit.plugins.patch import misfit
 from smallvit.utils.errors import InputError, first_line, suggest
 from smallvit.utils.files import SUFFIX
+from smallvit.utils.sizes import image_size
 
 if TYPE_CHECKING:
     from smallvit.datasets.dataset import ImageDataset
@@ -104,7 +105,7 @@ def read_timm_info(name: str, option: str) -> WeightsInfo:
     """Describe timm's pretrained weights by a model's name, with or without the weights' tag.
 
     Raises:
-        InputError: timm has no such weights, or none in safetensors for square images.
+        InputError: timm has no such weights, or none in safetensors.
     """
     model = name.removesuffix(PRETRAINED)
     info = WeightsInfo(name=name, option=option, path=None)
@@ -193,9 +194,12 @@ def download(info: WeightsInfo) -> Path:
 def _add_pretrained_cfg(info: WeightsInfo, cfg: PretrainedCfg) -> WeightsInfo:
     """Add the metadata in timm's configuration of a model."""
     channels, height, width = cfg.input_size
-    if height != width:
-        raise info.error(f"it takes images of {height} × {width} pixels; only square images are supported")
-    spec = {"arch": cfg.architecture, "img_size": height, "in_chans": channels, "num_classes": cfg.num_classes}
+    spec = {
+        "arch": cfg.architecture,
+        "img_size": image_size(height, width),
+        "in_chans": channels,
+        "num_classes": cfg.num_classes,
+    }
     return replace(
         info,
         timm_name=f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture,

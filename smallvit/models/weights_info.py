@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smallvit.config.options import DataConfig
+from smallvit.config.options import CROP_MODES, DataConfig
 from smallvit.datasets.catalog import DATASETS
 from smallvit.models.architectures import timm_names
 from smallvit.runs.run import Run, read_options
 from smallvit.utils.errors import InputError, first_line, suggest
 from smallvit.utils.files import PICKLED, SUFFIX, is_path, read_safetensors
+from smallvit.utils.sizes import parse_size
 
 if TYPE_CHECKING:
     from smallvit.datasets.gray import GrayRanges
@@ -62,6 +63,12 @@ class WeightsInfo:
     """How gray values of more than 8 bits were scaled in training; None in files of other programs."""
     packed: bool = False
     """Whether one-bit weights are packed: the model can be evaluated but not trained."""
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """Options of the data that the model needs: how images are resized."""
+        modes = {mode: resize for resize, mode in CROP_MODES.items()}
+        return {"resize": modes.get(self.resizing["crop_mode"], "crop")}
 
     def error(self, message: str) -> InputError:
         """Return an error that names the option and the weights."""
@@ -123,17 +130,18 @@ def _read_file_info(info: WeightsInfo) -> WeightsInfo:
         if metadata["format"] != FORMAT:
             raise ValueError
         model, data = metadata["model"], metadata["data"]
-        spec = model | {name: int(model[name]) for name in ("img_size", "in_chans", "num_classes")}
+        spec = model | {name: int(model[name]) for name in ("in_chans", "num_classes")}
         mean, std = (tuple(map(float, data[name])) for name in ("mean", "std"))
         if not len(mean) == len(std) == spec["in_chans"] or not all(0 < each < math.inf for each in std):
             raise ValueError
         return replace(
             info,
-            spec=spec | {"arch": str(model["arch"])},
+            spec=spec | {"arch": str(model["arch"]), "img_size": parse_size(model["img_size"])},
             class_names=tuple(map(str, data["class_names"])),
             data=str(data["name"]),
             mean=mean,
             std=std,
+            resizing=RESIZING | {"crop_mode": CROP_MODES[data.get("resize", "crop")]},
             packed=bool(metadata.get(PACKED)),
             gray_ranges=None if data.get("gray_ranges") is None else GrayRanges.from_json(data["gray_ranges"]),
             training_data=data.get("training_data"),

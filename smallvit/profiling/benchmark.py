@@ -28,6 +28,7 @@ from smallvit.config.options import Amp
 from smallvit.models.factory import fuse_for_inference, prepare_for_inference
 from smallvit.utils import hardware
 from smallvit.utils.hardware import autocast, choose_dtype, precision_name
+from smallvit.utils.sizes import ImageSize, height_width
 
 SECONDS = 10.0
 """Time budget per model."""
@@ -208,10 +209,13 @@ def take_turns(timings: Sequence[Timing], rounds: Iterable[int]) -> None:
 # Memory
 
 
-def activation_bytes(model: nn.Module, in_chans: int, img_size: int, device: torch.device, dtype: torch.dtype) -> int:
+def activation_bytes(
+    model: nn.Module, in_chans: int, img_size: ImageSize, device: torch.device, dtype: torch.dtype
+) -> int:
     """Measure the bytes that each further image of a batch adds to what is kept for the backward pass."""
     two, three = (  # some batch norms cannot train on one image
-        kept_bytes(model, torch.zeros(count, in_chans, img_size, img_size, device=device), dtype) for count in (2, 3)
+        kept_bytes(model, torch.zeros(count, in_chans, *height_width(img_size), device=device), dtype)
+        for count in (2, 3)
     )
     return three - two
 

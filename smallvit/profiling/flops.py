@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from smallvit.utils.errors import InputError, first_line
+from smallvit.utils.sizes import ImageSize, height_width
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -42,7 +43,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
+def count_macs(model: nn.Module, in_chans: int, img_size: ImageSize) -> int:
     """Count the multiply-accumulates of one image's forward pass with torch's FLOP counter (two FLOPs each).
 
     Matrix products, convolutions and attention are counted, not norms or activations.
@@ -54,14 +55,14 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
 
 
 @torch.no_grad()
-def count_macs_by_layer(model: nn.Module, in_chans: int, img_size: int) -> dict[str, int]:
+def count_macs_by_layer(model: nn.Module, in_chans: int, img_size: ImageSize) -> dict[str, int]:
     """Count the multiply-accumulates of each layer by its name; '' is the whole model.
 
     Raises:
         InputError: The model cannot take these images.
     """
     weight = next(model.parameters())
-    image = torch.zeros(1, in_chans, img_size, img_size, device=weight.device, dtype=weight.dtype)
+    image = torch.zeros(1, in_chans, *height_width(img_size), device=weight.device, dtype=weight.dtype)
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)  # the counter's hooks fail on views of parameters
     try:

@@ -29,6 +29,7 @@ from smallvit.profiling.benchmark import ROUNDS, SECONDS, Stopwatch, Timing, run
 from smallvit.utils import files, hardware, tables
 from smallvit.utils.errors import InputError, first_line
 from smallvit.utils.plots import save_figure
+from smallvit.utils.sizes import ImageSize, height_width
 from smallvit.utils.terminal import create_console, track
 
 IMG_SIZE = 32
@@ -53,7 +54,7 @@ class ModelAtSize:
     label: str
     spec: dict[str, Any]
     """Arguments of `create_model`, for the size that the model is created for."""
-    img_size: int
+    img_size: ImageSize
     """Size of the images that it is measured on."""
     counts: dict[str, float | None]
     """Result of `count_costs`."""
@@ -61,7 +62,7 @@ class ModelAtSize:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        return self.spec["in_chans"], self.img_size, self.img_size
+        return self.spec["in_chans"], *height_width(self.img_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class ModelRow:
     spec: dict[str, Any]
     """Arguments of `create_model`; those of a run include its image size."""
 
-    def adapt_spec(self, img_size: int) -> dict[str, Any]:
+    def adapt_spec(self, img_size: ImageSize) -> dict[str, Any]:
         """Return the arguments of `create_model` with a patch size for this image size; a run's stay the same."""
         if "img_size" in self.spec:
             return self.spec
@@ -83,7 +84,7 @@ class ModelRow:
             "patch_size": self.spec["patch_size"] or factory.default_patch_size(arch, img_size, fit=fit),
         }
 
-    def at(self, img_size: int, spec: dict[str, Any] | None = None) -> ModelAtSize:
+    def at(self, img_size: ImageSize, spec: dict[str, Any] | None = None) -> ModelAtSize:
         """Create the model once at an image size and count its costs; `spec` keeps the patches of another size.
 
         Raises:
@@ -136,7 +137,7 @@ def parse_row(text: str, num_classes: int) -> ModelRow:
     return ModelRow(label=row.label, spec=config.spec | {"in_chans": IN_CHANS, "num_classes": num_classes})
 
 
-def build_model(spec: dict[str, Any], img_size: int) -> nn.Module:
+def build_model(spec: dict[str, Any], img_size: ImageSize) -> nn.Module:
     """Create a model; at another image size than that of `spec` with the same patches and windows.
 
     Raises:
@@ -152,7 +153,7 @@ def build_model(spec: dict[str, Any], img_size: int) -> nn.Module:
         raise InputError(f"{spec['arch']} cannot take {img_size}-pixel images ({first_line(error)})") from None
 
 
-def count_costs(model: nn.Module, in_chans: int, img_size: int) -> dict[str, float | None]:
+def count_costs(model: nn.Module, in_chans: int, img_size: ImageSize) -> dict[str, float | None]:
     """Count a model's parameters, tokens, operations and bytes; None where a count does not apply.
 
     Tokens are those of the first attention layer.
@@ -187,7 +188,7 @@ class ProfileConfig:
     """What to measure, and on which device."""
 
     rows: Sequence[ModelRow]
-    img_sizes: Sequence[int] = ()
+    img_sizes: Sequence[ImageSize] = ()
     """In pixels; by default a run's own, and 32."""
     batch_sizes: Sequence[int] = (1, 16, 128)
     """Batch sizes of inference; the first is used for growth, the largest for the training step."""
@@ -227,7 +228,9 @@ def measure_models(
         starts = {name: partial(_start_timing, watch, *batch) for name, batch in batches.items()}
         timings.append({name: run_if_memory_allows(start) for name, start in starts.items()})
         kept = run_if_memory_allows(
-            partial(benchmark.activation_bytes, loaded, *model.input_size[:2], device=device, dtype=dtype)
+            partial(
+                benchmark.activation_bytes, loaded, model.spec["in_chans"], model.img_size, device=device, dtype=dtype
+            )
         )
         record = {"model": model.label, "img_size": model.img_size, "patch_size": model.spec["patch_size"]}
         records.append(record | model.counts | {"activation_bytes_per_image": kept})
@@ -264,7 +267,9 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
     if config.growth is not None:
         growing = [model for row in track(config.rows, "counting") for model in row.grow(config.growth)]
     dtypes = {
-        hardware.choose_dtype(device, config.amp, build_model(model.spec, model.img_size), *model.input_size[:2])
+        hardware.choose_dtype(
+            device, config.amp, build_model(model.spec, model.img_size), model.spec["in_chans"], model.img_size
+        )
         for model in models
     }
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

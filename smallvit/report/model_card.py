@@ -20,6 +20,7 @@ from smallvit.plugins import PLUGINS
 from smallvit.plugins.base import Citation
 from smallvit.report.run_summary import read_run_summary
 from smallvit.runs.run import Run
+from smallvit.utils.sizes import height_width
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLACEHOLDER = "OWNER/NAME"
@@ -72,6 +73,7 @@ def render_model_card(
         data_entry=DATASETS.get(data),
         in_chans=model.in_chans,
         img_size=model.img_size,
+        **dict(zip(("height", "width"), height_width(model.img_size), strict=True)),
         classes=list(model.class_names),
         top1=top1,
         interval=metrics["interval"] if metrics else summary.interval,

@@ -174,7 +174,9 @@ def _read_result(
             "images": view.summary["test_images"],
         }
         differing = [
-            f"{key} {result.get(key)}, not {each}" for key, each in expected.items() if result.get(key) != each
+            f"{key} {result.get(key)}, not {each}"
+            for key, each in json.loads(json.dumps(expected)).items()
+            if result.get(key) != each
         ]
         if differing:
             reason = f"{name} is of another test than the run's own ({', '.join(differing)})"
@@ -218,7 +220,7 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
     config = Config.build(**(weights_info.read_data_options(folder) or {}), device=device)
     if data is not None:
         config, moved = config.replace(data=data), ["--data", data]
-        dataset = datasets.create_dataset(replace(config.data, img_size=run.spec["img_size"]))
+        dataset = datasets.create_dataset(replace(config.data, img_size=run.spec["img_size"], **run.info.data_options))
         if not is_trained_on(run.info, dataset):
             raise InputError(f"--data {data}: differs from the images of {run.folder}")
     for name in run.computable:

@@ -23,6 +23,7 @@ from smallvit.utils import tables
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import read_safetensors
 from smallvit.utils.plots import save_figure
+from smallvit.utils.sizes import parse_size
 from smallvit.utils.tables import MISSING, Spread
 
 REQUIRED_NUMBERS = (
@@ -165,7 +166,7 @@ def _images(view: RunView) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{view.folder}: {Run.BEST} is missing or damaged") from None
     options = view.config.to_dict()
-    sizes = {"img_size": model["img_size"], "test_images": view.summary["test_images"]}
+    sizes = {"img_size": parse_size(model["img_size"]), "test_images": view.summary["test_images"]}
     return {name: options[name] for name in option_names("affects_test")} | sizes
 
 

@@ -24,6 +24,7 @@ from smallvit.plugins.patch import misfit
 from smallvit.plugins.resize import set_input_size
 from smallvit.training.optim import InitialWeights
 from smallvit.utils.errors import first_line
+from smallvit.utils.sizes import ImageSize, height_width
 
 
 def load_initial_weights(
@@ -110,12 +111,12 @@ def _spaced(count: int, size: int) -> Int[Tensor, " size"]:
     return torch.linspace(0, count - 1, size).round().long()
 
 
-def _resize(model: nn.Module, like: nn.Module, img_size: int, card: WeightsInfo) -> None:
+def _resize(model: nn.Module, like: nn.Module, img_size: ImageSize, card: WeightsInfo) -> None:
     """Change a model's image size to that of a second model, if it has a fixed one."""
     try:
         if isinstance(model, SwinTransformer | SwinTransformerV2):
             # without a size, timm scales the windows with the image
-            model.set_input_size((img_size, img_size), window_size=like.layers[0].blocks[0].window_size)
+            model.set_input_size(height_width(img_size), window_size=like.layers[0].blocks[0].window_size)
         else:
             set_input_size(model, img_size)
     except TypeError:

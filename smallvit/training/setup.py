@@ -34,6 +34,7 @@ from smallvit.utils import distributed, hardware
 from smallvit.utils.distributed import World
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import LossScaler, batch_size, choose_dtype
+from smallvit.utils.sizes import height_width
 from smallvit.utils.terminal import print_indented
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class Setup:
     def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
         """Return the metadata of a weights file."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
+        data["resize"] = self.config.data.resize
         data["gray_ranges"] = self.dataset.gray_ranges.to_json()
         data["training_data"] = self.dataset.describe_training_data(self.config.data)
         return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
@@ -162,8 +164,9 @@ class Setup:
         """Yield what a user may not expect of the sizes of images, batches and splits, a line each."""
         data, batch = self.dataset, int(self.config.optim.batch_size)
         size = re.search(r"_(\d{3})$", self.spec["arch"])
-        if size and int(size[1]) > data.img_size:
-            cost = (int(size[1]) / data.img_size) ** 2
+        pixels = math.prod(height_width(data.img_size))
+        if size and int(size[1]) ** 2 > pixels:
+            cost = int(size[1]) ** 2 / pixels
             yield (
                 f"{self.spec['arch']} is made for {size[1]} pixels and trains at {data.img_size}; "
                 f"--img-size {size[1]} takes about {cost:.0f} times as long"

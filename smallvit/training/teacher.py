@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import lt
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from smallvit.profiling.flops import count_parameters
 from smallvit.training.losses import LOSSES
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import Compilation, autocast, choose_dtype, free_memory
+from smallvit.utils.sizes import ImageSize, height_width
 
 CACHE_DTYPE = torch.float16
 """Dtype of cached logits and feature maps."""
@@ -50,7 +52,7 @@ class Teacher:
     forward: Callable[[Tensor], Outputs]
     """The model, or what extracts its feature maps; compiled if the student is."""
     parameters: int
-    img_size: int
+    img_size: ImageSize
     gain: Float[Tensor, "c 1 1"]
     """Factor that, with `offset`, converts the student's normalization to the teacher's."""
     offset: Float[Tensor, "c 1 1"]
@@ -84,9 +86,10 @@ class Teacher:
 
     def adapt_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c y z"]:
         """Resize and normalize the student's images for the teacher."""
-        if images.shape[-1] != self.img_size:
-            smaller = self.img_size < images.shape[-1]
-            images = F.interpolate(images, (self.img_size, self.img_size), mode="bicubic", antialias=smaller)
+        sides = height_width(self.img_size)
+        if images.shape[-2:] != sides:
+            smaller = any(map(lt, sides, images.shape[-2:]))
+            images = F.interpolate(images, sides, mode="bicubic", antialias=smaller)
         return images * self.gain + self.offset
 
     def describe(self) -> str:
@@ -175,7 +178,7 @@ class FeatureExtractor(nn.Module):
         InputError: The model does not have `forward_intermediates` as timm's models do, or fewer than three stages.
     """
 
-    def __init__(self, model: nn.Module, img_size: int, in_chans: int, name: str, *, spread: bool) -> None:
+    def __init__(self, model: nn.Module, img_size: ImageSize, in_chans: int, name: str, *, spread: bool) -> None:
         super().__init__()
         self.model = model
         if not hasattr(model, "forward_intermediates"):
@@ -183,7 +186,7 @@ class FeatureExtractor(nn.Module):
         training = model.training
         with torch.no_grad():
             parameter = next(model.parameters())
-            images = parameter.new_zeros(2, in_chans, img_size, img_size)
+            images = parameter.new_zeros(2, in_chans, *height_width(img_size))
             maps = model.eval().forward_intermediates(images, intermediates_only=True)
         model.train(training)
         count = len(maps)
@@ -204,7 +207,9 @@ class GuidedModel(FeatureExtractor):
         channels: Channels of the teacher's maps.
     """
 
-    def __init__(self, model: nn.Module, img_size: int, in_chans: int, name: str, channels: Sequence[int]) -> None:
+    def __init__(
+        self, model: nn.Module, img_size: ImageSize, in_chans: int, name: str, channels: Sequence[int]
+    ) -> None:
         super().__init__(model, img_size, in_chans, name, spread=True)
         self.projections = nn.ModuleList(
             nn.Conv2d(shape[0], own, 1) for shape, own in zip(self.shapes, channels, strict=True)

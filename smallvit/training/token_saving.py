@@ -84,6 +84,8 @@ def _refuse_patch_drop(model: nn.Module, config: Config, spec: Mapping[str, Any]
 
 def _refuse_progressive_size(model: nn.Module, config: Config, spec: Mapping[str, Any]) -> None:
     size, full = config.optim.progressive_size, spec["img_size"]
+    if not isinstance(full, int):
+        raise InputError(f"--progressive-size {size}: only for square images, and --img-size is {full}; remove it")
     patch = 1
     if isinstance(model, VisionTransformer):
         patch = model.patch_embed.patch_size[0]

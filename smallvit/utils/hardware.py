@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import smallvit
 from smallvit.utils.errors import DivergedError, InputError, TrainingError, first_line
+from smallvit.utils.sizes import ImageSize, height_width
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 """Dtypes of autocast, by their names in --amp."""
@@ -101,7 +103,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int, img_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int, img_size: ImageSize) -> Iterator[None]:
     """Turn out-of-memory errors into a one-line error that names remedies.
 
     Raises:
@@ -337,7 +339,7 @@ class LossScaler(torch.amp.GradScaler):
             self.last_scale, self.skipped = self.get_scale(), state["skipped"]
 
 
-def choose_dtype(device: torch.device, amp: str, model: nn.Module, in_chans: int, img_size: int) -> torch.dtype:
+def choose_dtype(device: torch.device, amp: str, model: nn.Module, in_chans: int, img_size: ImageSize) -> torch.dtype:
     """Return the precision to compute in: on CPUs fp32 if half precision computes one of the convolutions incorrectly.
 
     Two faults of oneDNN are known (PyTorch 2.15). Parts of the weight gradient of a strided convolution over a map of
@@ -353,7 +355,7 @@ def choose_dtype(device: torch.device, amp: str, model: nn.Module, in_chans: int
         return dtype
     training = model.training
     with torch.no_grad(), _ConvolutionTest(dtype) as test:
-        model.eval()(torch.zeros(1, in_chans, img_size, img_size))
+        model.eval()(torch.zeros(1, in_chans, *height_width(img_size)))
     model.train(training)
     if not test.passed and amp != "auto":
         raise InputError(
@@ -400,9 +402,9 @@ COPIES = 2.5
 """Peak memory of loading and splitting images, in multiples of their size (2.3 measured)."""
 
 
-def fits_memory(count: int, channels: int, size: int, share: float = 1.0) -> bool:
-    """Return whether `count` square images of `size` pixels fit into a share of the free memory."""
-    return COPIES * count * channels * size * size <= share * free_memory()
+def fits_memory(count: int, channels: int, size: ImageSize, share: float = 1.0) -> bool:
+    """Return whether `count` images of `size` pixels fit into a share of the free memory."""
+    return COPIES * count * channels * math.prod(height_width(size)) <= share * free_memory()
 
 
 def free_memory() -> int:
@@ -414,14 +416,14 @@ def free_memory() -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of torchrun's processes holds all images
 
 
-def require_memory(count: int, channels: int, size: int) -> None:
+def require_memory(count: int, channels: int, size: ImageSize) -> None:
     """Check that `count` images fit into memory while they are loaded and split.
 
     Raises:
         InputError: They do not.
     """
     if not fits_memory(count, channels, size):
-        needed, available = COPIES * count * channels * size * size, free_memory()
+        needed, available = COPIES * count * channels * math.prod(height_width(size)), free_memory()
         raise InputError(
             f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"

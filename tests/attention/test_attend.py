@@ -298,23 +298,23 @@ def test_changed_test_split_gives_a_warning(
 
 
 def test_overlay_is_brightest_at_the_maximum() -> None:
-    gray = np.full((1, 8, 8), 100, dtype=np.uint8)
+    gray = np.full((1, 8, 12), 100, dtype=np.uint8)
     for smooth in (False, True):
-        for token in ((0, 0), (1, 2), (3, 3)):
-            weights = np.zeros((4, 4))
+        for token in ((0, 0), (1, 2), (3, 5)):
+            weights = np.zeros((4, 6))
             weights[token] = 1
-            panel = visualize.overlay_map(gray, weights, 0, 1, 64, smooth=smooth).astype(float).sum(axis=0)
-            means = panel.reshape(4, 16, 4, 16).mean(axis=(1, 3))
+            panel = visualize.overlay_map(gray, weights, 0, 1, (64, 96), smooth=smooth).astype(float).sum(axis=0)
+            means = panel.reshape(4, 16, 6, 16).mean(axis=(1, 3))
             assert np.unravel_index(means.argmax(), means.shape) == token
             if not smooth:
-                others = np.delete(means.flatten(), 4 * token[0] + token[1])
+                others = np.delete(means.flatten(), 6 * token[0] + token[1])
                 np.testing.assert_allclose(others, others[0])
 
 
 def test_image_is_visible_below_the_overlay() -> None:
     image = np.zeros((3, 8, 8), dtype=np.uint8)
     image[:, :, 4:] = 255
-    drawn = visualize.overlay_map(image, np.ones((2, 2)), 0, 1, 32).astype(float)
+    drawn = visualize.overlay_map(image, np.ones((2, 2)), 0, 1, (32, 32)).astype(float)
     assert (drawn[:, :, 16:] > drawn[:, :, :16] + 60).all()
 
 
@@ -339,7 +339,10 @@ def test_layers_and_heads_are_limited(tmp_path: Path) -> None:
 
 
 def test_images_are_drawn_by_whole_factors_or_reduced() -> None:
-    assert [visualize._drawn_side(size, 128) for size in (8, 48, 64, 100, 128, 224)] == [128, 96, 128, 100, 128, 128]
+    drawn = {8: 128, 48: 96, 64: 128, 100: 100, 128: 128, 224: 128}
+    for size, side in drawn.items():
+        assert visualize._drawn_sides((size, size), 128) == (side, side)
+        assert visualize._drawn_sides((size // 2, size), 128) == (side // 2, side)
 
 
 def test_images_are_selected_evenly_over_the_classes() -> None:

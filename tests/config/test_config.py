@@ -91,7 +91,7 @@ def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) 
         ({"epochs": "3"}, "--epochs '3': expected int"),
         ({"epochs": True}, "--epochs True: expected int"),
         ({"spt": 1}, "--spt 1: expected bool"),
-        ({"img_size": 3.5}, "--img-size 3.5: expected int or nothing"),
+        ({"img_size": 3.5}, "--img-size 3.5: expected pixels, e.g. 64, or height x width"),
         ({"amp": "fp8"}, "expected one of auto, bf16, fp16, off"),
     ],
 )

@@ -80,11 +80,10 @@ class DataConfig(Options):
     data_dir: str | None = option(None, "resumable", "evaluation", "shared", "local")
     """Folder of downloaded data sets; by default $SMALLVIT_DATA, else data/ in smallvit's cache folder."""
     img_size: int | Rectangle | None = option(None, "common", "evaluation", "shared")  # noqa: RUF009, a tuple
-    """Image size in pixels, e.g. 64, or height x width, e.g. 64x96; by default that of the images, at most 64 for
-    folders."""
+    """Pixels, e.g. 64, or height x width, e.g. 48x64; by default those of the images, at most 64 for folders."""
     resize: Literal["crop", "pad", "stretch"] = option("crop", "shared", "affects_test")
-    """Resize images of another aspect ratio to cover this size and crop the center (crop), to fit into it on gray
-    (pad), or to fill it exactly (stretch)."""
+    """How images of another aspect ratio get this size: cover it and crop the center (crop), fit into it on a gray
+    border (pad), or change the aspect ratio (stretch)."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
     """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
     workers: int | None = option(None, "resumable", "evaluation", "shared", ge=0)

@@ -45,7 +45,7 @@ STATISTICS = ("uniform_entropy", "uniform_distance", "entropy", "distance")
 OVERVIEW, HEADS, TEMPERATURES, RESULTS = "overview.png", "heads.png", "temperatures.png", "attention.json"
 LAYERS = re.compile(r"layers-[0-9]+\.png")
 
-Pixels = UInt8[np.ndarray, "c s s"]
+Pixels = UInt8[np.ndarray, "c h w"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ MAX_NUMBERED, MAX_LABELS, MAX_LENGTH = 20, 60, 24
 MARGIN, CHARACTERS_PER_INCH = 2.2, 11
 """Inches for labels next to a matrix; characters of a title per inch."""
 
-ReadImages = Callable[[Sequence[int]], UInt8[np.ndarray, "b c s s"]]
+ReadImages = Callable[[Sequence[int]], UInt8[np.ndarray, "b c h w"]]
 """Return the pixels of the images at these indices."""
 
 

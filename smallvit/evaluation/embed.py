@@ -39,7 +39,7 @@ def embed(
     name: str | Path,
     images: ImageInput | Iterable[ImageInput],
     *,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     device: str = "auto",
     amp: Amp = "auto",
 ) -> Float[np.ndarray, "n d"]:
@@ -48,7 +48,7 @@ def embed(
     Args:
         name: A run folder, a weights file, or a timm model with pretrained weights.
         images: One or several files, folders of files, Pillow images or arrays.
-        img_size: Image height and width in pixels; by default the model's.
+        img_size: Image size in pixels, or height and width; by default the model's.
         device: auto, cpu, cuda, cuda:1, mps.
         amp: Mixed precision: auto, bf16, fp16 or off.
 

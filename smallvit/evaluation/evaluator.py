@@ -79,7 +79,7 @@ class EvaluationTask:
         """Return the number of batches."""
         return sum(-(-len(part) // self.predictor.batch_size) for part in self.parts)
 
-    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
+    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
         """Yield pixels and indices of all images, except those that cannot be decoded."""
         black, white = (0.0,) * self.dataset.in_chans, (1.0,) * self.dataset.in_chans
         first = 0
@@ -91,7 +91,7 @@ class EvaluationTask:
                     yield (255 * images[decoded]).round().byte(), indices[decoded]
             first += len(part)
 
-    def read_images(self, indices: Sequence[int]) -> UInt8[np.ndarray, "b c s s"]:
+    def read_images(self, indices: Sequence[int]) -> UInt8[np.ndarray, "b c h w"]:
         """Return the pixels of some images."""
         firsts = np.cumsum([0, *map(len, self.parts)])
         images = []

@@ -122,7 +122,7 @@ def predict_images(
 
 def decode_batches(
     model: Predictor, images: Sequence[ImageInput], max_megapixels: float = MAX_MEGAPIXELS
-) -> Iterator[tuple[list[Prediction], UInt8[Tensor, "b c s s"] | None]]:
+) -> Iterator[tuple[list[Prediction], UInt8[Tensor, "b c h w"] | None]]:
     """Decode images in batches, the next one while the model computes.
 
     Yields:

@@ -1,6 +1,6 @@
 """Evaluate a trained model on a split of a data set, and write the results.
 
-Axes: b batch, c channels, s image size, m classes of the data, n images.
+Axes: b batch, c channels, h w pixels, m classes of the data, n images.
 """
 
 from __future__ import annotations

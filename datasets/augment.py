@@ -205,18 +205,21 @@ class Augment:
         draws: Draws,
         mean: Float[Tensor, "c 1 1"],
         std: Float[Tensor, "c 1 1"],
-        classes: int,
+        classes: int | Float[Tensor, "s k"],
         weights: Float[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
         """Return augmented, normalized images and label distributions, multiplied by the images' weights.
 
         Of two mixed images each label so has its share times the weight of that label's image.
+
+        Args:
+            classes: Number of classes, or the classes of each label as 0 and 1.
         """
         fill = (255 * mean).round_().clamp_(max=255).byte() if self.policy_fill == "mean" else GRAY
         x = normalize(self.transform(images, draws, fill), mean, std)
         if self.random_erasing:
             x = erase(x, draws.erase, draws.noise if self.random_erasing_fill == "noise" else None)
-        targets = F.one_hot(labels, classes).to(x.dtype)
+        targets = F.one_hot(labels, classes).to(x.dtype) if isinstance(classes, int) else classes[labels]
         if weights is not None:
             targets = targets * weights[:, None]
         return mix_pairs(x, targets, draws.mix) if self.mixing else (x, targets)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -37,6 +38,7 @@ class Images:
     on_disk: ClassVar[bool] = False
     pixels: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, " n"]
+    """Class of each image; with several labels, an index into `ImageDataset.label_sets`."""
     paths: tuple[str, ...] | None = None
     """File of each image, relative to the data's folder or in its zip file; None if there are no files."""
     groups: np.ndarray | None = None
@@ -235,6 +237,19 @@ class ImageDataset:
     """Ranges by which gray values of more than 8 bits were scaled."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the data was read and split."""
+    label_sets: Float[Tensor, "s k"] | None = None
+    """Classes of each label as 0 and 1, if images have several or none; None if a label is a class."""
+
+    @property
+    def targets(self) -> Float[Tensor, "s k"]:
+        """Classes of each label as 0 and 1."""
+        return torch.eye(len(self.class_names)) if self.label_sets is None else self.label_sets
+
+    def label_name(self, label: int) -> str:
+        """Return the class that a label stands for, or its classes."""
+        if self.label_sets is None:
+            return self.class_names[label]
+        return "; ".join(self.class_names[number] for number in self.label_sets[label].nonzero().flatten().tolist())
 
     @property
     def img_size(self) -> ImageSize:
@@ -249,6 +264,8 @@ class ImageDataset:
     @property
     def class_counts(self) -> Int64[Tensor, " k"]:
         """Number of training images of each class."""
+        if self.label_sets is not None:
+            return self.label_sets[self.train.labels].sum(dim=0).long()
         return torch.bincount(self.train.labels, minlength=len(self.class_names))
 
     @property
@@ -280,11 +297,13 @@ def hold_out(
     purpose: str,
     class_names: tuple[str, ...],
     groups: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split indices in two, with the same share held out of every class and at least one image of it in each part.
 
     scikit-learn's stratified splits may leave a part without images of a small class. With groups, the images of a
-    group stay together: shares are as near as that allows, and the part held out may lack a class.
+    group stay together: shares are as near as that allows, and the part held out may lack a class. With several labels
+    an image, `targets` has the classes of each label as 0 and 1, and images are divided by `divide`.
 
     Returns:
         Indices that remain and indices that are held out; none are held out if `fraction` is 0.
@@ -294,6 +313,11 @@ def hold_out(
     """
     if not fraction:
         return np.arange(len(labels)), np.arange(0)
+    if targets is not None:
+        rest, out = divide(targets[labels], (1 - fraction, fraction), seed, groups)
+        if not len(rest) or not len(out):
+            raise InputError(f"too few images{'' if groups is None else ' or groups'} to hold out {purpose}; add images")
+        return rest, out
     if groups is not None:
         return _hold_out_groups(labels, fraction, seed, purpose, class_names, groups)
     rng = np.random.default_rng(seed)
@@ -339,12 +363,18 @@ def _hold_out_groups(
 
 
 def take_fold(
-    labels: np.ndarray, groups: np.ndarray | None, folds: int, fold: int, seed: int
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    folds: int,
+    fold: int,
+    seed: int,
+    targets: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices outside of a fold and those in it; folds are scikit-learn's, stratified and by groups if any.
 
     Args:
         fold: Number of the fold, from 1.
+        targets: Classes of each label as 0 and 1, with several labels an image; folds are those of `divide` then.
 
     Raises:
         InputError: there are too few images or groups.
@@ -352,6 +382,9 @@ def take_fold(
     members = np.unique(groups) if groups is not None else labels
     if len(members) < folds:
         raise InputError(f"--folds {folds}: only {len(members)} {'images' if groups is None else 'groups'}; give fewer")
+    if targets is not None:
+        parts = divide(targets[labels], (1 / folds,) * folds, seed, groups)
+        return np.setdiff1d(np.arange(len(labels)), parts[fold - 1]), parts[fold - 1]
     splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
@@ -359,6 +392,38 @@ def take_fold(
             return list(splitter.split(labels, labels, groups))[fold - 1]
         except ValueError:
             raise InputError(f"--folds {folds}: no class has so many images; give fewer folds") from None
+
+
+def divide(
+    targets: Float[np.ndarray, "n k"], shares: Sequence[float], seed: int, groups: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Divide images with several labels by iterative stratification: those of the rarest class first.
+
+    Each image, or group of images, goes to the part that lacks most images of that class, then of all images.
+
+    Source: Sechidis, Tsoumakas, Vlahavas 2011, doi:10.1007/978-3-642-23808-6_10.
+
+    Args:
+        targets: Classes of each image as 0 and 1.
+        shares: Share of the images of each part.
+        seed: Seed of the order of images.
+        groups: Group of each image; the images of a group stay together.
+
+    Returns:
+        Indices of each part's images.
+    """
+    members = np.arange(len(targets)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((members.max() + 1, targets.shape[1] + 1))  # the last column counts images
+    np.add.at(counts, members, np.column_stack([targets, np.ones(len(targets))]))
+    missing = np.maximum(np.outer(shares, counts.sum(axis=0)), 1)  # at least one image of a class in each part
+    part, rng = np.full(len(counts), -1), np.random.default_rng(seed)
+    while (left := part < 0).any():
+        remaining = counts[left].sum(axis=0)
+        rarest = np.where(remaining > 0, remaining, np.inf).argmin()
+        for item in rng.permutation(np.flatnonzero(left & (counts[:, rarest] > 0))):
+            part[item] = np.lexsort((missing[:, -1], missing[:, rarest]))[-1]
+            missing[part[item]] -= counts[item]
+    return [np.flatnonzero(part[members] == number) for number in range(len(shares))]
 
 
 def join(first: Split, second: Split) -> Split:

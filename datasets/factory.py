@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from smallvit.config.options import CROP_MODES, DataConfig
 from smallvit.datasets import readers
@@ -114,9 +116,13 @@ def _load_files(
     parts: dict[str, Split] = {
         split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)
     }
-    content, ranges = files.content, ranges or GrayRanges()
+    content, ranges, label_sets = files.content, ranges or GrayRanges(), None
+    if files.label_sets is not None:
+        label_sets = torch.tensor([np.isin(np.arange(len(files.class_names)), each) for each in files.label_sets])
+        content += f" {files.label_sets}"
+        label_sets = label_sets.float()
     if info is None:
-        train = _hold_out_missing(config, parts, files.class_names, draw).parts["train"]
+        train = _hold_out_missing(config, parts, files.class_names, draw, label_sets).parts["train"]
         measured = train.gray_ranges()
         ranges = ranges.filled(measured)
         notes += ranges.describe() if measured else []
@@ -133,7 +139,8 @@ def _load_files(
             notes.append("skipped: " + describe_errors(files, decoded.errors))
             content += f" without {sorted(bad)}"
     digest = None if info else hashlib.sha256(content.encode()).hexdigest()
-    return assemble(config, parts, files.class_names, notes, info, content=digest, ranges=ranges, draw=draw)
+    described = {"content": digest, "ranges": ranges, "label_sets": label_sets}
+    return assemble(config, parts, files.class_names, notes, info, draw=draw, **described)
 
 
 def assemble(
@@ -146,6 +153,7 @@ def assemble(
     content: str | None = None,
     ranges: GrayRanges = GrayRanges(),  # noqa: B008, it is frozen
     draw: bool = True,
+    label_sets: Float[Tensor, "s k"] | None = None,
 ) -> ImageDataset:
     """Hold out missing splits and describe the data set.
 
@@ -154,6 +162,7 @@ def assemble(
         info: Catalog entry, if the data set is known by name.
         content: Hash of the images, if the data set is not known by name.
         draw: Whether to hold out missing splits; if not, they are empty.
+        label_sets: Classes of each label, if images have several.
 
     Raises:
         InputError: a class has no training images, or too few to hold some out.
@@ -161,7 +170,9 @@ def assemble(
     fingerprint = hashlib.sha256()
     for split, part in sorted(parts.items()):
         fingerprint.update(f"{split} {part.content()}\n".encode())
-    parts, held_out, more = _hold_out_missing(config, parts, class_names, draw)
+    if label_sets is not None:
+        fingerprint.update(label_sets.numpy())
+    parts, held_out, more = _hold_out_missing(config, parts, class_names, draw, label_sets)
     train = parts["train"]
     named = config.data in DATASETS or not os.path.exists(os.path.expanduser(config.data))
     source = config.data if named else os.path.realpath(os.path.expanduser(config.data))
@@ -182,6 +193,7 @@ def assemble(
         drew_val="val" in held_out,
         gray_ranges=ranges,
         notes=(*notes, *more),
+        label_sets=label_sets,
         **defaults,
     )
 
@@ -196,7 +208,13 @@ class HeldOut(NamedTuple):
     notes: list[str]
 
 
-def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: tuple[str, ...], draw: bool) -> HeldOut:
+def _hold_out_missing(
+    config: DataConfig,
+    parts: dict[str, Split],
+    class_names: tuple[str, ...],
+    draw: bool,
+    label_sets: Float[Tensor, "s k"] | None = None,
+) -> HeldOut:
     """Hold out the splits that the data does not have; without `draw` they are empty.
 
     Raises:
@@ -213,12 +231,13 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
             raise InputError(f"--data {config.data}: no image of {split}/ can be used; repair them, or remove {split}/")
     if "train" not in parts:
         raise InputError(f"--data {config.data}: no training images")
-    missing = np.setdiff1d(np.arange(len(class_names)), parts["train"].labels.numpy())
+    targets = None if label_sets is None else label_sets.numpy()
+    missing = np.setdiff1d(np.arange(len(class_names)), _classes_of(parts["train"].labels.numpy(), targets))
     if len(missing):
         raise InputError(f"--data {config.data}: class {class_names[missing[0]]!r} has no usable training image")
     fractions, drew_fold = {"test": config.test_fraction, "val": config.val_fraction}, bool(config.folds) and draw
     if drew_fold:
-        parts, more = _hold_out_fold(config, parts, class_names)
+        parts, more = _hold_out_fold(config, parts, class_names, targets)
         notes += more
     held_out = [split for split in fractions if split not in parts]
     if not draw:
@@ -228,7 +247,7 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
         train, fraction = parts["train"], fractions[split]
         labels, groups, seed = train.labels.numpy(), train.groups, config.split_seed
         try:
-            rest, held = hold_out(labels, fraction, seed, f"a {split} split", class_names, groups)
+            rest, held = hold_out(labels, fraction, seed, f"a {split} split", class_names, groups, targets)
         except InputError as error:
             remedy = ", or add --val-fraction 0 to use the last epoch" if split == "val" else ""
             raise InputError(f"--data {config.data}: {error}{remedy}") from None
@@ -236,19 +255,27 @@ def _hold_out_missing(config: DataConfig, parts: dict[str, Split], class_names: 
         if fraction:
             within = "" if groups is None else f" of {len(np.unique(groups[held])):,} groups"
             notes.append(f"{split} split: {len(held):,} images{within}, stratified, seed {seed}")
-            if absent := [class_names[label] for label in np.setdiff1d(labels[rest], labels[held])]:
-                notes.append(f"{split} split: no images of {', '.join(absent)}, since groups stay together")
+            if absent := np.setdiff1d(_classes_of(labels[rest], targets), _classes_of(labels[held], targets)).tolist():
+                why = ", since groups stay together" if groups is not None else ""
+                notes.append(f"{split} split: no images of {', '.join(class_names[label] for label in absent)}{why}")
         else:
             notes.append(f"no {split} split: the last epoch's weights are used")
     train = parts["train"]
     if config.train_fraction < 1:
-        train = train.subset(nested_share(train.labels.numpy(), config.train_fraction, config.split_seed))
-        notes.append(f"training on {len(train):,} images, {100 * config.train_fraction:g} % of each class")
+        labels = train.labels.numpy() if targets is None else np.zeros(len(train), dtype=int)
+        train = train.subset(nested_share(labels, config.train_fraction, config.split_seed))
+        of = "each class" if targets is None else "all images"
+        notes.append(f"training on {len(train):,} images, {100 * config.train_fraction:g} % of {of}")
     return HeldOut(parts | {"train": train}, ["test"] * drew_fold + held_out, notes)
 
 
+def _classes_of(labels: np.ndarray, targets: np.ndarray | None) -> np.ndarray:
+    """Return the classes of images with these labels."""
+    return labels if targets is None else np.flatnonzero(targets[labels].any(axis=0))
+
+
 def _hold_out_fold(
-    config: DataConfig, parts: dict[str, Split], class_names: tuple[str, ...]
+    config: DataConfig, parts: dict[str, Split], class_names: tuple[str, ...], targets: np.ndarray | None
 ) -> tuple[dict[str, Split], list[str]]:
     """Return a fold of the training and validation images as the test split, and notes.
 
@@ -259,8 +286,8 @@ def _hold_out_fold(
     if "test" in parts:
         notes.append(f"--folds: the test split, {len(parts['test']):,} images, is not used")
     labels, groups = pool.labels.numpy(), pool.groups
-    rest, held = take_fold(labels, groups, config.folds, config.fold, config.fold_seed)
-    if missing := np.setdiff1d(labels, labels[rest]).tolist():
+    rest, held = take_fold(labels, groups, config.folds, config.fold, config.fold_seed, targets)
+    if missing := np.setdiff1d(_classes_of(labels, targets), _classes_of(labels[rest], targets)).tolist():
         raise InputError(
             f"--data {config.data}: all images of class {class_names[missing[0]]!r} are in fold {config.fold} of "
             f"{config.folds}; add images{'' if groups is None else ' of other groups'}"

@@ -49,6 +49,7 @@ class Listing:
     paths: tuple[str, ...]
     """Paths of the files, or names of the zip file's members."""
     labels: tuple[int, ...]
+    """Class of each image; with several labels, the index of its classes in `label_sets`."""
     splits: tuple[str, ...]
     """Split of each file: train, val or test; 'all' if there are no split folders."""
     fingerprint: str
@@ -64,6 +65,8 @@ class Listing:
     """Group of each image, such as a patient; the images of a group are in one split."""
     weights: tuple[float, ...] | None = None
     """Weight of each image's loss in training."""
+    label_sets: tuple[tuple[int, ...], ...] | None = None
+    """Classes of each label, if images have several or none; None if a label is a class."""
 
     def __len__(self) -> int:
         return len(self.paths)

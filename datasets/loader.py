@@ -128,7 +128,8 @@ class TrainLoader:
         world: int = 1,
     ) -> None:
         self.augment, self.device, self.rank, self.world = augment, device, rank, world
-        self.classes = len(dataset.class_names)
+        sets = dataset.label_sets
+        self.classes = len(dataset.class_names) if sets is None else sets.to(device)
         self.mean, self.std = dataset.statistics(device)
         weights = dataset.train.weights
         self.weights = None if weights is None else torch.from_numpy(weights).float()
@@ -281,11 +282,12 @@ def draw_augmented(config: Config) -> Image.Image:
     images = dataset.train.subset(order)
     images = images.sample(ROWS) if images.on_disk else images
     mean, std = dataset.statistics(torch.device("cpu"))
-    views, captions = [images.pixels / 255], [[dataset.class_names[label] for label in images.labels.tolist()]]
+    classes = len(dataset.class_names) if dataset.label_sets is None else dataset.label_sets
+    views, captions = [images.pixels / 255], [[*map(dataset.label_name, images.labels.tolist())]]
     for view in range(VIEWS):
         rng = np.random.default_rng((config.run.seed, DRAWS, view))
         draws = augment.draw(rng, len(images), *images.pixels.shape[-2:])
-        x, targets = augment.apply(images.pixels, images.labels, draws, mean, std, len(dataset.class_names))
+        x, targets = augment.apply(images.pixels, images.labels, draws, mean, std, classes)
         views.append((x * std + mean).clamp(0, 1))
         captions.append([format_caption(target, dataset.class_names) for target in targets])
     rows = torch.stack(views, dim=1).flatten(0, 1)
@@ -293,8 +295,10 @@ def draw_augmented(config: Config) -> Image.Image:
 
 
 def format_caption(target: Float[Tensor, " k"], class_names: tuple[str, ...]) -> str:
-    """Return the classes of a label distribution, with their weights if there are two."""
-    weights, labels = target.topk(min(2, len(target)))
-    if len(weights) < 2 or weights[1] < 0.005:
-        return class_names[labels[0]]
-    return "\n".join(f"{class_names[label]} {100 * weight:.0f}%" for weight, label in zip(weights, labels, strict=True))
+    """Return the classes of a target, with their weights if they are below 1."""
+    weights, labels = target.sort(descending=True)
+    return "\n".join(
+        class_names[label] + (f" {100 * weight:.0f}%" if weight <= 0.995 else "")
+        for weight, label in zip(weights, labels, strict=True)
+        if weight >= 0.005
+    )

@@ -1,6 +1,7 @@
 """Read a manifest: a table (CSV, TSV or Parquet) with the path, label, split, group and weight of images.
 
-A cell is text until `_parse` makes a row of it; what a field accepts is decided there alone.
+A cell is text until `_parse` makes a row of it; what a field accepts is decided there alone. Images have several labels
+if a label has a semicolon, as in `cat;dog`, or if labels are columns of 0 and 1 (`--columns label=cat+dog`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import filter as match_names
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -31,6 +33,10 @@ from smallvit.utils.errors import InputError, escape_unprintable, first_line, su
 
 FIELDS = ("path", "label", "split", "group", "weight")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATOR = ";"
+"""Separator of an image's labels in a cell."""
+FLAGS = {**dict.fromkeys(("1", "1.0", "true"), True), **dict.fromkeys(("0", "0.0", "false"), False)}
+"""Contents of a column of 0 and 1, in lower case."""
 PARQUET_REMEDY = "pip install 'smallvit[parquet]'"
 
 
@@ -42,6 +48,10 @@ class Table(NamedTuple):
     """Column of each field that the file has."""
     rows: list[tuple[str, list[str]]]
     """Place in the file ("line 7") and cells, in the order of `names`."""
+    flags: list[str]
+    """Columns of 0 and 1, one for each class, if labels are in several."""
+    multi_label: bool = False
+    """Whether images have several labels, or none."""
 
 
 class Row(NamedTuple):
@@ -52,6 +62,7 @@ class Row(NamedTuple):
     path: str
     """Path relative to the manifest's folder, with slashes."""
     label: str
+    """The class; with several labels, their classes in alphabetical order."""
     split: str
     group: str
     weight: float
@@ -62,7 +73,8 @@ def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2) 
 
     Args:
         file: A .csv, .tsv or .parquet file; relative paths in it start at its folder.
-        columns: Names of columns that differ from their fields, such as "path=file,label=species".
+        columns: Names of columns that differ from their fields, such as "path=file,label=species"; with several labels
+            in columns of 0 and 1, "label=cat+dog" or "label=is_*".
         min_classes: With 1, as for images that are only evaluated, classes may have a single image.
 
     Raises:
@@ -73,14 +85,19 @@ def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2) 
     table = _read_table(file, columns, ("path", "label"), fail)
     order = (*SPLITS, "all")
     rows = sorted(_parse(file, table, fail), key=lambda row: (order.index(row.split), row.label, row.path))
-    class_names = sorted({row.label for row in rows})
-    if len(class_names) < min_classes:
-        fail(f"all rows have the label {class_names[0]!r}; at least {min_classes} classes are needed: add the others")
-    _require_training_images(rows, min_classes, fail)
-    number = {name: index for index, name in enumerate(class_names)}
-    used = {*table.names.values()}
+    classes = {row.label: _split_label(row.label) if table.multi_label else [row.label] for row in rows}
+    class_names = sorted({name for names in classes.values() for name in names})
+    if len(class_names) < max(1, min_classes):
+        what = f"the label {class_names[0]!r}" if class_names else "no label"
+        fail(f"all rows have {what}; at least {min_classes} classes are needed: add the others")
+    _require_training_images(rows, classes, 1 if table.multi_label else min_classes, fail)
+    number = {label: index for index, label in enumerate(sorted(classes))}
+    sets = tuple(tuple(class_names.index(name) for name in classes[label]) for label in number)
+    used = {*table.names.values(), *table.flags}
     ignored = [name for name in table.header if name not in used]
     notes = (f"ignored columns: {', '.join(ignored)}",) if ignored else ()
+    if unseen := [name for name in table.flags if name not in class_names]:
+        notes += (f"no class, since no image has it: {', '.join(unseen)}",)
     layout = Layout(tuple(class_names), [(row.path, number[row.label], row.split) for row in rows], notes, "")
     listing = build_listing(file, layout, {row.path: row.file for row in rows})
     groups = tuple(row.group for row in rows) if "group" in table.names else None
@@ -89,6 +106,7 @@ def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2) 
         base=file.parent,
         groups=groups,
         weights=tuple(row.weight for row in rows) if "weight" in table.names else None,
+        label_sets=sets if table.multi_label else None,
         content=f"{listing.content} {groups}" if groups else listing.content,
     )
     require_separate_groups(listing, [row.where for row in rows])
@@ -139,7 +157,8 @@ def _read_table(file: Path, columns: str | None, required: Sequence[str], fail: 
     header, rows = _read_parquet(file, fail) if parquet else _read_text(file, fail)
     names = {field: given.get(field, field) for field in FIELDS if field in {*required, *given} or field in header}
     listed = ", ".join(map(repr, header))
-    for field, name in names.items():
+    pairs = [(field, each) for field, name in names.items() for each in _expand(field, name, header)]
+    for field, name in pairs:
         if name not in header:
             if len(header) == 1 and any(mark in header[0] for mark in ";\t|,"):
                 fail(
@@ -151,8 +170,31 @@ def _read_table(file: Path, columns: str | None, required: Sequence[str], fail: 
             fail(f"two columns are called {name!r}; rename one", "line 1")
     if not rows:
         fail("a header without rows; add a row for each image", "line 2")
-    positions = [header.index(name) for name in names.values()]
-    return Table(header, names, [(where, [cells[each] for each in positions]) for where, cells in rows])
+    positions = {name: header.index(name) for _, name in pairs}
+    flags = [name for field, name in pairs if field == "label"] if len(pairs) > len(names) else []
+    multi_label, picked = bool(flags), []
+    for where, cells in rows:
+        values = {field: cells[positions[name]] for field, name in pairs}
+        for name in flags:
+            if (cell := cells[positions[name]].lower()) not in FLAGS:
+                fail(f"{name!r} is {cell!r}; expected 0 or 1", where)
+        if flags:
+            values["label"] = SEPARATOR.join(name for name in flags if FLAGS[cells[positions[name]].lower()])
+        multi_label |= SEPARATOR in values.get("label", "")
+        picked.append((where, [*values.values()]))
+    return Table(header, names, picked, flags, multi_label)
+
+
+def _expand(field: str, name: str, header: Sequence[str]) -> list[str]:
+    """Return the columns of a field: one, or those of several labels, joined by + or matched by a wildcard."""
+    if field != "label" or name in header:
+        return [name]
+    return [each for part in name.split("+") for each in match_names(header, part.strip()) or [part.strip()]]
+
+
+def _split_label(text: str) -> list[str]:
+    """Return the classes in a cell with several labels, in alphabetical order."""
+    return sorted({part.strip() for part in text.split(SEPARATOR)} - {""})
 
 
 def _read_text(file: Path, fail: Callable[..., NoReturn]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -211,12 +253,12 @@ def _parse(file: Path, table: Table, fail: Callable[..., NoReturn]) -> Iterator[
     for where, cells in table.rows:
         values = dict(zip(table.names, cells, strict=True))
         for field, value in values.items():
-            if not value:
+            if not value and not (field == "label" and table.multi_label):
                 fail(f"the cell of {table.names[field]!r} is empty; fill it in, or remove the row", where)
         row = Row(
             where,
             *_find_file(file.parent, values["path"], where, fail),
-            values["label"],
+            SEPARATOR.join(_split_label(values["label"])) if table.multi_label else values["label"],
             _parse_split(values["split"], where, fail) if "split" in values else "all",
             values.get("group", ""),
             _parse_weight(values["weight"], where, fail) if "weight" in values else 1.0,
@@ -262,13 +304,15 @@ def _parse_weight(text: str, where: str, fail: Callable[..., NoReturn]) -> float
     return weight
 
 
-def _require_training_images(rows: Sequence[Row], min_classes: int, fail: Callable[..., NoReturn]) -> None:
+def _require_training_images(
+    rows: Sequence[Row], classes: dict[str, list[str]], min_classes: int, fail: Callable[..., NoReturn]
+) -> None:
     """Check that each class has images to train on, and enough of them if splits are held out."""
-    counts = Counter(row.label for row in rows if row.split in ("train", "all"))
-    for row in rows:
-        if row.split != "all" and not counts[row.label]:
-            fail(f"class {row.label!r} of split {row.split} has no row in split train; add one", row.where)
-        if row.split == "all" and counts[row.label] < 2 <= min_classes:
-            fail(f"class {row.label!r} has only this image, so none can be held out; add images", row.where)
+    counts = Counter(name for row in rows if row.split in ("train", "all") for name in classes[row.label])
+    for row, name in ((row, name) for row in rows for name in classes[row.label]):
+        if row.split != "all" and not counts[name]:
+            fail(f"class {name!r} of split {row.split} has no row in split train; add one", row.where)
+        if row.split == "all" and counts[name] < 2 <= min_classes:
+            fail(f"class {name!r} has only this image, so none can be held out; add images", row.where)
     if not sum(row.weight for row in rows if row.split in ("train", "all")):
         fail("all weights of the training images are 0; correct them")

@@ -71,9 +71,23 @@ def evaluate(
 
 
 def compute_logits(
-    model: nn.Module, images: Float[Tensor, "b c h w"], device: torch.device, dtype: torch.dtype, *, flip: bool = False
+    model: nn.Module,
+    images: Float[Tensor, "b c h w"],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    flip: bool = False,
+    multi_label: bool = False,
 ) -> Float[Tensor, "b k"]:
-    """Compute logits in fp32; with `flip`, the log of the mean probabilities for each image and its mirror image.
+    """Compute logits in fp32; with `flip`, those of the mean probabilities for each image and its mirror image.
+
+    Args:
+        model: The model.
+        images: Normalized images.
+        device: The model's device.
+        dtype: Precision of matrix products.
+        flip: Average over each image and its mirror image.
+        multi_label: Whether probabilities are sigmoids instead of a softmax.
 
     Raises:
         InputError: Logits are not finite in fp16.
@@ -87,4 +101,7 @@ def compute_logits(
         return logits
     from smallvit.plugins.distillation import average_probabilities
 
-    return average_probabilities(torch.stack([logits, mirrored]))
+    both = torch.stack([logits, mirrored])
+    if multi_label:  # log p − log(1 − p) of the mean p
+        return F.logsigmoid(both).logsumexp(0) - F.logsigmoid(-both).logsumexp(0)
+    return average_probabilities(both)

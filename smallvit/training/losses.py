@@ -15,6 +15,11 @@ Labels are distributions y, smoothed or mixed, and the classes have weights w an
     cross-entropy    L = −Σ_c w_c y_c log p_c, with p = softmax(s + τ log π)
     focal            L = −Σ_c w_c y_c (1 − p_c)^γ log p_c
 
+With several labels an image, y has 0 or 1 for each class, or a mixture, p_c = sigmoid(s_c), and L is the mean over classes:
+
+    binary cross-entropy  L = −Σ_c y_c log p_c + (1 − y_c) log(1 − p_c)
+    asymmetric            L = −Σ_c y_c (1 − p_c)^γ₊ log p_c + (1 − y_c) q_c^γ₋ log(1 − q_c), with q = max(p − m, 0)
+
 Weights are scaled to a mean of 1 over the images of an epoch, and L is the mean over a batch, so that neither the size
 of the gradients nor the teacher's share depends on the weights' scale or on the classes in a batch. The term τ log π is
 logit adjustment (Menon et al. 2020, arXiv:2007.07314); the teacher's term takes the logits s without it.
@@ -77,21 +82,80 @@ def focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, equation 5, with a softmax and a weight α for each class.
     """
-    targets = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
+    targets = smooth(targets, label_smoothing)
     log_p = logits.float().log_softmax(dim=1)
     weighted = targets if weight is None else targets * weight
     factor = (1 - log_p.exp()).clamp(min=1e-6) ** gamma  # at 0 the gradient is infinite if γ < 1
     return -(weighted * factor * log_p).sum(dim=1).mean()
 
 
-def binary_cross_entropy(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
-    """Return the mean of one binary cross-entropy per class; both labels of a mixed image count fully.
+def binary_cross_entropy(
+    logits: Float[Tensor, "b k"],
+    targets: Float[Tensor, "b k"],
+    *,
+    multi_label: bool = False,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the mean of one binary cross-entropy per class.
+
+    Both labels of a mixed image count fully; with several labels an image, they have their shares and are smoothed.
 
     Source: DeiT III (Touvron et al. 2022, arXiv:2204.07118).
     """
     import torch.nn.functional as F
 
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.gt(0).float())
+    targets = smooth(targets, label_smoothing) if multi_label else targets.gt(0).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsymmetricOptions:
+    """Options of the asymmetric loss."""
+
+    gamma_neg: float = 4.0
+    """Exponent of the factor p that reduces the loss of absent classes that are recognized as such."""
+    gamma_pos: float = 0.0
+    """Exponent of the factor (1 − p) that reduces the loss of present classes that are recognized."""
+    clip: float = 0.05
+    """Margin by which the probabilities of absent classes are reduced; lower ones have no loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma_neg", "gamma_pos"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+        if not 0 <= self.clip < 1:
+            raise ValueError(f"clip {self.clip}: expected 0 or more, below 1")
+
+
+def asymmetric_loss(
+    logits: Float[Tensor, "b k"],
+    targets: Float[Tensor, "b k"],
+    *,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    multi_label: bool = True,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the mean over classes of the asymmetric loss, in which easy absent classes count little.
+
+    Versions of timm differ in the mean of its own, and it weights mixed targets otherwise.
+
+    Source: Ridnik et al. 2020, arXiv:2009.14119, with the recommended exponents.
+    """
+    import torch.nn.functional as F
+
+    logits, targets = logits.float(), smooth(targets, label_smoothing)
+    absent = (-logits).sigmoid()
+    shifted = (absent + clip).clamp(1e-8, 1)
+    positive = absent.clamp(min=1e-6) ** gamma_pos * F.logsigmoid(logits)  # at 0 the gradient is infinite if γ < 1
+    negative = (1 - shifted).clamp(min=1e-6) ** gamma_neg * shifted.log()
+    return -(targets * positive + (1 - targets) * negative).mean()
+
+
+def smooth(targets: Float[Tensor, "b k"], amount: float) -> Float[Tensor, "b k"]:
+    """Return targets mixed with the uniform distribution."""
+    return (1 - amount) * targets + amount / targets.shape[1]
 
 
 def soft_distillation(
@@ -152,6 +216,8 @@ class Loss:
     `__post_init__` that opens with a field, as `gamma -1.0: expected 0 or more`, is shown as an error of the flag."""
     label_smoothing: bool = False
     """Whether the function takes `label_smoothing` and smooths the targets itself."""
+    multi_label: bool = False
+    """Whether the function also takes the targets of images with several labels: `multi_label` and `label_smoothing`."""
     softmax: bool = False
     """Whether it is a loss of softmax probabilities that takes `weight`, one for each class."""
     distillation: bool = False
@@ -170,8 +236,15 @@ LOSSES: dict[str, Loss] = {
         softmax=True,
     ),
     "bce": Loss(
-        help="one binary cross-entropy per class; both labels of a mixed image count fully",
+        help="one binary cross-entropy per class; the default with several labels an image",
         function=binary_cross_entropy,
+        multi_label=True,
+    ),
+    "asymmetric": Loss(
+        help="as bce, with less weight on absent classes that are recognized as such; for several labels an image",
+        function=asymmetric_loss,
+        options=AsymmetricOptions,
+        multi_label=True,
     ),
     "focal": Loss(
         help="cross-entropy with less weight on images that are classified well",
@@ -252,12 +325,15 @@ def create_objective(
     distill: DistillConfig | None = None,
     class_names: Sequence[str] = (),
     frequencies: Float[Tensor, " k"] | None = None,
+    *,
+    multi_label: bool = False,
 ) -> Objective:
     """Return the loss that the options describe.
 
     Args:
         class_names: Names of the classes.
         frequencies: Share of each class in the batches; without it, the loss ignores them.
+        multi_label: Whether images have several labels.
 
     Raises:
         InputError: no such loss, an option that it does not accept, or an unusable file of class weights.
@@ -268,7 +344,9 @@ def create_objective(
         if getattr(optim, name) and not loss.softmax:
             able = " or ".join(name for name, each in LOSSES.items() if each.softmax)
             raise InputError(f"{flag(name)} cannot be combined with --loss {optim.loss}; use --loss {able}")
-    if loss.label_smoothing:
+    if multi_label:
+        options["multi_label"] = True
+    if loss.label_smoothing or multi_label:
         options["label_smoothing"] = optim.label_smoothing or 0.0
     adjustment = None
     if frequencies is not None:

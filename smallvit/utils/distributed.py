@@ -65,6 +65,13 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather(self, value: T) -> list[T]:
+        """Return all processes' values."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def send(self, value: T) -> T:
         """Return the main process's value in all processes."""
         if self.size == 1:

@@ -31,6 +31,9 @@ probabilities.
   smallvit predict vit_tiny_patch16_224:pretrained cat.jpg
   smallvit predict RUN --data table.csv         # the images of its column path
 
+If the model was trained on images with several labels, each label above its
+threshold is printed, perhaps none; --top N prints the N most probable.
+
 Images are decoded, resized and normalized as in training. Predictions go to
 standard output, messages to standard error. Files that cannot be read are
 reported and skipped. The exit code is 0 if at least one file could be read,
@@ -52,7 +55,8 @@ def _add_arguments(parser: Parser) -> None:
     images = "image files, folders, or - to read names from standard input, one per line"
     group = parser.add_argument_group("predict", "What to classify, and how to print it.")
     group.add_argument("images", metavar="IMAGE", nargs="*", help=images)
-    group.add_argument("--top", type=int, default=5, metavar="N", help="Classes per image. [5]")
+    top = "Classes per image. [5; those above their thresholds if images have several labels]"
+    group.add_argument("--top", type=int, metavar="N", help=top)
     group.add_argument("--format", choices=FORMATS, help="Output format. [table, or the suffix of --out]")
     group.add_argument("--out", metavar="FILE", help="Output file (.csv or .jsonl).")
     group.add_argument("--overwrite", action="store_true", help="Replace --out.")
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> int:
     run, top = options["name"], options["top"]
     require_run("smallvit predict", argv, run, options["images"], folders=True)
     path, form = _resolve_output(options["out"], options["format"], overwrite=options["overwrite"])
-    require(top >= 1, "top", top, "at least 1")
+    require(top is None or top >= 1, "top", top, "at least 1")
     names = list_names("predict", run, options["images"], config)
 
     from smallvit.models.weights_info import read_weights_info
@@ -103,7 +107,8 @@ def main(argv: list[str]) -> int:
             nullcontext(sys.stdout) if partial is None else open(partial, "w", **text) as file,
             create_progress(Console(stderr=True), disable=on_screen) as bar,
         ):
-            predict.write_predictions(collect(), file, form, model.class_names, top)
+            written = top or (None if model.info.multi_label else predict.TOP)
+            predict.write_predictions(collect(), file, form, model.class_names, written)
         named = group_errors((each.path, each.error) for each in failed)
         unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: {named}"
         if len(failed) == len(images):

@@ -316,7 +316,9 @@ def hold_out(
     if targets is not None:
         rest, out = divide(targets[labels], (1 - fraction, fraction), seed, groups)
         if not len(rest) or not len(out):
-            raise InputError(f"too few images{'' if groups is None else ' or groups'} to hold out {purpose}; add images")
+            raise InputError(
+                f"too few images{'' if groups is None else ' or groups'} to hold out {purpose}; add images"
+            )
         return rest, out
     if groups is not None:
         return _hold_out_groups(labels, fraction, seed, purpose, class_names, groups)

@@ -118,9 +118,11 @@ def _load_files(
     }
     content, ranges, label_sets = files.content, ranges or GrayRanges(), None
     if files.label_sets is not None:
-        label_sets = torch.tensor([np.isin(np.arange(len(files.class_names)), each) for each in files.label_sets])
+        label_sets = torch.zeros(len(files.label_sets), len(files.class_names))
+        for row, each in zip(label_sets, files.label_sets, strict=True):
+            row[[*each]] = 1
         content += f" {files.label_sets}"
-        label_sets = label_sets.float()
+        notes.append(f"several labels an image: {label_sets[labels].sum(dim=1).mean():.1f} on average")
     if info is None:
         train = _hold_out_missing(config, parts, files.class_names, draw, label_sets).parts["train"]
         measured = train.gray_ranges()

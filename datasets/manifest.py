@@ -309,10 +309,11 @@ def _require_training_images(
 ) -> None:
     """Check that each class has images to train on, and enough of them if splits are held out."""
     counts = Counter(name for row in rows if row.split in ("train", "all") for name in classes[row.label])
-    for row, name in ((row, name) for row in rows for name in classes[row.label]):
-        if row.split != "all" and not counts[name]:
-            fail(f"class {name!r} of split {row.split} has no row in split train; add one", row.where)
-        if row.split == "all" and counts[name] < 2 <= min_classes:
-            fail(f"class {name!r} has only this image, so none can be held out; add images", row.where)
+    for row in rows:
+        for name in classes[row.label]:
+            if row.split != "all" and not counts[name]:
+                fail(f"class {name!r} of split {row.split} has no row in split train; add one", row.where)
+            if row.split == "all" and counts[name] < 2 <= min_classes:
+                fail(f"class {name!r} has only this image, so none can be held out; add images", row.where)
     if not sum(row.weight for row in rows if row.split in ("train", "all")):
         fail("all weights of the training images are 0; correct them")

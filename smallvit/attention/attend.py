@@ -191,7 +191,7 @@ def _analyze_image(model: Predictor, pixels: Pixels) -> tuple[list[dict[str, Any
     with autocast(model.device, model.dtype):
         with torch.no_grad():
             logits, maps = extract_attention(model.model, images)
-            probabilities = logits.float().softmax(dim=1)[0]
+            probabilities = model.probabilities(logits.float())[0]
             rolled, layers = rollout(maps)[0], []
             for each in maps:
                 uniform = each.uniform()
@@ -238,7 +238,7 @@ def examples_from_split(dataset: datasets.ImageDataset, split: str, count: int, 
             except Exception as error:  # decoders raise errors of many types on damaged files
                 console.print(f"skipped: {source} ({describe_decode_error(error, source)})")
                 continue
-        examples.append(Example(pixels=pixels, source=source, label=dataset.class_names[images.labels[index]]))
+        examples.append(Example(pixels=pixels, source=source, label=dataset.label_name(int(images.labels[index]))))
     if not examples:
         raise InputError(f"--split {split}: {dataset.name} has no images there that can be decoded")
     return examples

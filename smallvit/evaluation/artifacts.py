@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from smallvit.evaluation.metrics import Outputs
+from smallvit.evaluation.multilabel import LabelOutputs
 from smallvit.evaluation.stats import METHODS, format_class_means, format_comparison, list_confusions
 from smallvit.models import weights_info
 from smallvit.runs.run import Run
@@ -87,8 +88,30 @@ def write_artifacts(
         plot_reliability(record["reliability"], record["ece"], partial_folder / RELIABILITY, title)
         if (sheet := draw_mistakes(outputs, names, read_images)) is not None:
             sheet.save(partial_folder / MISTAKES)
-        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-        (partial_folder / METRICS).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        _write_record(record, partial_folder / METRICS)
+
+
+def write_label_artifacts(folder: Path, record: dict[str, Any], outputs: LabelOutputs, paths: list[str] | None) -> None:
+    """Write the output files of an evaluation on images with several labels: classes, predictions and metrics."""
+    names, thresholds = ([each[key] for each in record["classes"]] for key in ("name", "threshold"))
+    predicted = outputs.probabilities >= np.array(thresholds)
+
+    def rows() -> Iterator[list[Any]]:
+        yield ["index", "label", "predicted", *(f"p({name})" for name in names), *(["path"] if paths else [])]
+        columns = (outputs.index, outputs.targets, predicted, outputs.probabilities)
+        for index, *sets, probabilities in zip(*columns, strict=True):
+            labels = (";".join(names[number] for number in np.flatnonzero(each)) for each in sets)
+            yield [index, *labels, *(f"{p:.6g}" for p in probabilities), *([paths[index]] if paths else [])]
+
+    with atomic_update(folder, list_outputs) as partial_folder:
+        write_csv(record["classes"], partial_folder / CLASSES)
+        write_rows(partial_folder / PREDICTIONS, rows())
+        _write_record(record, partial_folder / METRICS)
+
+
+def _write_record(record: dict[str, Any], path: Path) -> None:
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def draw_mistakes(outputs: Outputs, names: Sequence[str], read_images: ReadImages) -> Image.Image | None:
@@ -190,11 +213,11 @@ def print_metrics(record: dict[str, Any], console: Console) -> None:
         show(line)
     console.print()
     print_table(console, _class_rows(record["classes"]))
-    for line in _format_confusions(record):
+    for line in _format_confusions(record) if "confusion" in record else ():
         show(line)
     if record["robustness"] is not None:
         console.print()
-        print_table(console, _robustness_rows(record["robustness"], record["top1"]))
+        print_table(console, _robustness_rows(record["robustness"], record.get("map", record.get("top1"))))
     if (comparison := record["comparison"]) is not None:
         console.print()
         accuracies = (
@@ -208,6 +231,9 @@ def _format_headline(record: dict[str, Any]) -> Iterator[str]:
     skipped = f" ({record['skipped_images']:,} more cannot be decoded)" if record["skipped_images"] else ""
     images = f"{record['images']:,} images{skipped} at {record['img_size']} pixels{flipped}"
     yield f"{record['name']} on {record['data']}, {record['split']}: {images}"
+    if "map" in record:
+        yield f"mAP {record['map']:.2f} %   {format_class_means(record)}   loss {record['loss']:.4f}"
+        return
     low, high = record["interval"]
     top5 = f"   top-5 {record['top5']:.2f} %" if len(record["classes"]) > 5 else ""
     yield (
@@ -219,15 +245,19 @@ def _format_headline(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _class_rows(classes: list[dict[str, Any]]) -> list[list[str]]:
-    """Return precision, recall and F1 of all classes with images, or of the worst by F1."""
+    """Return precision, recall and F1 of all classes with images, or of the worst by F1; also AP and threshold."""
     present = [each for each in classes if each["images"]]
     title = "class"
     if len(present) > MAX_CLASSES:
         title = f"worst {WORST_CLASSES} of {len(present)} classes"
         present = sorted(present, key=lambda each: each["f1"])[:WORST_CLASSES]
-    rows = [[title, "precision %", "recall %", "F1 %", "images"]]
+    several = "threshold" in classes[0]
+    columns = ("ap", "precision", "recall", "f1") if several else ("precision", "recall", "f1")
+    titles = {"ap": "AP %", "precision": "precision %", "recall": "recall %", "f1": "F1 %"}
+    rows = [[title, *(titles[name] for name in columns), *["threshold"] * several, "images"]]
     for each in present:
-        scores = (f"{each[name]:.1f}" for name in ("precision", "recall", "f1"))
+        scores = [f"{each[name]:.1f}" for name in columns]
+        scores += [f"{each['threshold']:.3f}"] if several else []
         rows.append([collapse_whitespace(each["name"]), *scores, f"{each['images']:,}"])
     return rows
 

@@ -72,10 +72,16 @@ class Source:
     """Relative path of each image; split and number of those that are no files."""
     open: Callable[[int], AbstractContextManager[Image.Image]]
     notes: tuple[str, ...] = ()
+    label_sets: tuple[tuple[int, ...], ...] | None = None
+    """Classes of each label, if images have several."""
+
+    def classes(self, label: int) -> tuple[int, ...]:
+        """Return the classes that a label stands for."""
+        return (label,) if self.label_sets is None else self.label_sets[label]
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return number, path, class and split of an image."""
-        name = self.class_names[self.labels[index]]
+        name = "; ".join(self.class_names[number] for number in self.classes(self.labels[index]))
         return {"index": int(index), "path": self.paths[index], "label": name, "split": self.splits[index]}
 
     def read(self, index: int, side: int) -> UInt8[np.ndarray, "3 side side"]:
@@ -117,6 +123,7 @@ def read_images(config: DataConfig) -> Source:
         tuple(images.relative_path(index) for index in range(len(images))),
         lambda index: open_image(images.open(index), config.max_megapixels),
         images.notes,
+        images.label_sets,
     )
 
 
@@ -152,7 +159,8 @@ def check_images(source: Source, similarity: float = SIMILARITY) -> dict[str, An
     read = [facts[index] for index in indices]
     groups = find_duplicates([each.digest for each in read], [each.descriptor for each in read], similarity)
     names, splits = source.class_names, sorted(set(source.splits), key=("all", "train", "val", "test").index)
-    counts = Counter(zip(source.splits, source.labels.tolist(), strict=True))
+    pairs = zip(source.splits, source.labels.tolist(), strict=True)
+    counts = Counter((split, number) for split, label in pairs for number in source.classes(label))
     training = splits[0]
     return {
         "data": source.name,
@@ -282,6 +290,8 @@ def check_labels(source: Source, run: str, compute: ComputeConfig) -> list[dict[
     Raises:
         InputError: There is no such run, its predictions are damaged, or of other images or classes.
     """
+    if source.label_sets is not None:
+        raise InputError(f"--run {run}: likely wrong labels are not found among several labels an image; remove --run")
     folder = Path(run).expanduser()
     if (folder / PREDICTIONS).is_file():
         paths, names, predicted = _read_predictions(folder / PREDICTIONS, run)
@@ -349,7 +359,7 @@ def draw_sheet(source: Source) -> Image.Image | None:
     each = int(np.clip(SHEET_IMAGES // len(source.class_names), 1, SHEET_COLUMNS))
     pictures, captions = [], []
     for number, name in enumerate(source.class_names[:SHEET_IMAGES]):
-        members = np.flatnonzero(source.labels == number)
+        members = np.array([n for n, label in enumerate(source.labels) if number in source.classes(label)], dtype=int)
         for index in members[np.unique(np.linspace(0, len(members) - 1, min(each, len(members))).astype(int))]:
             try:
                 pictures.append(source.read(index, SHEET_SIDE))

@@ -28,8 +28,9 @@ from smallvit.datasets.functional import CORRUPTIONS, STRENGTHS, corrupt
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.listing import SPLITS
 from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
-from smallvit.evaluation import artifacts, metrics, stats
+from smallvit.evaluation import artifacts, metrics, multilabel, stats
 from smallvit.evaluation.metrics import Outputs
+from smallvit.evaluation.multilabel import LabelOutputs
 from smallvit.evaluation.predictor import Predictor, check_test_split, create_predictor, is_trained_on, read_model_info
 from smallvit.models import weights, weights_info
 from smallvit.models.weights_info import WeightsInfo
@@ -101,30 +102,62 @@ class EvaluationTask:
             images.append(part.pixels[position].numpy() if isinstance(part, Images) else part.decode(position))
         return np.stack(images)
 
-    def compute_outputs(
-        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
-    ) -> dict[Condition, Outputs]:
-        """Compute the model's outputs for the images under each condition.
+    def compute_logits(
+        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool, description: str = "images"
+    ) -> Iterator[tuple[Condition, Float[Tensor, "b k"], Int64[Tensor, " b"]]]:
+        """Yield the logits of batches of images under each condition, and the images' indices, on the CPU.
 
         Args:
             conditions: Corruptions to apply.
             progress: Where to show a progress bar.
             flip: Average the probabilities over each image and its mirror image.
+            description: What the progress bar counts.
+
+        Raises:
+            InputError: The logits are not finite.
+        """
+        for pixels, indices in progress.track(self.batches(), len(self), description=description):
+            for condition in conditions:
+                images = pixels if condition is None else corrupt(pixels, *condition, indices)
+                logits = self.predictor.predict_logits(self.predictor.normalize(images), flip=flip)
+                if not logits.isfinite().all():
+                    raise self.predictor.info.error("the logits are not finite, so these weights are unusable")
+                yield condition, logits.cpu(), indices.cpu()
+
+    def compute_outputs(
+        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
+    ) -> dict[Condition, Outputs]:
+        """Compute the model's outputs for the images under each condition; arguments are those of `compute_logits`.
 
         Raises:
             InputError: The logits are not finite, or no image can be decoded.
         """
         batches: dict[Condition, list[Outputs]] = {condition: [] for condition in conditions}
         labels = torch.from_numpy(self.labels)
-        for pixels, indices in progress.track(self.batches(), len(self), description="images"):
-            targets = labels[indices.cpu()]
-            for condition in conditions:
-                images = pixels if condition is None else corrupt(pixels, *condition, indices)
-                logits = self.predictor.predict_logits(self.predictor.normalize(images), flip=flip)
-                if not logits.isfinite().all():
-                    raise self.predictor.info.error("the logits are not finite, so these weights are unusable")
-                batches[condition].append(metrics.reduce_logits(logits, targets, indices))
+        for condition, logits, indices in self.compute_logits(conditions, progress, flip=flip):
+            batches[condition].append(metrics.reduce_logits(logits, labels[indices], indices))
         return {condition: metrics.concatenate(outputs) for condition, outputs in batches.items()}
+
+    def compute_label_outputs(
+        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
+    ) -> dict[Condition, LabelOutputs]:
+        """Compute the model's outputs for images with several labels, as `compute_outputs` does.
+
+        Raises:
+            InputError: The logits are not finite, or no image can be decoded.
+        """
+        batches: dict[Condition, list[tuple[Tensor, Tensor]]] = {condition: [] for condition in conditions}
+        labels = torch.cat([part.labels for part in self.parts])
+        for condition, logits, indices in self.compute_logits(conditions, progress, flip=flip):
+            batches[condition].append((logits[:, torch.from_numpy(self.class_indices)], indices))
+        if not batches[conditions[0]]:
+            raise InputError("none of the images can be decoded")
+        results = {}
+        for condition, parts in batches.items():
+            logits, indices = (torch.cat(each) for each in zip(*parts, strict=True))
+            targets = self.dataset.targets[labels[indices]]
+            results[condition] = LabelOutputs(indices.numpy(), targets.bool().numpy(), logits.double().numpy())
+        return results
 
 
 def evaluate_run(
@@ -170,25 +203,37 @@ def evaluate_run(
     hardware.pick_device(config.compute.device)
     digest = weights_info.compute_sha256(infos[0])
     console = console or create_console(stderr=True)
+    several = infos[0].multi_label
+    if several and compare is not None:
+        raise InputError(f"--compare {compare}: models of several labels an image cannot be compared yet; remove it")
     tasks = create_tasks(name, infos, config, split)
     for note in list(_list_notes(tasks, config)):  # all checks come before the first line
         console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False)
     corruptions: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
     with create_progress(console) as progress:
-        results = tasks[0].compute_outputs([None, *corruptions] if robustness else [None], progress, flip=flip)
+        conditions = [None, *corruptions] if robustness else [None]
+        compute = tasks[0].compute_label_outputs if several else tasks[0].compute_outputs
+        results = compute(conditions, progress, flip=flip)
         others = [task.compute_outputs([None], progress, flip=flip)[None] for task in tasks[1:]]
     outputs, dataset, predictor = results[None], tasks[0].dataset, tasks[0].predictor
     robust = {
-        kind: {str(strength): results[kind, strength].top1 for strength in STRENGTHS if robustness}
+        kind: {str(strength): results[kind, strength].score for strength in STRENGTHS if robustness}
         for kind in CORRUPTIONS
     }
+    names = tasks[0].class_names
+    if several:
+        indices = tasks[0].class_indices
+        thresholds = np.array(infos[0].thresholds)[indices]
+        measured = multilabel.compute_metrics(outputs, [names[index] for index in indices], thresholds)
+    else:
+        measured = metrics.compute_metrics(outputs, names)
     record = {
         "name": escape_undecodable(name),
         "data": escape_undecodable(infos[0].data if is_trained_on(infos[0], dataset) else dataset.name),
         "split": split,
-        **metrics.compute_metrics(outputs, tasks[0].class_names),
+        **measured,
         "imbalance_ratio": dataset.imbalance_ratio,
-        "skipped_images": len(tasks[0].labels) - len(outputs),
+        "skipped_images": sum(map(len, tasks[0].parts)) - len(outputs),
         "flip": flip,
         "robustness": robust if robustness else None,
         "comparison": {"name": escape_undecodable(compare), **compare_outputs(outputs, others[0])} if others else None,
@@ -200,7 +245,9 @@ def evaluate_run(
         "git_revision": hardware.git_revision(),
         "command": command,
     }
-    if folder is not None:
+    if folder is not None and several:
+        artifacts.write_label_artifacts(folder, record, outputs, tasks[0].paths)
+    elif folder is not None:
         artifacts.write_artifacts(folder, record, outputs, tasks[0].paths, tasks[0].read_images)
     return record
 
@@ -218,13 +265,12 @@ def predict_test(
     """
     info = weights_info.read_weights_info(name, verb)
     config = replace(Config.build(**weights_info.add_data_options(info, {})), compute=compute)
+    if info.multi_label:
+        raise info.error("its images have several labels, which this verb does not take")
     (task,) = create_tasks(name, [info], config, "test")
     batches, probabilities = [], []
-    for pixels, indices in progress.track(task.batches(), len(task), description=Path(name).name):
-        logits = task.predictor.predict_logits(task.predictor.normalize(pixels), flip=flip).cpu()
-        if not logits.isfinite().all():
-            raise info.error("the logits are not finite, so these weights are unusable")
-        labels = task.dataset.test.labels[indices.cpu()]
+    for _, logits, indices in task.compute_logits([None], progress, flip=flip, description=Path(name).name):
+        labels = task.dataset.test.labels[indices]
         batches.append(metrics.reduce_logits(logits, labels, indices))
         probabilities.append(logits.double().softmax(dim=1).numpy())
     return task, metrics.concatenate(batches), np.concatenate(probabilities)
@@ -304,6 +350,8 @@ def match_classes(info: WeightsInfo, dataset: ImageDataset) -> tuple[Int64[np.nd
     """
     weights.check_channels(info, dataset)
     weights.check_classifier(info)
+    if dataset.label_sets is not None and not info.multi_label:
+        raise info.error(f"it was trained on one label an image, but {dataset.name} has several")
     count = info.spec["num_classes"]
     names = info.class_names or (dataset.class_names if count == len(dataset.class_names) else None)
     if names is None:

@@ -56,6 +56,9 @@ class Outputs:
         """Accuracy in percent."""
         return 100 * float(self.correct.mean())
 
+    score = top1
+    """The main metric."""
+
     def select(self, positions: np.ndarray) -> Outputs:
         """Return the outputs at some positions."""
         return Outputs(**{each.name: getattr(self, each.name)[positions] for each in fields(self)})

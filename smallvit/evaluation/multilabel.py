@@ -8,13 +8,15 @@ Axes: n images, k classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+from jaxtyping import Bool, Float, Int64
+from scipy.special import expit
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from smallvit.datasets.loader import IGNORED_LABEL
@@ -22,8 +24,34 @@ from smallvit.evaluation.evaluate import compute_logits
 from smallvit.utils.distributed import is_sharded
 from smallvit.utils.errors import InputError
 
+MEANS, CLASS_SCORES = ("map", "macro_f1", "micro_f1"), ("ap", "precision", "recall", "f1")
+"""Scores in percent, of all classes and of each."""
 DEFAULT_THRESHOLD = 0.5
 """Threshold of classes without validation images."""
+
+
+@dataclass(frozen=True)
+class LabelOutputs:
+    """A model's outputs for images with several labels."""
+
+    index: Int64[np.ndarray, " n"]
+    """Index of each image among those of its split."""
+    targets: Bool[np.ndarray, "n k"]
+    """Which classes each image has."""
+    logits: Float[np.ndarray, "n k"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, "n k"]:
+        """Probability of each class."""
+        return expit(self.logits)
+
+    @property
+    def score(self) -> float:
+        """The main metric: mean average precision in percent."""
+        return compute_scores(self.targets, self.probabilities)["map"]
 
 
 def evaluate_multilabel(
@@ -64,14 +92,16 @@ def evaluate_multilabel(
             counted = labels != IGNORED_LABEL
             parts.append((logits[counted].cpu(), labels[counted].cpu()))
     model.train(training)
-    logits, labels = (torch.cat(each) for each in zip(*(part for parts in gather(parts) for part in parts), strict=True))
+    logits, labels = (
+        torch.cat(each) for each in zip(*(part for parts in gather(parts) for part in parts), strict=True)
+    )
     if not len(labels):
         raise InputError("none of the images can be decoded")
     targets, logits = label_sets[labels].double(), logits.double()
     scores = compute_scores(targets.bool().numpy(), logits.sigmoid().numpy(), thresholds)
     loss = F.binary_cross_entropy_with_logits(logits, targets).item()
     return {
-        **{name: scores[name] for name in ("map", "macro_f1", "micro_f1")},
+        **{name: scores[name] for name in MEANS},
         "loss": loss,
         "images": len(labels),
         "thresholds": scores["thresholds"],
@@ -94,17 +124,40 @@ def compute_scores(
     if thresholds is None:
         thresholds = tune_thresholds(targets, probabilities)
     predicted, present = probabilities >= np.array(thresholds), targets.any(axis=0)
-    precision, recall, f1, images = precision_recall_fscore_support(
-        targets, predicted, average=None, labels=range(targets.shape[1]), zero_division=0
-    )
-    ap = np.array([average_precision_score(*pair) if pair[0].any() else 0.0 for pair in zip(targets.T, probabilities.T, strict=True)])
+    hits, named, images = (each.sum(axis=0) for each in (targets & predicted, predicted, targets))
+    pairs = zip(targets.T, probabilities.T, strict=True)
+    scores = {
+        "ap": np.array([average_precision_score(*pair) if pair[0].any() else 0.0 for pair in pairs]),
+        "f1": 2 * hits / np.maximum(named + images, 1),
+        "precision": hits / np.maximum(named, 1),
+        "recall": hits / np.maximum(images, 1),
+    }
     return {
-        "map": 100 * float(ap[present].mean()) if present.any() else 0.0,
-        "macro_f1": 100 * float(f1[present].mean()) if present.any() else 0.0,
-        "micro_f1": 100 * float(f1_score(targets, predicted, average="micro", zero_division=0)),
+        "map": 100 * float(scores["ap"][present].mean()) if present.any() else 0.0,
+        "macro_f1": 100 * float(scores["f1"][present].mean()) if present.any() else 0.0,
+        "micro_f1": 200 * float(hits.sum() / max(1, named.sum() + images.sum())),
         "thresholds": [float(each) for each in thresholds],
-        **{name: 100 * values for name, values in {"ap": ap, "precision": precision, "recall": recall, "f1": f1}.items()},
+        **{name: 100 * values for name, values in scores.items()},
         "images": images,
+    }
+
+
+def compute_metrics(outputs: LabelOutputs, class_names: Sequence[str], thresholds: Sequence[float]) -> dict[str, Any]:
+    """Compute all metrics, for the record of an evaluation; those of classes without images are None."""
+    scores = compute_scores(outputs.targets, outputs.probabilities, thresholds)
+    logits, targets = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.targets)
+    classes = [
+        {"name": name}
+        | {key: float(scores[key][number]) if scores["images"][number] else None for key in CLASS_SCORES}
+        | {"threshold": scores["thresholds"][number], "images": int(scores["images"][number])}
+        for number, name in enumerate(class_names)
+    ]
+    return {
+        "images": len(outputs),
+        **{name: scores[name] for name in MEANS},
+        "loss": F.binary_cross_entropy_with_logits(logits, targets.double()).item(),
+        "labels_per_image": float(outputs.targets.sum(axis=1).mean()),
+        "classes": classes,
     }
 
 

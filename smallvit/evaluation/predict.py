@@ -41,6 +41,8 @@ WORDNET_ID = re.compile(r"n\d{8}")
 """Names of ImageNet's classes in files and in timm."""
 SUBSETS = ("imagenet-1k", "imagenet-21k-goog")
 """Subsets in timm that together have all of ImageNet's classes."""
+TOP = 5
+"""Default number of classes per image, if images have one label."""
 DIGITS = 6
 """Significant digits of probabilities in files."""
 
@@ -55,7 +57,7 @@ class Prediction:
     path: str
     """Its file; empty for images in memory."""
     classes: tuple[tuple[str, float], ...] = ()
-    """Names (see `readable_names`) and probabilities, the most probable first."""
+    """Names (see `readable_names`) and probabilities, the most probable first; of several labels, perhaps none."""
     error: str | None = None
     """Why the image cannot be read."""
     note: str | None = None
@@ -65,7 +67,7 @@ class Prediction:
 def predict(
     name: str | Path,
     images: ImageInput | Iterable[ImageInput],
-    top: int = 5,
+    top: int | None = None,
     *,
     flip: bool = False,
     img_size: int | tuple[int, int] | None = None,
@@ -77,7 +79,7 @@ def predict(
     Args:
         name: A run folder, a weights file, or a timm model with pretrained weights.
         images: One or several files, folders of files, Pillow images or arrays.
-        top: Number of classes per image.
+        top: Number of classes per image; by default 5, or those above their thresholds if images have several labels.
         flip: Average the probabilities over each image and its mirror image.
         img_size: Image size in pixels, or height and width; by default the model's.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -95,7 +97,7 @@ def predict_images(
     model: Predictor,
     images: Sequence[ImageInput],
     *,
-    top: int = 5,
+    top: int | None = None,
     flip: bool = False,
     max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Iterator[Prediction]:
@@ -104,7 +106,7 @@ def predict_images(
     Args:
         model: The model.
         images: Image files, Pillow images or arrays.
-        top: Number of classes per image.
+        top: Number of classes per image, as for `predict`.
         flip: Average the probabilities over each image and its mirror image.
         max_megapixels: Largest file to decode.
 
@@ -184,7 +186,7 @@ def decode(
 
 
 def write_predictions(
-    predictions: Iterable[Prediction], file: TextIO, form: str, class_names: Sequence[str], top: int
+    predictions: Iterable[Prediction], file: TextIO, form: str, class_names: Sequence[str], top: int | None
 ) -> None:
     """Write predictions as they come; only "jsonl" has the images that cannot be read.
 
@@ -192,19 +194,23 @@ def write_predictions(
         predictions: The predictions.
         file: The file.
         form: "table" (a line for each image, and one for each class where a terminal is too narrow), "csv" (pairs of
-            class and probability) or "jsonl".
+            class and probability; without `top`, a cell with all classes and one with their probabilities) or "jsonl".
         class_names: All classes of the model.
-        top: Number of classes per image.
+        top: Number of classes per image; None if they are those above their thresholds.
     """
     writer, width = csv.writer(file, lineterminator="\n"), max(map(len, readable_names(class_names)), default=0)
     if form == "csv":
-        numbers = range(1, min(top, len(class_names)) + 1)
-        writer.writerow(["path", *(f"{column}_{number}" for number in numbers for column in ("class", "probability"))])
+        numbers = range(1, min(top or 0, len(class_names)) + 1)
+        columns = [f"{column}_{number}" for number in numbers for column in ("class", "probability")]
+        writer.writerow(["path", *(columns or ("label", "probability"))])
     for each in predictions:
         if form == "jsonl":
             classes = [{"name": name, "probability": float(f"{p:.{DIGITS}g}")} for name, p in each.classes]
             result = {"classes": classes} if each.error is None else {"error": each.error}
             print(json.dumps({"path": each.path} | result), file=file)
+        elif form == "csv" and each.error is None and top is None:
+            names, probabilities = [name for name, _ in each.classes], [f"{p:.{DIGITS}g}" for _, p in each.classes]
+            writer.writerow([each.path, ";".join(names), ";".join(probabilities)])
         elif form == "csv" and each.error is None:
             writer.writerow([each.path, *(cell for name, p in each.classes for cell in (name, f"{p:.{DIGITS}g}"))])
         elif each.error is None:
@@ -249,14 +255,18 @@ def try_decode(
 
 
 def _predict_batch(
-    model: Predictor, names: tuple[str, ...], pixels: UInt8[Tensor, "b c h w"], top: int, flip: bool
+    model: Predictor, names: tuple[str, ...], pixels: UInt8[Tensor, "b c h w"], top: int | None, flip: bool
 ) -> list[tuple[tuple[str, float], ...]]:
-    """Return the names and probabilities of each image's most probable classes."""
+    """Return the names and probabilities of each image's most probable classes, or of those above their thresholds."""
     logits = model.predict_logits(model.normalize(pixels), flip=flip).cpu()
     if not logits.isfinite().all():
         raise model.info.error("the logits are not finite, so these weights are unusable")
-    probabilities, classes = logits.double().softmax(dim=1).topk(min(top, len(names)))
+    several = model.info.multi_label and top is None
+    thresholds = model.info.thresholds if several else [0.0] * len(names)
+    probabilities, classes = model.probabilities(logits.double()).topk(
+        len(names) if several else min(top or TOP, len(names))
+    )
     return [
-        tuple((names[number], probability) for number, probability in zip(*row, strict=True))
+        tuple((names[number], p) for number, p in zip(*row, strict=True) if p >= thresholds[number])
         for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
     ]

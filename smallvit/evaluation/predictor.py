@@ -74,7 +74,12 @@ class Predictor:
     @torch.inference_mode()
     def predict_logits(self, images: Float[Tensor, "b c h w"], *, flip: bool = False) -> Float[Tensor, "b k"]:
         """Compute logits of normalized images in fp32; with `flip`, average over each image and its mirror image."""
-        return compute_logits(self.model, images, self.device, self.dtype, flip=flip)
+        several = self.info.multi_label
+        return compute_logits(self.model, images, self.device, self.dtype, flip=flip, multi_label=several)
+
+    def probabilities(self, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+        """Return the probabilities of the classes: a softmax, or sigmoids if images have several labels."""
+        return logits.sigmoid() if self.info.multi_label else logits.softmax(dim=1)
 
 
 def load_predictor(

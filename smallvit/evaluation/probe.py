@@ -68,6 +68,8 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     size = config.data.img_size or info.spec["img_size"]
     dataset = datasets.create_dataset(replace(config.data, img_size=size, **info.data_options), ranges=info.gray_ranges)
     weights.check_channels(info, dataset)
+    if dataset.label_sets is not None:
+        raise InputError(f"--data {dataset.name}: has several labels an image, which probe does not take")
     console = create_console(stderr=True)
     for warning in check_test_split(info, dataset, config.data):
         console.print(warning)

@@ -132,7 +132,12 @@ def has_unequal_classes(record: dict[str, Any]) -> bool:
 
 
 def format_class_means(record: dict[str, Any], prefix: str = "") -> str:
-    """Format macro F1 and balanced accuracy; empty if the classes have about equal numbers of images."""
+    """Format macro F1 and balanced accuracy; empty if the classes have about equal numbers of images.
+
+    With several labels an image: macro and micro F1.
+    """
+    if prefix + "micro_f1" in record:
+        return f"macro F1 {record[prefix + 'macro_f1']:.2f} %   micro F1 {record[prefix + 'micro_f1']:.2f} %"
     if not has_unequal_classes(record):
         return ""
     f1, balanced = (record[prefix + name] for name in ("macro_f1", "balanced_accuracy"))

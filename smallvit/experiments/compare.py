@@ -152,6 +152,10 @@ def plan_runs(grid: Grid) -> list[PlannedRun]:
     if duplicates := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"row {duplicates[0]}: given twice")
     dataset = datasets.create_dataset(Config.build(**grid.flags).data)
+    if dataset.label_sets is not None:
+        raise InputError(
+            f"--data {dataset.name}: only smallvit train takes several labels an image so far; train each model with it"
+        )
     flags = grid.flags | {"data": dataset.source}
     recipes, options = [], []
     for row in grid.rows:

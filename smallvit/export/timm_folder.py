@@ -76,6 +76,8 @@ def build_config(model: Predictor) -> dict[str, Any]:
     names = {"label_names": list(model.info.class_names)} if model.info.class_names else {}
     if model.info.gray_ranges:
         names["gray_ranges"] = model.info.gray_ranges.to_json()
+    if model.info.multi_label:
+        names |= {"activation": "sigmoid", "thresholds": list(model.info.thresholds)}
     return {
         "architecture": spec["arch"] if is_timm else timm_registry.ANY,
         "num_classes": spec["num_classes"],

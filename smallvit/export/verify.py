@@ -103,6 +103,9 @@ def build_metadata(model: Predictor) -> dict[str, str]:
         "mean": json.dumps(model.info.mean),
         "std": json.dumps(model.info.std),
         "preprocessing": describe_preprocessing(model),
+        **(
+            {"activation": "sigmoid", "thresholds": json.dumps(model.info.thresholds)} if model.info.multi_label else {}
+        ),
         "smallvit": smallvit.__version__,
     }
 
@@ -121,11 +124,16 @@ def describe_preprocessing(model: Predictor) -> str:
         words = {"center": "to cover", "border": f"on level {GRAY} to fit into", "squash": "to"}
         sides = f"image {words[crop_mode]} {resized[0]} x {resized[1]} pixels"
     scaled = "".join(f"scale {line}; " for line in ranges.describe())
+    probabilities = (
+        "sigmoids of the logits are the probabilities of the classes, which are predicted from their thresholds on"
+        if model.info.multi_label
+        else "softmax of the logits gives the class probabilities"
+    )
     return (
         f"Rotate the image by its EXIF orientation, {scaled}blend transparency onto white, convert to {mode}; resize "
         f"the {sides} ({interpolation}, antialiased) and crop the central {height} x {width}; then "
         f"(pixels / 255 - mean) / std per channel, as float32 (batch, {model.in_chans}, {height}, {width}). The "
-        "softmax of the logits gives the class probabilities."
+        f"{probabilities}."
     )
 
 

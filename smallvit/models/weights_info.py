@@ -61,6 +61,8 @@ class WeightsInfo:
     """Fingerprint of the training data and its test split, see `ImageDataset.describe_training_data`."""
     gray_ranges: GrayRanges | None = None
     """How gray values of more than 8 bits were scaled in training; None in files of other programs."""
+    thresholds: tuple[float, ...] | None = None
+    """Probability of each class from which it is predicted, if images have several labels; None if they have one."""
     packed: bool = False
     """Whether one-bit weights are packed: the model can be evaluated but not trained."""
 
@@ -69,6 +71,11 @@ class WeightsInfo:
         """Options of the data that the model needs: how images are resized."""
         modes = {mode: resize for resize, mode in CROP_MODES.items()}
         return {"resize": modes.get(self.resizing["crop_mode"], "crop")}
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether images have several labels: probabilities are sigmoids, and each class has a threshold."""
+        return self.thresholds is not None
 
     def error(self, message: str) -> InputError:
         """Return an error that names the option and the weights."""
@@ -142,6 +149,7 @@ def _read_file_info(info: WeightsInfo) -> WeightsInfo:
             mean=mean,
             std=std,
             resizing=RESIZING | {"crop_mode": CROP_MODES[data.get("resize", "crop")]},
+            thresholds=tuple(map(float, data["thresholds"])) if data.get("multi_label") else None,
             packed=bool(metadata.get(PACKED)),
             gray_ranges=None if data.get("gray_ranges") is None else GrayRanges.from_json(data["gray_ranges"]),
             training_data=data.get("training_data"),

@@ -144,6 +144,7 @@ def _describe(run: RunSummary) -> dict[str, Any]:
     return {
         **{name: getattr(run, name) for name in ("folder", "title", "arch", "spec", "summary", "best", "interval")},
         "top1": run.top1,
+        "several": run.metric == "map",
         "notes": run.notes,
         "metrics": metrics,
         "config": config,
@@ -154,7 +155,7 @@ def _describe(run: RunSummary) -> dict[str, Any]:
         "curves": pictures.plot_training(run.view.history, run.best),
         "pictures": run.gallery.test,
         "attention": run.gallery.attention,
-        "confusions": list_confusions(metrics)[:MAX_CONFUSIONS] if metrics else [],
+        "confusions": list_confusions(metrics)[:MAX_CONFUSIONS] if metrics and "confusion" in metrics else [],
         "classes": sorted(metrics["classes"] if metrics else (), key=lambda e: (e["f1"] is None, e["f1"] or 0)),
         "changed": changed,
         "others": others,

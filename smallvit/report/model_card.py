@@ -53,6 +53,8 @@ def render_model_card(
 
     if run is None or not os.path.isdir(run):
         raise model.info.error("--format hub writes a card of a finished run: give its folder, or --format timm")
+    if model.info.multi_label:
+        raise model.info.error("--format hub writes no card of models for several labels an image; use --format timm")
     summary = read_run_summary(run)
     if not summary.summary:
         raise model.info.error(f"not finished: there is no {Run.SUMMARY} yet; smallvit train --resume {run}")

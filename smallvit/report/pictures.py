@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from smallvit.runs.curves import finite_points
-from smallvit.runs.run import ATTENTION, METRICS
+from smallvit.runs.run import ATTENTION, METRICS, TITLES, primary_metric
 from smallvit.utils.errors import first_line
 
 STYLE = {
@@ -77,15 +77,16 @@ def plot_training(history: list[dict[str, Any]], best: dict[str, Any] | None) ->
     Args:
         best: Metrics of the best epoch, which is marked.
     """
-    names = ("train_loss", "val_loss", "val_top1", "lr")
+    metric = primary_metric(history)
+    names = ("train_loss", "val_loss", f"val_{metric}", "lr")
     training, validation, top1, rates = (finite_points(history, name) for name in names)
     charts: list[tuple[str, str, dict[str, Points]]] = [
         ("Loss", "cross-entropy", {"training (augmented)": training, "validation": validation}),
-        ("Validation accuracy", "top-1 (%)", {"validation": top1}),
+        ("Validation accuracy", f"{TITLES[metric]} (%)", {"validation": top1}),
         ("Learning rate", "learning rate", {"learning rate": rates}),
         ("Learned temperatures (LSA)", "factor of the scores", _mean_temperatures(history)),
     ]
-    marked = {} if best is None else {"Validation accuracy": (best["epoch"], best["val_top1"])}
+    marked = {} if best is None else {"Validation accuracy": (best["epoch"], best[f"val_{metric}"])}
     return [plot_lines(*chart, marked.get(chart[0])) for chart in charts if any(chart[2].values())]
 
 
@@ -93,6 +94,7 @@ def plot_overlay(histories: dict[str, list[dict[str, Any]]]) -> list[Picture]:
     """Plot validation accuracy and losses of several runs, by their names."""
     charts = []
     for name, title, ylabel in (
+        ("val_map", "Validation mAP", "mAP (%)"),
         ("val_top1", "Validation accuracy", "top-1 (%)"),
         ("val_loss", "Validation loss", "cross-entropy"),
         ("train_loss", "Training loss", "cross-entropy"),
@@ -188,6 +190,8 @@ def _read_picture(
 
 def _read_test(folder: Path, metrics: dict[str, Any], notes: list[str]) -> dict[str, Picture | None]:
     """Read confusion matrix, reliability and mistakes."""
+    if "confusion" not in metrics:
+        return {}
     images, right = metrics["images"], sum(row[number] for number, row in enumerate(metrics["confusion"]))
     listed = "; ".join(
         f"{100 * each['low']:.0f} to {100 * each['high']:.0f} %: {each['accuracy']:.0f} % of {each['images']:,} images"

@@ -22,14 +22,17 @@ from smallvit.report import pictures
 from smallvit.report.pictures import Gallery
 from smallvit.runs import aggregate, curves
 from smallvit.runs.curves import RunView
-from smallvit.runs.run import ATTENTION, METRICS, Run, best_epoch
+from smallvit.runs.run import ATTENTION, METRICS, Run, best_epoch, primary_metric
 from smallvit.utils.errors import InputError
 
 REQUIRED = {
-    METRICS: {"top1", "ece", "images", "classes", "confusion", "reliability", "hardware", "precision"},
-    ATTENTION: {"layers", "images"},
+    METRICS: [
+        {"top1", "ece", "images", "classes", "confusion", "reliability", "hardware", "precision"},
+        {"map", "macro_f1", "micro_f1", "images", "classes", "hardware", "precision"},
+    ],
+    ATTENTION: [{"layers", "images"}],
 }
-"""What the page needs, by file."""
+"""What the page needs, by file; with several labels an image, the second."""
 COMMANDS = {METRICS: "eval", ATTENTION: "attend"}
 TITLES = {METRICS: "Test results", ATTENTION: "Attention maps"}
 QUERIES = re.compile(r"qkv|kqv|\bq_proj\b|\.q\.")
@@ -100,14 +103,19 @@ class RunSummary:
         return f"{' + '.join([self.arch, *labels])} on {self.view.data_name}"
 
     @property
+    def metric(self) -> str:
+        """The main metric: map with several labels an image, else top1."""
+        return primary_metric(self.view.history)
+
+    @property
     def top1(self) -> float | None:
-        """Test accuracy in per cent; of an unfinished run, the best validation accuracy; None if there is none yet."""
-        return self.summary.get("test_top1", self.best and self.best["val_top1"])
+        """The main metric of the test in per cent; of an unfinished run, the best validation; None if there is none."""
+        return self.summary.get(f"test_{self.metric}", self.best and self.best[f"val_{self.metric}"])
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the test accuracy in per cent; None for an unfinished run."""
-        if not self.summary:
+        """The 95 % interval of the test accuracy in per cent; None for an unfinished run, or for several labels."""
+        if not self.summary or self.metric == "map":
             return None
         count = self.summary["test_images"]
         low, high = stats.accuracy_interval(round(self.summary["test_top1"] * count / 100), count)[0]
@@ -161,7 +169,7 @@ def _read_result(
         return None, f"compute them with {command}"
     except (OSError, ValueError):
         result = {}
-    if not isinstance(result, dict) or not result.keys() >= REQUIRED[name]:
+    if not isinstance(result, dict) or not any(result.keys() >= each for each in REQUIRED[name]):
         return None, f"{name} is damaged; replace it with {command} --overwrite"
     if result.get("weights_sha256") != digest:
         return None, f"{name} is of other weights than {Run.BEST}; replace it with {command} --overwrite"

@@ -18,7 +18,7 @@ from smallvit.config.config import option_names
 from smallvit.config.spec import format_label, format_value
 from smallvit.plugins import PLUGINS
 from smallvit.runs.curves import RunView, read_run
-from smallvit.runs.run import Run
+from smallvit.runs.run import Run, primary_metric
 from smallvit.utils import tables
 from smallvit.utils.errors import InputError
 from smallvit.utils.files import read_safetensors
@@ -27,7 +27,7 @@ from smallvit.utils.sizes import parse_size
 from smallvit.utils.tables import MISSING, Spread
 
 REQUIRED_NUMBERS = (
-    *("test_top1", "test_images", "parameters", "macs", "images_per_second", "peak_memory_bytes", "images_seen"),
+    *("test_images", "parameters", "macs", "images_per_second", "peak_memory_bytes", "images_seen"),
     *("train_seconds", "epochs"),
 )
 REQUIRED_STRINGS = ("hardware", "precision", "compile", "device")
@@ -120,7 +120,8 @@ def read_finished_run(folder: Path) -> RunView:
     if view.summary is None:
         raise InputError(f"{folder}: not finished; continue it with smallvit train --resume {folder}")
     summary = dict.fromkeys(tables.BINARY_FIGURES, 0) | view.summary
-    missing = [n for n in (*REQUIRED_NUMBERS, *tables.BINARY_FIGURES) if not isinstance(summary.get(n), (int, float))]
+    numbers = (f"test_{primary_metric([summary])}", *REQUIRED_NUMBERS, *tables.BINARY_FIGURES)
+    missing = [n for n in numbers if not isinstance(summary.get(n), (int, float))]
     if missing := missing + [name for name in REQUIRED_STRINGS if not isinstance(summary.get(name), str)]:
         raise InputError(f"{folder / Run.SUMMARY}: {missing[0]!r} is missing; train the run again")
     return view
@@ -140,6 +141,8 @@ def aggregate_runs(folders: Iterable[Path]) -> list[AggregatedRun]:
         view = read_finished_run(folder)
         if any(os.path.samefile(folder, other.folder) for other in views):
             raise InputError(f"{folder}: given twice")
+        if primary_metric([view.summary]) != "top1":
+            raise InputError(f"{folder}: has several labels an image, which cannot be compared yet; evaluate it alone")
         views.append(view)
         _require_same_images(views[0], view)
         group = groups.setdefault(json.dumps(_identity(view)), [])

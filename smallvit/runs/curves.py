@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,20 @@ from rich.text import Text
 from smallvit.config.config import Config
 from smallvit.config.model import ARCH, added_plugins
 from smallvit.plugins import PLUGINS
-from smallvit.runs.run import Run, best_epoch, read_config
+from smallvit.runs.run import TITLES, Run, best_epoch, primary_metric, read_config
 from smallvit.utils.errors import InputError, format_duration
 
 POLL_SECONDS = 1.0
 MIN_WIDTH, MIN_HEIGHT, MAX_HEIGHT = 38, 7, 16
 """Columns and rows of a plot in the terminal; narrower plots are stacked."""
+SUMMARIES = ("test_top1", "test_map")
+"""Main metrics of a summary, which has one of them."""
 REQUIRED = ("epoch", "train_loss", "lr", "images_per_second", "seconds")
 VALIDATION = ("val_loss", "val_top1")
 """Numbers in a line of metrics.jsonl: those that are always there, and those that may be None."""
 PLOTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "loss": {"train_loss": ("training", "braille", "cyan"), "val_loss": ("validation", "•", "orange")},
-    "validation accuracy (%)": {"val_top1": ("", "braille", "orange")},
+    "validation accuracy (%)": {"val_top1": ("", "braille", "orange"), "val_map": ("mAP", "braille", "orange")},
     "learning rate": {"lr": ("", "braille", "green")},
 }
 """Curves of each plot by title: metric, label, marker and color."""
@@ -67,15 +70,16 @@ def read_run(folder: Path) -> RunView:
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     history = [_parse(line, REQUIRED, f"{metrics}: line {number} is") for number, line in enumerate(lines, 1)]
     text = summary.read_text(encoding="utf-8", errors="replace") if summary.exists() else None
-    return RunView(folder, config, history, None if text is None else _parse(text, ("test_top1",), f"{summary}:"))
+    return RunView(folder, config, history, None if text is None else _parse(text, (), f"{summary}:", SUMMARIES))
 
 
-def _parse(text: str, required: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Return a JSON object after checking that it holds the required numbers."""
+def _parse(text: str, required: tuple[str, ...], where: str, one_of: Collection[str] = ()) -> dict[str, Any]:
+    """Return a JSON object after checking that it holds the required numbers, and one of some others."""
     with suppress(ValueError):
         record = json.loads(text)
         if isinstance(record, dict):
             record = dict.fromkeys(VALIDATION) | record
+            required += tuple(name for name in one_of if name in record) or (*one_of,)[:1]
             numbers = all(isinstance(record.get(name), (int, float)) for name in required)
             if numbers and all(isinstance(record[name], (int, float, NoneType)) for name in VALIDATION):
                 return record
@@ -84,29 +88,30 @@ def _parse(text: str, required: tuple[str, ...], where: str) -> dict[str, Any]:
 
 def finite_points(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """Return the finite values of a metric as (epoch, value)."""
-    points = [(line["epoch"], line[name]) for line in history if line[name] is not None]
+    points = [(line["epoch"], line[name]) for line in history if line.get(name) is not None]
     return [point for point in points if math.isfinite(point[1])]
 
 
 # PNG
 
 
-def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by: str = "top1") -> None:
+def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by: str = "auto") -> None:
     """Plot loss, accuracy and learning rate per epoch as a PNG."""
     from matplotlib.figure import Figure
 
     from smallvit.utils.plots import save_figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    best = best_epoch(history, select_by)
+    best, primary = best_epoch(history, select_by), f"val_{primary_metric(history)}"
     for axes, (ylabel, metrics) in zip(figure.subplots(1, len(PLOTS)), PLOTS.items(), strict=True):
         for name, (label, _, color) in metrics.items():
             points = finite_points(history, name)
             style = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
             epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
-            axes.plot(epochs, values, label=label, color=f"tab:{color}", **style)
-        if best is not None and "val_top1" in metrics:
-            axes.plot(best["epoch"], best["val_top1"], "k*", label=f"best: {best['val_top1']:.2f} %")
+            if points:
+                axes.plot(epochs, values, label=label, color=f"tab:{color}", **style)
+        if best is not None and primary in metrics:
+            axes.plot(best["epoch"], best[primary], "k*", label=f"best: {best[primary]:.2f} %")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         axes.set(xlabel="epoch", ylabel=ylabel)
@@ -168,13 +173,13 @@ def format_headline(view: RunView) -> Text:
     text = Text.assemble((view.folder.resolve().name, "bold"), f"  {' + '.join(parts)} on {view.data_name}\n")
     if not history:
         return text.append("no epoch finished yet" if limit else f"no epoch of {epochs} finished yet")
-    last = history[-1]
+    last, primary = history[-1], primary_metric(history)
     figures = [f"epoch {last['epoch']}" if limit else f"epoch {last['epoch']}/{epochs}"]
     if (best := best_epoch(history, view.config.run.select_by)) is not None:
-        figures.append(f"best val {best['val_top1']:.2f} % (epoch {best['epoch']})")
+        figures.append(f"best val {best[f'val_{primary}']:.2f} % (epoch {best['epoch']})")
     figures.append(f"{last['images_per_second']:,.0f} images/s")
     if view.summary is not None:
-        figures.append(f"test top-1 {view.summary['test_top1']:.2f} %")
+        figures.append(f"test {TITLES[primary]} {view.summary[f'test_{primary}']:.2f} %")
     else:
         left = last["seconds"] / max(1, last["epoch"]) * (epochs - last["epoch"])
         figures.append(f"{format_duration(max(0, limit - last['seconds']) if limit else left)} left")

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +126,7 @@ class Run:
             return None
         with suppress(ValueError):
             summary = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(summary, dict) and "test_top1" in summary:
+            if isinstance(summary, dict) and summary.keys() & {"test_top1", "test_map"}:
                 return summary
         raise InputError(f"{file}: damaged; evaluate its weights with smallvit eval {self.folder}, or train it again")
 
@@ -164,6 +164,8 @@ class Run:
                 folder.rmdir()
 
 
+TITLES = {"top1": "top-1", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+"""Names of metrics in messages, if they are not those in files without underscores."""
 METRICS, ATTENTION = f"{Run.EVAL}/test/metrics.json", f"{Run.ATTEND}/attention.json"
 """Results of `smallvit eval` and `smallvit attend` in a run's folder."""
 
@@ -173,11 +175,17 @@ def is_follower() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def best_epoch(history: Iterable[dict[str, Any]], select_by: str) -> dict[str, Any] | None:
+def best_epoch(history: Sequence[dict[str, Any]], select_by: str) -> dict[str, Any] | None:
     """Return the metrics of the first best epoch by a validation metric, then loss; None if none was validated."""
-    validated = [line for line in history if None not in (line["val_top1"], line["val_loss"])]
-    sign = -1 if select_by == "loss" else 1
-    return max(validated, key=lambda line: (sign * line[f"val_{select_by}"], -line["val_loss"]), default=None)
+    name = primary_metric(history) if select_by == "auto" else select_by
+    validated = [line for line in history if None not in (line[f"val_{primary_metric(history)}"], line["val_loss"])]
+    sign = -1 if name == "loss" else 1
+    return max(validated, key=lambda line: (sign * line[f"val_{name}"], -line["val_loss"]), default=None)
+
+
+def primary_metric(records: Iterable[dict[str, Any]]) -> str:
+    """Return the main metric of a run's epochs or summary: map with several labels an image, else top1."""
+    return "map" if any("val_map" in each for each in records) else "top1"
 
 
 def read_config(folder: Path) -> Config:

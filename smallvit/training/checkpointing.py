@@ -82,7 +82,7 @@ class Checkpointer:
         state, patience = self.state, self.setup.config.run.patience
         if not (patience and state.best_epoch):
             return False
-        return state.epoch - state.best_epoch >= patience and state.history[-1]["val_top1"] is not None
+        return state.epoch - state.best_epoch >= patience and state.history[-1]["val_loss"] is not None
 
     @property
     def seconds(self) -> float:
@@ -124,7 +124,10 @@ class Checkpointer:
         if self.state.best_epoch:  # check the best weights now, not after training
             file = self.run / Run.BEST
             weights, metadata = checkpoint.load_weights(file)
-            if misfit(weights, setup.eval_model.state_dict()) or not {"epoch", "val_top1"} <= metadata.keys():
+            if (
+                misfit(weights, setup.eval_model.state_dict())
+                or not {"epoch", f"val_{setup.accuracies[0]}"} <= metadata.keys()
+            ):
                 raise InputError(f"{file}: does not fit this run (its weights are not this model's)")
 
     # After a step and an epoch
@@ -252,7 +255,7 @@ class Checkpointer:
         gathered = checkpoint.gather_state(setup.trained, setup.optimizer, setup.average)
         if setup.world.main:
             if self.best is not None:
-                metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1]["val_top1"])
+                metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1])
                 checkpoint.save_weights(run / Run.BEST, self.best, metadata)
             if weights is not None:
                 self._save_epoch(weights)
@@ -264,7 +267,7 @@ class Checkpointer:
 
     def _save_epoch(self, weights: dict[str, Tensor]) -> None:
         state, keep = self.state, self.setup.config.run.keep
-        metadata = self.setup.metadata(state.epoch, state.history[-1]["val_top1"])
+        metadata = self.setup.metadata(state.epoch, state.history[-1])
         checkpoint.save_weights(self.run / Run.LAST, weights, metadata)
         if keep:
             checkpoint.save_weights(self.run.epoch_file(state.epoch), weights, metadata)

@@ -54,13 +54,15 @@ def apply_regularization(config: Config) -> Config:
     if not get_loss(config.optim.loss, distillation=False).label_smoothing:
         values = values | {"label_smoothing": 0.0}
     options = config.to_dict()
-    return config.replace(**{name: value for name, value in values.items() if options[name] is None})
+    preset = {name: value for name, value in values.items() if options[name] is None}
+    return config.replace(**preset).with_given(config.given)
 
 
 def warn_ineffective(config: Config) -> None:
     """Warn on standard error of options that have no effect with the others."""
     ineffective = config.model.find_ineffective() + config.distill.find_ineffective()
-    if config.optim.label_smoothing and not LOSSES[config.optim.loss].label_smoothing:
+    several = is_manifest(config.data.data) and LOSSES[config.optim.loss].multi_label  # perhaps
+    if config.optim.label_smoothing and not (LOSSES[config.optim.loss].label_smoothing or several):
         smoothed = " or ".join(name for name, loss in LOSSES.items() if loss.label_smoothing)
         ineffective.append(("label_smoothing", f"--loss {smoothed}; remove it"))
     chosen = (config.optim.loss, config.distill.distill if config.distill.teacher else None)

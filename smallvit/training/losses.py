@@ -15,7 +15,7 @@ Labels are distributions y, smoothed or mixed, and the classes have weights w an
     cross-entropy    L = −Σ_c w_c y_c log p_c, with p = softmax(s + τ log π)
     focal            L = −Σ_c w_c y_c (1 − p_c)^γ log p_c
 
-With several labels an image, y has 0 or 1 for each class, or a mixture, p_c = sigmoid(s_c), and L is the mean over classes:
+With several labels an image, y is 0 or 1 for each class (or between), p_c = sigmoid(s_c), and L is a mean over classes:
 
     binary cross-entropy  L = −Σ_c y_c log p_c + (1 − y_c) log(1 − p_c)
     asymmetric            L = −Σ_c y_c (1 − p_c)^γ₊ log p_c + (1 − y_c) q_c^γ₋ log(1 − q_c), with q = max(p − m, 0)
@@ -217,7 +217,7 @@ class Loss:
     label_smoothing: bool = False
     """Whether the function takes `label_smoothing` and smooths the targets itself."""
     multi_label: bool = False
-    """Whether the function also takes the targets of images with several labels: `multi_label` and `label_smoothing`."""
+    """Whether the function takes targets of images with several labels, with `multi_label` and `label_smoothing`."""
     softmax: bool = False
     """Whether it is a loss of softmax probabilities that takes `weight`, one for each class."""
     distillation: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,17 +22,18 @@ from smallvit.config.config import Config
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
+from smallvit.evaluation.multilabel import DEFAULT_THRESHOLD, evaluate_multilabel
 from smallvit.models import factory
 from smallvit.plugins.patch import describe
 from smallvit.training import optim
 from smallvit.training.launch import apply_regularization, resolve
 from smallvit.training.limits import COMPILE_SECONDS, SCHEDULE_STEPS, TimeBudget
-from smallvit.training.losses import Objective, create_objective
+from smallvit.training.losses import LOSSES, Objective, create_objective
 from smallvit.training.optim import InitialWeights
 from smallvit.training.token_saving import TokenSaving
 from smallvit.utils import distributed, hardware
 from smallvit.utils.distributed import World
-from smallvit.utils.errors import InputError
+from smallvit.utils.errors import InputError, flag
 from smallvit.utils.hardware import LossScaler, batch_size, choose_dtype
 from smallvit.utils.sizes import height_width
 from smallvit.utils.terminal import print_indented
@@ -120,27 +121,49 @@ class Setup:
         *,
         model: nn.Module | None = None,
         flip: bool = False,
+        thresholds: Sequence[float] | None = None,
         wrap: Callable[[Iterable[Any]], Iterator[Any]] = iter,
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """Evaluate a model (`eval_model`) on val or test; return None if the split has no images.
 
         Args:
             flip: Average over each image and its mirror image.
+            thresholds: Probability of each class from which it is predicted, with several labels an image; by default
+                those that fit best.
             wrap: Function that the iterator of batches is passed through.
         """
         if not len(getattr(self.dataset, split)):
             return None
         batches = wrap(self.evaluation_batches(split))
-        total = self.world.total
-        return evaluate(model or self.eval_model, batches, self.device, self.dtype, flip=flip, total=total)
+        model, sets, world = model or self.eval_model, self.dataset.label_sets, self.world
+        if sets is not None:
+            chosen = {"flip": flip, "thresholds": thresholds, "gather": world.gather}
+            return evaluate_multilabel(model, batches, sets, self.device, self.dtype, **chosen)
+        return evaluate(model, batches, self.device, self.dtype, flip=flip, total=world.total)
 
-    def metadata(self, epoch: int, val_top1: float | None) -> dict[str, Any]:
-        """Return the metadata of a weights file."""
+    @property
+    def accuracies(self) -> tuple[str, ...]:
+        """Metrics in percent of every evaluation, the main one first."""
+        several = self.dataset.label_sets is not None
+        return ("map", "macro_f1", "micro_f1") if several else ("top1", "macro_f1", "balanced_accuracy")
+
+    @property
+    def select_by(self) -> str:
+        """Validation metric that chooses the best epoch."""
+        name = self.config.run.select_by
+        return self.accuracies[0] if name == "auto" else name
+
+    def metadata(self, epoch: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metadata of a weights file with the metrics of its epoch."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
         data["resize"] = self.config.data.resize
         data["gray_ranges"] = self.dataset.gray_ranges.to_json()
         data["training_data"] = self.dataset.describe_training_data(self.config.data)
-        return {"model": self.spec, "data": data, "epoch": epoch, "val_top1": val_top1}
+        if self.dataset.label_sets is not None:
+            default = [DEFAULT_THRESHOLD] * len(self.dataset.class_names)
+            data |= {"multi_label": True, "thresholds": metrics["thresholds"] or default}
+        name = f"val_{self.accuracies[0]}"
+        return {"model": self.spec, "data": data, "epoch": epoch, name: metrics[name]}
 
     def print_overview(self, console: Console) -> None:
         """Print data, model, initial weights, teacher and device, in a few lines."""
@@ -230,6 +253,8 @@ def create_setup(
     factory.require_known(config.model.arch)  # before images are decoded
     dataset = datasets.create_dataset(config.data)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
+    multi_label = dataset.label_sets is not None
+    config = _adapt_to_labels(config, dataset)
     streaming = "on" if dataset.train.on_disk else "off"
     augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
     part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
@@ -266,7 +291,10 @@ def create_setup(
         teacher = create_teacher(config, dataset, device, compilation, batches.sampling.views // world.size)
     _require_same("--teacher", config.distill.teacher, saved, "teacher", teacher and teacher.fingerprint)
     counts = torch.ones(len(dataset.class_names)) if config.data.balanced else dataset.class_counts
-    objective = create_objective(config.optim, config.distill, dataset.class_names, (counts / counts.sum()).to(device))
+    frequencies = (counts / counts.sum()).to(device)
+    objective = create_objective(
+        config.optim, config.distill, dataset.class_names, frequencies, multi_label=multi_label
+    )
     _require_same("--class-weights", config.optim.class_weights, saved, "class weights", objective.class_weights)
     if batches.weights is not None:
         objective = replace(
@@ -318,6 +346,41 @@ def create_setup(
         budget=budget,
         world=world,
     )
+
+
+def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
+    """Return the configuration with the default loss of images with several labels, if the data has such.
+
+    Raises:
+        InputError: An option cannot be used with several labels an image, or needs them.
+    """
+    metric, name, given = config.run.select_by, config.optim.loss, config.given
+    several = dataset.label_sets is not None
+    if metric in (("top1", "balanced_accuracy") if several else ("map", "micro_f1")):
+        others = "auto, map, macro_f1, micro_f1" if several else "auto, top1, macro_f1, balanced_accuracy"
+        images = "several labels an image" if several else "one label an image"
+        raise InputError(f"--select-by {metric}: not for {images}; use {others} or loss")
+    if not several:
+        return config
+    losses = [each for each, loss in LOSSES.items() if loss.multi_label]
+    used = {
+        "balanced": config.data.balanced,
+        "class_weights": config.optim.class_weights,
+        "logit_adjustment": config.optim.logit_adjustment,
+        "teacher": config.distill.teacher,
+    }
+    if chosen := [each for each, value in used.items() if value]:
+        raise InputError(f"{flag(chosen[0])} cannot be combined with several labels an image; remove it")
+    if dataset.train.weights is not None:
+        raise InputError(
+            f"--data {config.data.data}: weights cannot be combined with several labels; remove the column"
+        )
+    if name == "ce" and "loss" not in given:
+        smoothing = config.optim.label_smoothing if "label_smoothing" in given else 0.0
+        return config.replace(loss=losses[0], label_smoothing=smoothing)
+    if name not in losses:
+        raise InputError(f"--loss {name} cannot be combined with several labels an image; use {' or '.join(losses)}")
+    return config
 
 
 def _create_budget(config: Config, dataset: ImageDataset, epoch_steps: int, seconds: float) -> TimeBudget:

@@ -21,7 +21,7 @@ from smallvit.datasets.loader import explain_worker_failures
 from smallvit.evaluation.stats import format_class_means
 from smallvit.models import checkpoint, weights_info
 from smallvit.plugins import PLUGINS
-from smallvit.runs.run import Run, best_epoch
+from smallvit.runs.run import TITLES, Run, best_epoch, primary_metric
 from smallvit.training.checkpointing import Checkpointer, RunState
 from smallvit.training.launch import open_run
 from smallvit.training.limits import fit_batch_size
@@ -35,8 +35,6 @@ from smallvit.utils.terminal import TrainingProgress, create_console
 if TYPE_CHECKING:
     from smallvit.runs.trackers import Trackers
 
-ACCURACIES = ("top1", "macro_f1", "balanced_accuracy")
-"""Metrics in percent of every evaluation."""
 MODEL_STREAM = 3
 """Random number stream of dropout and stochastic depth; 0 to 2 belong to the batches."""
 
@@ -116,16 +114,20 @@ def fit(run: Run) -> TrainResult:
                     trackers.log(metrics)
 
             if checkpointer.exhausted:
-                console.print(f"stop   {config.run.select_by} has not improved since epoch {state.best_epoch}")
+                console.print(f"stop   {setup.select_by} has not improved since epoch {state.best_epoch}")
             # Evaluate the test split once, with the best weights on the validation split (without one, the last)
             weights, chosen = world.send(checkpoint.load_weights(run / Run.BEST) if world.main else None)
             checkpoint.load_tensors(setup.eval_model, weights)
-            test = setup.evaluate("test", flip=config.augment.test_flip, wrap=checkpointer.stop_on_signal)
+            thresholds = chosen["data"].get("thresholds")
+            test = setup.evaluate(
+                "test", flip=config.augment.test_flip, thresholds=thresholds, wrap=checkpointer.stop_on_signal
+            )
             summary = summarize(setup, state, chosen, test)
             if world.main:
                 from smallvit.runs.curves import plot_curves
 
-                title = f"{run.folder.name}: test top-1 {test['top1']:.2f} %"
+                name = setup.accuracies[0]
+                title = f"{run.folder.name}: test {TITLES[name]} {test[name]:.2f} %"
                 plot_curves(state.history, run / Run.CURVES, title, config.run.select_by)
                 if budget is not None:
                     summary["elapsed_seconds"] = budget.elapsed
@@ -264,8 +266,9 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
         "epoch": state.epoch + 1,
         "train_loss": train_loss,
         "val_loss": val and val["loss"],
-        **{f"val_{name}": val and val[name] for name in ACCURACIES},
-        **({"val_top1_raw": raw["top1"]} if raw else {}),
+        **{f"val_{name}": val and val[name] for name in setup.accuracies},
+        **({"thresholds": val and val["thresholds"]} if setup.dataset.label_sets is not None else {}),
+        **({f"val_{setup.accuracies[0]}_raw": raw[setup.accuracies[0]]} if raw else {}),
         **learned_values(setup),
         **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
         "lr": setup.optimizer.param_groups[0]["lr"],
@@ -306,9 +309,9 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     budget = setup.budget
     best = state.history[chosen["epoch"] - 1]
     return {
-        **{f"test_{name}": test[name] for name in (*ACCURACIES, "loss", "images")},
-        **{f"val_{name}": best.get(f"val_{name}") for name in (*ACCURACIES, "loss")},
-        "select_by": setup.config.run.select_by,
+        **{f"test_{name}": test[name] for name in (*setup.accuracies, "loss", "images")},
+        **{f"val_{name}": best.get(f"val_{name}") for name in (*setup.accuracies, "loss")},
+        "select_by": setup.select_by,
         "imbalance_ratio": setup.dataset.imbalance_ratio,
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,
@@ -337,13 +340,14 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
 def print_result(result: TrainResult, console: Console) -> TrainResult:
     """Print the results and the paths of the files."""
     summary, folder = result.summary, result.folder
-    name, epochs = summary.get("select_by", "top1"), summary["epochs"]
+    primary, epochs = primary_metric([summary]), summary["epochs"]
+    name = summary.get("select_by", "top1")
     chosen = f"last of {epochs} epochs"
     if (value := summary[f"val_{name}"]) is not None:
-        title = "" if name == "top1" else f"{name.replace('_', ' ').replace('f1', 'F1')} "
+        title = "" if name == primary else f"{TITLES.get(name, name.replace('_', ' '))} "
         figure = f"{value:.3f}" if name == "loss" else f"{value:.2f} %"
         chosen = f"validation {title}{figure}, best epoch {summary['best_epoch']} of {epochs}"
-    console.print(f"\ntest top-1 {summary['test_top1']:.2f} %  ({chosen})")
+    console.print(f"\ntest {TITLES[primary]} {summary[f'test_{primary}']:.2f} %  ({chosen})")
     if means := format_class_means(summary, "test_"):
         console.print(f"test {means}")
     console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")

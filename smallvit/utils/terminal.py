@@ -129,8 +129,9 @@ class TrainingProgress(Progress):
     def epoch(self, figures: dict[str, Any]) -> None:
         """Print an epoch's metrics in one line."""
         done = figures["epoch"] * self.steps // self.epochs
-        validated = figures["val_top1"] is not None
-        self.accuracy = f"val top-1 {figures['val_top1']:.2f} %  " if validated else ""
+        name, title = ("val_map", "val mAP") if "val_map" in figures else ("val_top1", "val top-1")
+        validated = figures[name] is not None
+        self.accuracy = f"{title} {figures[name]:.2f} %  " if validated else ""
         label, _, left = self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(
             f"{label}  loss {figures['train_loss']:.3f}  "

@@ -62,7 +62,7 @@ class Config:
         Raises:
             InputError: An option is unknown, of the wrong type or out of range.
         """
-        return cls.from_dict(options).with_given(expand_arch(options))
+        return cls.from_dict(options)._with_given(expand_arch(options))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Config:
@@ -90,7 +90,7 @@ class Config:
         """Return a copy with other values of these options."""
         before = self.to_dict()
         changed = [name for name, value in options.items() if name not in before or before[name] != value]
-        return Config.from_dict(before | options).with_given((*self.given, *changed))
+        return Config.from_dict(before | options)._with_given((*self.given, *changed))
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -100,8 +100,7 @@ class Config:
         defaults = default_options()
         return tuple(name for name, value in self.to_dict().items() if value != defaults[name])
 
-    def with_given(self, names: Collection[str]) -> Config:
-        """Set the names of the options that were given explicitly; return the configuration."""
+    def _with_given(self, names: Collection[str]) -> Config:
         self.__dict__["_given"] = tuple(dict.fromkeys(names))
         return self
 

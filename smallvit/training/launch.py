@@ -54,8 +54,7 @@ def apply_regularization(config: Config) -> Config:
     if not get_loss(config.optim.loss, distillation=False).label_smoothing:
         values = values | {"label_smoothing": 0.0}
     options = config.to_dict()
-    preset = {name: value for name, value in values.items() if options[name] is None}
-    return config.replace(**preset).with_given(config.given)
+    return config.replace(**{name: value for name, value in values.items() if options[name] is None})
 
 
 def warn_ineffective(config: Config) -> None:

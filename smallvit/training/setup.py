@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit import datasets
 from smallvit.config.config import Config
+from smallvit.config.options import OptimConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
@@ -177,6 +178,9 @@ class Setup:
         show(f"       {describe(self.model)}".replace("\n", "\n       "))
         for note in self.initial.notes:
             show(f"init   {note}")
+        if data.label_sets is not None:
+            smoothing = self.config.optim.label_smoothing
+            show(f"loss   {self.config.optim.loss}" + (f", label smoothing {smoothing:g}" if smoothing else ""))
         if self.teacher is not None:
             show(f"teacher {self.teacher.describe()}")
         how = hardware.COMPILATION_NOTES[self.config.compute.compile]
@@ -354,7 +358,7 @@ def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
     Raises:
         InputError: An option cannot be used with several labels an image, or needs them.
     """
-    metric, name, given = config.run.select_by, config.optim.loss, config.given
+    metric, name = config.run.select_by, config.optim.loss
     several = dataset.label_sets is not None
     if metric in (("top1", "balanced_accuracy") if several else ("map", "micro_f1")):
         others = "auto, map, macro_f1, micro_f1" if several else "auto, top1, macro_f1, balanced_accuracy"
@@ -375,9 +379,8 @@ def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
         raise InputError(
             f"--data {config.data.data}: weights cannot be combined with several labels; remove the column"
         )
-    if name == "ce" and "loss" not in given:
-        smoothing = config.optim.label_smoothing if "label_smoothing" in given else 0.0
-        return config.replace(loss=losses[0], label_smoothing=smoothing)
+    if name == OptimConfig.loss:
+        return config.replace(loss=losses[0])
     if name not in losses:
         raise InputError(f"--loss {name} cannot be combined with several labels an image; use {' or '.join(losses)}")
     return config

@@ -198,14 +198,14 @@ def evaluate_run(
     folder = artifacts.resolve_output(name, config.data.data, split, out)
     infos = [read_model_info(name, "eval", config.model.arch)]
     infos += [read_model_info(compare, "--compare", None)] if compare is not None else []
+    several = infos[0].multi_label
+    if several and compare is not None:
+        raise InputError(f"--compare {compare}: models of several labels an image cannot be compared yet; remove it")
     if folder is not None:
         check_output_folder(folder, "--out", overwrite=overwrite)
     hardware.pick_device(config.compute.device)
     digest = weights_info.compute_sha256(infos[0])
     console = console or create_console(stderr=True)
-    several = infos[0].multi_label
-    if several and compare is not None:
-        raise InputError(f"--compare {compare}: models of several labels an image cannot be compared yet; remove it")
     tasks = create_tasks(name, infos, config, split)
     for note in list(_list_notes(tasks, config)):  # all checks come before the first line
         console.print(escape_undecodable(note), markup=False, highlight=False, emoji=False)

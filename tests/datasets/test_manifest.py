@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from smallvit import datasets
 from smallvit.config.config import Config
 from smallvit.config.options import DataConfig
-from smallvit.datasets.dataset import ImageDataset, hold_out
+from smallvit.datasets.dataset import ImageDataset, divide, hold_out
 from smallvit.datasets.manifest import PARQUET_REMEDY
 from smallvit.training.setup import create_setup
 from smallvit.utils.errors import InputError
@@ -114,6 +114,50 @@ def test_the_loss_of_an_image_is_multiplied_by_its_weight(image_folder: Path, tm
     assert setup.evaluate("test")["images"] == 3
 
 
+def test_several_labels_are_in_a_cell_or_in_columns(image_folder: Path, tmp_path: Path) -> None:
+    paths = [path for path, _ in rows_of(image_folder, tmp_path)]
+    sets = [{"red"} if i % 3 else {"red", "blue"} if i % 2 else set() for i in range(len(paths))]
+    cells = [["path", "label"], *([path, " ; ".join(each)] for path, each in zip(paths, sets, strict=True))]
+    flags = [["path", "red", "other", "blue", "no"]]
+    flags += [[path, int("red" in each), "-", "blue" in each, "0.0"] for path, each in zip(paths, sets, strict=True)]
+    data = load(write(tmp_path / "cells.csv", cells), streaming="on", workers=0)
+    columns = load(write(tmp_path / "columns.csv", flags), columns="label=b*+red+no")
+    assert data.class_names == columns.class_names == ("blue", "red")
+    assert {"ignored columns: other", "no class, since no image has it: no"} <= {*columns.notes}
+    assert load(image_folder).label_sets is None
+    assert {data.label_name(label) for label in data.train.labels.tolist()} == {"blue; red", "red", ""}
+    for one in (data, columns):
+        assert sum(len(getattr(one, split)) for split in SPLITS) == len(paths)
+        for split in SPLITS:
+            part = getattr(one, split)
+            expected = [sets[paths.index(path)] for path in part.paths]
+            targets = one.targets[part.labels]
+            assert targets.tolist() == [[float(name in each) for name in one.class_names] for each in expected]
+            assert targets.any(dim=0).all()
+    moved = write(tmp_path / "cells.csv", [cells[0], [cells[1][0], "red;"], *cells[2:]])
+    assert (
+        load(moved).fingerprint
+        != columns.fingerprint
+        == load(tmp_path / "columns.csv", columns="label=b*+red").fingerprint
+    )
+
+
+def test_images_with_several_labels_are_divided_by_the_rarest_class_first() -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.random((1000, 6)) < [0.5, 0.2, 0.1, 0.03, 0.01, 0.005]
+    groups = rng.integers(0, 300, 1000)
+    for shares in ((0.8, 0.2), (0.1, 0.2, 0.3, 0.4)):
+        parts = divide(targets, shares, 0)
+        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
+        for part, share in zip(parts, shares, strict=True):
+            assert np.abs(targets[part].sum(axis=0) - share * targets.sum(axis=0)).max() <= 1.5
+            assert abs(len(part) - 1000 * share) <= 2
+            assert targets[part].any(axis=0).all()
+        parts = divide(targets, shares, 0, groups)
+        assert sum(len(np.unique(groups[part])) for part in parts) == len(np.unique(groups))
+    assert all(map(np.array_equal, divide(targets, (0.5, 0.5), 1), divide(targets, (0.5, 0.5), 1)))
+
+
 def test_unusable_tables_say_where_and_what_to_do(image_folder: Path, tmp_path: Path, smallvit: Command) -> None:
     """Name file, location and remedy in one line, with exit code 2."""
     good = [[*row, "train" if i % 5 else "test", f"g{i}", 1] for i, row in enumerate(rows_of(image_folder, tmp_path))]
@@ -178,6 +222,11 @@ def test_unusable_tables_say_where_and_what_to_do(image_folder: Path, tmp_path: 
         (["--columns", "path"], complete, "--columns path: expected field=column"),
         (["--columns", "path=a,path=b"], complete, "path is given twice; name one column"),
         (["--columns", "label=kind"], complete, "no column 'kind' in the header, which has 'path', 'label'"),
+        (["--columns", "label=weight+split"], complete, "line 2: 'split' is 'test'; expected 0 or 1"),
+        (["--columns", "label=weight+kind"], complete, "no column 'kind' in the header, which has 'path', 'label'"),
+        ([], [HEADER, *([row[0], ";", *row[2:]] for row in good)], "all rows have no label; at least 2 classes are"),
+        ([], [HEADER, *([row[0], "a;a", *row[2:]] for row in good)], "all rows have the label 'a'; at least 2 classes"),
+        ([], change(1, 1, "new;dark"), "line 2: class 'new' of split test has no row in split train; add one"),
         (["--group-by", "no(.)"], without("split", "group"), "--group-by no(.): does not match images/dark/000.png"),
         (["--group-by", "(("], without("split", "group"), "--group-by ((: not a regular expression"),
         (["--group-by", "."], complete, "has a column of groups; remove one of them"),

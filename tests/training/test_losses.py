@@ -267,6 +267,35 @@ def test_the_focal_loss_is_the_papers_equation(drawn: dict[str, Tensor]) -> None
     assert certain.heads[0].grad.isfinite().all()
 
 
+def test_losses_of_several_labels_are_the_papers_equations(drawn: dict[str, Tensor]) -> None:
+    logits, mixed = drawn["student"].numpy(), drawn["targets"].numpy()
+    p, smoothed = 1 / (1 + np.exp(-logits)), 0.9 * mixed + 0.1 / K
+    for hard in (mixed > 0.2, mixed, smoothed):  # mixed images have a share of both losses
+        y = hard.astype(float)
+        bce = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
+        q = np.maximum(p - 0.05, 0)
+        asymmetric = -(y * (1 - p) ** 1.5 * np.log(p) + (1 - y) * q**4 * np.log(1 - q)).mean()
+        own = {"asymmetric_gamma_pos": 1.5}
+        smoothing, targets = (0.1, mixed) if hard is smoothed else (0.0, y)
+        for name, options, expected in (("bce", {}, bce), ("asymmetric", own, asymmetric)):
+            config = OptimConfig(loss=name, loss_options=options, label_smoothing=smoothing)
+            objective = create_objective(config, multi_label=True)
+            loss = objective(Fixed(drawn["student"]), torch.zeros(B), torch.from_numpy(targets))["loss"]
+            assert loss.item() == pytest.approx(expected, rel=1e-5), name
+    for options in ({"clip": 0.0}, {"gamma_pos": 0.5, "gamma_neg": 0.5}):  # no gradient is infinite
+        extreme = torch.tensor([[-200.0, 200.0, 0.0]] * 2, requires_grad=True)
+        loss = losses.asymmetric_loss(
+            extreme,
+            torch.tensor([[1.0, 0, 0], [0, 1, 1]]),
+            **{"gamma_neg": 4.0, "gamma_pos": 0.0, "clip": 0.05} | options,
+        )
+        loss.backward()
+        assert extreme.grad.isfinite().all()
+        assert loss.isfinite()
+    with pytest.raises(InputError, match=r"--asymmetric-clip 1\.0: expected 0 or more, below 1"):
+        create_objective(OptimConfig(loss="asymmetric", loss_options={"asymmetric_clip": 1.0}))
+
+
 def test_logits_are_adjusted_for_the_labels_and_not_for_the_teacher(drawn: dict[str, Tensor]) -> None:
     s, t, y = (drawn[name].numpy() for name in ("student", "teacher", "targets"))
     expected = cross_entropy(s + 1.5 * np.log(FREQUENCIES.numpy()), y, 0.1)

@@ -139,7 +139,7 @@ def asymmetric_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean over classes of the asymmetric loss, in which easy absent classes count little.
 
-    Versions of timm differ in the mean of its own, and it weights mixed targets otherwise.
+    In timm, versions differ in their mean, and mixed targets have other weights.
 
     Source: Ridnik et al. 2020, arXiv:2009.14119, with the recommended exponents.
     """

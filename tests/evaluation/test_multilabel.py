@@ -73,7 +73,7 @@ def test_mirror_images_average_probabilities_of_sigmoids() -> None:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A table of images that are dark, bright on the left, noisy, several of them, or none."""
+    """Write a table of images that are dark, bright on the left, noisy, several of them, or none."""
     rng = np.random.default_rng(0)
     rows = [["path", "label"]]
     for number in range(120):

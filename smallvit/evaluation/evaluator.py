@@ -67,7 +67,13 @@ class EvaluationTask:
 
     @property
     def labels(self) -> Int64[np.ndarray, " n"]:
-        """The true class of each image, as the model's index."""
+        """The true class of each image, as the model's index.
+
+        Raises:
+            InputError: Images have several labels.
+        """
+        if self.dataset.label_sets is not None:
+            raise InputError(f"--data {self.dataset.name}: several labels an image; only one is supported here")
         return self.class_indices[np.concatenate([part.labels.numpy() for part in self.parts])]
 
     @property

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from smallvit.config.config import option_names
 from smallvit.config.options import MAX_MEGAPIXELS, DataConfig
+from smallvit.datasets.channels import measure_channels, read_channels
 from smallvit.datasets.decode import GRAY, decode_image, open_image, run_in_threads
-from smallvit.datasets.gray import GrayRanges, Range, measure
+from smallvit.datasets.gray import GrayRanges, measure
 from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import require_memory
@@ -56,7 +57,7 @@ class Images:
 
     @property
     def channels(self) -> int:
-        """Number of channels: 1 gray, 3 color."""
+        """Number of channels: 1 gray, 3 color, others of arrays."""
         return self.pixels.shape[1]
 
     def subset(self, indices: np.ndarray) -> Images:
@@ -128,14 +129,11 @@ class Files:
     max_megapixels: float = MAX_MEGAPIXELS
     crop_mode: str = "center"
     """How images are resized, see `decode.resize`."""
+    channels: int = 3
+    """Number of channels: 3 color, 1 gray, others of arrays."""
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels: always 3."""
-        return 3
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -157,10 +155,10 @@ class Files:
         weights = "" if self.weights is None else f" {hashlib.sha256(self.weights).hexdigest()}"
         return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}{weights}"
 
-    def decode(self, index: int) -> UInt8[np.ndarray, "3 h w"]:
+    def decode(self, index: int) -> UInt8[np.ndarray, "c h w"]:
         """Decode an image; Pillow's errors on damaged files pass through."""
         file = self.listing.open(int(self.positions[index]))
-        return decode_image(file, self.size, self.ranges, self.max_megapixels, self.crop_mode)
+        return decode_image(file, self.size, self.ranges, self.max_megapixels, self.crop_mode, self.channels)
 
     def subset(self, indices: np.ndarray) -> Files:
         """Return the images at these indices."""
@@ -169,9 +167,12 @@ class Files:
     def gray_ranges(self, count: int = 1000) -> GrayRanges:
         """Return the ranges of gray values of more than 8 bits, measured on at most `count` images."""
         positions = self.positions[self._spread(count)].tolist()
-        extrema: list[dict[str, Range]] = []
+        extrema: list[dict[str, Any]] = []
 
         def measure_one(position: int) -> None:
+            if (values := read_channels(self.listing.open(position), self.max_megapixels)) is not None:
+                extrema.append(measure_channels(values))
+                return
             with open_image(self.listing.open(position), self.max_megapixels) as image:
                 extrema.append(measure(image))  # of images of 8 bits only the header is read
 
@@ -181,7 +182,7 @@ class Files:
     def sample(self, count: int = 1000) -> Images:
         """Load at most `count` evenly spread images; skip those that cannot be decoded."""
         chosen = self._spread(count)
-        require_memory(len(chosen), 3, self.size)
+        require_memory(len(chosen), self.channels, self.size)
         pixels, labels = [], []
         for index in chosen:
             try:
@@ -258,7 +259,7 @@ class ImageDataset:
 
     @property
     def in_chans(self) -> int:
-        """Number of channels: 1 gray, 3 color."""
+        """Number of channels: 1 gray, 3 color, others of arrays."""
         return self.train.channels
 
     @property

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS
+from smallvit.datasets.channels import read_channels, scale_channels, view_channels
 from smallvit.datasets.gray import PHOTOMETRIC, WHITE_IS_ZERO, GrayRanges, kind_of, to_levels
 from smallvit.datasets.listing import HEIF_REMEDY, HEIF_SUFFIXES, Listing, image_suffixes, register_heif
 from smallvit.utils.cores import usable_cores
@@ -53,10 +54,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and 
 def open_image(file: str | BinaryIO, max_megapixels: float) -> Iterator[Image.Image]:
     """Open an image file and check its size; Pillow's errors on damaged files pass through.
 
+    Of a file with its own number of channels this is a view of them, see `view_channels`.
+
     Raises:
         ValueError: the image has more megapixels than `max_megapixels`.
     """
     register_heif()  # here too, for files that were not listed and for worker processes
+    if (values := read_channels(file, max_megapixels)) is not None:
+        yield view_channels(values)
+        return
     with Image.open(file) as image:
         width, height = image.size
         if width * height > 1e6 * max_megapixels:
@@ -75,16 +81,37 @@ def decode_image(
     ranges: GrayRanges = NO_RANGES,
     max_megapixels: float = MAX_MEGAPIXELS,
     crop_mode: str = "center",
-) -> UInt8[np.ndarray, "3 h w"]:
+    channels: int = 3,
+) -> UInt8[np.ndarray, "c h w"]:
     """Decode one file; Pillow's errors on damaged files pass through.
 
     Args:
         ranges: Ranges of gray values of more than 8 bits.
         max_megapixels: Larger images raise a ValueError.
         crop_mode: see `resize`.
+        channels: Number of channels, which only color images can change: to 1, gray.
     """
+    if (values := read_channels(file, max_megapixels)) is not None:
+        return resize_channels(scale_channels(values, ranges, channels), size, crop_mode=crop_mode)
     with open_image(file, max_megapixels) as image:
-        return convert_image(image, size, ranges, crop_mode)
+        pixels = convert_image(image, size, ranges, crop_mode)
+    return select_channels(pixels, channels)
+
+
+def resize_channels(levels: UInt8[np.ndarray, "c h w"], size: ImageSize, **options: Any) -> UInt8[np.ndarray, "c y x"]:
+    """Resize the channels of an image one by one."""
+    return np.stack([np.asarray(resize(Image.fromarray(level), size, **options)) for level in levels])
+
+
+def select_channels(rgb: UInt8[np.ndarray, "3 h w"], channels: int) -> UInt8[np.ndarray, "c h w"]:
+    """Return colors, or for one channel their luma.
+
+    Raises:
+        ValueError: another number of channels is expected.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"a gray or color image, expected {channels} channels")
+    return rgb if channels == 3 else np.asarray(Image.fromarray(rgb.transpose(1, 2, 0)).convert("L"))[None]
 
 
 def convert_image(
@@ -163,6 +190,17 @@ def median_side(files: Listing, sample: int = 512) -> int | None:
     return int(np.median(sides)) if sides else None
 
 
+def detect_channels(files: Listing) -> int:
+    """Return the number of channels of the first file that can be read: that of its array, else 3."""
+    for index in range(min(len(files), 64)):
+        try:
+            values = read_channels(files.open(index), math.inf)
+        except Exception:  # decoding reports it
+            continue
+        return 3 if values is None else len(values)
+    return 3
+
+
 def default_size(side: int | None, largest: int = 64) -> int:
     """Return an image size for images of this shorter side: at most `largest`, and such that ViT patches divide it.
 
@@ -176,7 +214,7 @@ def default_size(side: int | None, largest: int = 64) -> int:
 class Decoded:
     """The decoded images of a listing."""
 
-    pixels: UInt8[Tensor, "n 3 h w"]
+    pixels: UInt8[Tensor, "n c h w"]
     errors: dict[int, str]
     """Error message for each file that cannot be decoded."""
     cached: bool = False
@@ -190,6 +228,7 @@ def decode_cached(
     max_megapixels: float = MAX_MEGAPIXELS,
     ranges: GrayRanges = NO_RANGES,
     crop_mode: str = "center",
+    channels: int = 3,
 ) -> Decoded:
     """Decode all files, or read them from the cache.
 
@@ -199,14 +238,15 @@ def decode_cached(
     Raises:
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
     """
-    require_memory(len(files), 3, size)
+    require_memory(len(files), channels, size)
     heif = "".join(sorted(HEIF_SUFFIXES & image_suffixes()))  # their errors are cached, too
     key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}"
+    key += f"-{channels}" * (channels != 3)
     identity = f"{files.root.resolve()}\0{size}" + f"\0{crop_mode}" * (crop_mode != "center")
     name = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
     cache = cache_folder() / f"images-{name}.safetensors"
     cached = _read_cache(cache, key)
-    decoded = cached or _decode_all(files, size, max_megapixels, ranges, crop_mode)
+    decoded = cached or _decode_all(files, size, max_megapixels, ranges, crop_mode, channels)
     if decoded.errors and not skip_corrupt:
         raise InputError(describe_errors(files, decoded.errors) + "; repair or remove them, or add --skip-corrupt")
     if not cached:
@@ -214,11 +254,13 @@ def decode_cached(
     return decoded
 
 
-def _decode_all(files: Listing, size: ImageSize, max_megapixels: float, ranges: GrayRanges, crop_mode: str) -> Decoded:
-    pixels = np.empty((len(files), 3, *height_width(size)), dtype=np.uint8)
+def _decode_all(
+    files: Listing, size: ImageSize, max_megapixels: float, ranges: GrayRanges, crop_mode: str, channels: int
+) -> Decoded:
+    pixels = np.empty((len(files), channels, *height_width(size)), dtype=np.uint8)
 
     def decode(index: int) -> None:
-        pixels[index] = decode_image(files.open(index), size, ranges, max_megapixels, crop_mode)
+        pixels[index] = decode_image(files.open(index), size, ranges, max_megapixels, crop_mode, channels)
 
     errors = run_in_threads(decode, range(len(files)), files.paths, f"decoding {len(files):,} images")
     pixels[list(errors)] = 0

@@ -26,7 +26,14 @@ from smallvit.datasets.dataset import (
     nested_share,
     take_fold,
 )
-from smallvit.datasets.decode import cache_folder, decode_cached, default_size, describe_errors, median_side
+from smallvit.datasets.decode import (
+    cache_folder,
+    decode_cached,
+    default_size,
+    describe_errors,
+    detect_channels,
+    median_side,
+)
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing, group_by_path
@@ -111,7 +118,8 @@ def _load_files(
     if side is not None and side >= 2 * size:
         notes.append(f"images of {side} pixels (median shorter side) are reduced to {size}; --img-size changes that")
     indices = np.arange(len(files))
-    options = {"max_megapixels": max_megapixels, "crop_mode": crop_mode}
+    channels = detect_channels(files) if config.in_chans == "auto" else config.in_chans
+    options = {"max_megapixels": max_megapixels, "crop_mode": crop_mode, "channels": channels}
     images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, **options)
     parts: dict[str, Split] = {
         split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)
@@ -128,11 +136,12 @@ def _load_files(
         measured = train.gray_ranges()
         ranges = ranges.filled(measured)
         notes += ranges.describe() if measured else []
-    if config.streaming == "on" or (config.streaming == "auto" and not fits_memory(len(files), 3, size, IN_MEMORY)):
+    too_large = config.streaming == "auto" and not fits_memory(len(files), channels, size, IN_MEMORY)
+    if config.streaming == "on" or too_large:
         parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
         notes.append("streaming: worker processes decode the images in every epoch")
     else:
-        decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges, crop_mode)
+        decoded = decode_cached(files, size, config.skip_corrupt, max_megapixels, ranges, crop_mode, channels)
         paths = tuple(files.relative_path(index) for index in range(len(files)))
         loaded, bad = Images(decoded.pixels, labels, paths, images.groups, images.weights), list(decoded.errors)
         parts = {split: loaded.subset(np.setdiff1d(part.positions, bad)) for split, part in parts.items()}
@@ -178,7 +187,10 @@ def assemble(
     train = parts["train"]
     named = config.data in DATASETS or not os.path.exists(os.path.expanduser(config.data))
     source = config.data if named else os.path.realpath(os.path.expanduser(config.data))
-    mean, std = (info.mean, info.std) if info and info.mean else train.channel_statistics()
+    if config.in_chans not in ("auto", train.channels):
+        raise InputError(f"--in-chans {config.in_chans}: images of {config.data} have {train.channels}; remove it")
+    published = info is not None and info.mean is not None and len(info.mean) == train.channels
+    mean, std = (info.mean, info.std) if published else train.channel_statistics()
     defaults = {name: getattr(info, name) for name in UNKNOWN} if info else UNKNOWN
     return ImageDataset(
         name=config.data if named else Path(source).name,

@@ -144,6 +144,9 @@ BLENDS: dict[str, Operation] = {
     "GaussianBlur": blur,
 }
 
+OF_COLORS = ("Color", "Grayscale")
+"""Operations that do nothing to images without colors, of 1, 2 or more than 3 channels."""
+
 GEOMETRY: dict[str, Callable[[np.ndarray], tuple]] = {
     # rows of the map from a pixel's position in the result to its position in the image: x' = a·x + b·y + e, then y'
     # shears and translations are relative to the image's upper left corner, rotations to its center
@@ -250,6 +253,7 @@ def apply_operations(
     """
     b, c, h, w = images.shape
     which, strengths = np.asarray(names), np.asarray(strengths)
+    which = which if c == 3 else np.where(np.isin(which, OF_COLORS), "Identity", which)
     amounts = _move(strengths.astype(np.float32), images)
     groups = {name: np.flatnonzero(which == name) for name in dict.fromkeys(which.tolist())}
 
@@ -322,9 +326,9 @@ def _keys(distance: Tensor) -> Tensor:
 
 
 def to_gray(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Return gray levels, rounded down as in torchvision; images of one channel remain unchanged."""
-    if images.shape[1] == 1:
-        return images.float()
+    """Return gray levels, rounded down as in torchvision; of images without colors the mean over the channels."""
+    if images.shape[1] != 3:
+        return images.float().mean(dim=1, keepdim=True)
     red, green, blue = images.float().unbind(1)
     r, g, b = GRAY_WEIGHTS  # numbers: a tensor would wait for the device
     return (r * red + g * green + b * blue).floor_()[:, None]
@@ -375,6 +379,8 @@ def corrupt(
 
 
 def _recode_jpeg(image: UInt8[Tensor, "c h w"], quality: int) -> UInt8[Tensor, "c h w"]:
+    if len(image) not in (1, 3):
+        return torch.cat([_recode_jpeg(channel[None], quality) for channel in image])
     file = io.BytesIO()
     V.to_pil_image(image).save(file, "JPEG", quality=quality)
     return V.pil_to_tensor(Image.open(file))

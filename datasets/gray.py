@@ -9,7 +9,7 @@ scale per data set keeps the order of gray values within and between images.
 
 Integers use 16 bits if the largest needs more than 14 bits and they span at least an eighth of the range. Cameras of 10
 to 14 bits do not, nor do thermal images around a large offset, which would keep only a few levels.
-
+The same holds for each channel of arrays (`channels`), with a range of its own.
 """
 
 from __future__ import annotations
@@ -44,20 +44,28 @@ class GrayRanges:
 
     integer: Range | None = None
     floating: Range | None = None
+    channels: tuple[Range, ...] | None = None
+    """That of each channel of arrays of more than 8 bits, see `channels`."""
 
     def __bool__(self) -> bool:
         return any(asdict(self).values())
 
     @classmethod
-    def measured(cls, extrema: Iterable[dict[str, Range]]) -> GrayRanges:
-        """Return the ranges for the smallest and largest values of images, see `measure`."""
-        extrema = list(extrema)
+    def measured(cls, extrema: Iterable[dict[str, Any]]) -> GrayRanges:
+        """Return the ranges for the smallest and largest values of images, see `measure` and `measure_channels`."""
+        extrema, channels = list(extrema), None
+        for kind in KINDS:
+            if arrays := [each[f"{kind} channels"] for each in extrema if f"{kind} channels" in each]:
+                x = np.array([each for each in arrays if len(each) == len(arrays[0])])
+                pairs = zip(x[..., 0].min(0).tolist(), x[..., 1].max(0).tolist(), strict=True)
+                channels = tuple(_fit_range(kind, *pair) for pair in pairs)
         values = {kind: np.array([each[kind] for each in extrema if kind in each]) for kind in KINDS}
-        return cls(**{kind: _fit_range(kind, x.min().item(), x.max().item()) for kind, x in values.items() if x.size})
+        ranges = {kind: _fit_range(kind, x.min().item(), x.max().item()) for kind, x in values.items() if x.size}
+        return cls(**ranges, channels=channels)
 
     def filled(self, other: GrayRanges) -> GrayRanges:
         """Return these ranges, with those of `other` for kinds that have none."""
-        return GrayRanges(**{kind: getattr(self, kind) or getattr(other, kind) for kind in KINDS})
+        return GrayRanges(**{kind: own or getattr(other, kind) for kind, own in vars(self).items()})
 
     def describe(self) -> list[str]:
         """Return a line for each kind that has a range."""
@@ -67,6 +75,9 @@ class GrayRanges:
                 low, high = (f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.6g}" for value in range_)
                 source = "their full range" if range_ == FULL[kind] else "the range of the training images"
                 lines.append(f"{KIND_NAMES[kind]}: {low} to {high} become 0 to 255 ({source})")
+        if self.channels is not None:
+            listed = ", ".join(f"{low:.6g} to {high:.6g}" for low, high in self.channels)
+            lines.append(f"channels of more than 8 bits: {listed} become 0 to 255")
         return lines
 
     def note(self, kind: str) -> str:
@@ -74,9 +85,12 @@ class GrayRanges:
         (line,) = GrayRanges(**{kind: getattr(self, kind) or FULL[kind]}).describe()
         return line if getattr(self, kind) else f"{line}, as the model was not trained on such images"
 
-    def to_json(self) -> dict[str, list[float] | None]:
+    def to_json(self) -> dict[str, list[Any] | None]:
         """Return plain lists for weights files and caches."""
-        return {kind: range_ and list(range_) for kind, range_ in asdict(self).items()}
+        ranges = asdict(self)
+        if self.channels is None:
+            del ranges["channels"]
+        return {kind: range_ and list(range_) for kind, range_ in ranges.items()}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> GrayRanges:
@@ -85,11 +99,12 @@ class GrayRanges:
         Raises:
             ValueError, TypeError, AttributeError: the entry has another form.
         """
-        ranges = {kind: tuple(map(float, range_)) for kind, range_ in entry.items() if range_ is not None}
-        for low, high in ranges.values():
+        channels = entry.get("channels") and tuple((float(low), float(high)) for low, high in entry["channels"])
+        ranges = {kind: tuple(map(float, entry[kind])) for kind in KINDS if entry.get(kind) is not None}
+        for low, high in (*ranges.values(), *(channels or ())):
             if not -math.inf < low < high < math.inf:
                 raise ValueError(f"gray values from {low:g} to {high:g}")
-        return cls(**ranges)
+        return cls(**ranges, channels=channels)
 
 
 def kind_of(image: Image) -> str | None:

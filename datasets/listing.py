@@ -307,13 +307,13 @@ def register_heif() -> None:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the file name suffixes that Pillow decodes, in lower case."""
+    """Return the file name suffixes that are decoded, in lower case: those of Pillow, and NumPy arrays."""
     register_heif()
     return frozenset(
         suffix
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in NOT_IMAGES
-    )
+    ) | {".npy"}
 
 
 def is_image(name: str) -> bool:

@@ -63,7 +63,7 @@ class Decoder(Dataset):
         self.files, self.sampling, self.min_area, self.resampling = files, sampling, min_area, resampling
 
     def __getitem__(self, request: Request) -> tuple[np.ndarray | None, int, str]:
-        """Return gray levels (3, h, w), the class number, and the error if the file cannot be decoded."""
+        """Return gray levels (c, h, w), the class number, and the error if the file cannot be decoded."""
         index, epoch, position = request
         replaceable = self.files.skip_corrupt and self.sampling is not None
         for offset in range(MAX_SUBSTITUTES if replaceable else 1):
@@ -76,7 +76,7 @@ class Decoder(Dataset):
                 message = f"{path} ({describe_decode_error(error, path)})"
         return None, label, message
 
-    def _decode(self, index: int, epoch: int, position: int) -> UInt8[np.ndarray, "3 h w"]:
+    def _decode(self, index: int, epoch: int, position: int) -> UInt8[np.ndarray, "c h w"]:
         files = self.files
         if self.sampling is None or self.min_area is None:
             return files.decode(index)
@@ -120,7 +120,8 @@ class StreamingLoader(TrainLoader):
     def __init__(
         self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device, **options: Any
     ) -> None:
-        resized = augment.crop == "resized" and dataset.train.crop_mode == "center"  # by workers, on the whole image
+        resized = augment.crop == "resized" and dataset.train.crop_mode == "center" and dataset.in_chans == 3
+        # done by the workers, on the whole image
         on_device = replace(augment, crop="none") if resized else augment
         super().__init__(dataset, batch_size, on_device, seed, device, **options)
         resampling = Image.Resampling.BICUBIC if augment.bicubic else Image.Resampling.BILINEAR
@@ -149,12 +150,12 @@ def load_batches(decoder: Decoder, batches: Iterable[list[Request]], device: tor
     workers = decoder.files.workers
     if workers is None:
         workers = min(16, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    bytes_ahead = 3 * math.prod(height_width(decoder.files.size)) * TYPICAL_BATCH * max(1, workers)
+    bytes_ahead = decoder.files.channels * math.prod(height_width(decoder.files.size)) * TYPICAL_BATCH * max(1, workers)
     loader = DataLoader(
         decoder,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=partial(_collate, size=decoder.files.size),
+        collate_fn=partial(_collate, shape=(decoder.files.channels, *height_width(decoder.files.size))),
         pin_memory=device.type == "cuda",
         prefetch_factor=max(1, min(4, PREFETCH_BYTES // bytes_ahead)) if workers else None,
         worker_init_fn=_ignore_signals,
@@ -175,11 +176,13 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[np.ndarray | None, int, str]], size: ImageSize) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(
+    items: list[tuple[np.ndarray | None, int, str]], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, list[str]]:
     """Return a batch without the images that cannot be decoded, and their errors."""
     errors = [message for _, _, message in items if message]
     good = [(pixels, label) for pixels, label, _ in items if pixels is not None]
     if not good:
-        return torch.empty(0, 3, *height_width(size), dtype=torch.uint8), torch.empty(0, dtype=torch.int64), errors
+        return torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), errors
     pixels, labels = zip(*good, strict=True)
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels), errors

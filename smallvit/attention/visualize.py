@@ -22,7 +22,7 @@ from PIL import Image
 
 from smallvit.utils.errors import collapse_whitespace, escape_undecodable
 from smallvit.utils.files import atomic_write
-from smallvit.utils.plots import draw_grid, save_figure
+from smallvit.utils.plots import draw_grid, save_figure, view_colors
 
 COLORMAP, OPACITY = "inferno", 0.65
 """Colors of a map, and their opacity over the grayscale image."""
@@ -129,7 +129,7 @@ def overlay_map(
 
 def resize_image(image: Pixels, sides: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     """Resize an image to a height and width in pixels; whole factors repeat pixels."""
-    rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
+    rgb = np.ascontiguousarray(view_colors(image).transpose(1, 2, 0))
     resample = Image.Resampling.BILINEAR if sides[0] % len(rgb) else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(rgb).resize(sides[::-1], resample)).transpose(2, 0, 1)
 

@@ -84,6 +84,9 @@ class DataConfig(Options):
     resize: Literal["crop", "pad", "stretch"] = option("crop", "shared", "affects_test")
     """How images of another aspect ratio get this size: cover it and crop the center (crop), fit into it on a gray
     border (pad), or change the aspect ratio (stretch)."""
+    in_chans: int | Literal["auto"] = option("auto", "evaluation", "shared", "affects_test", ge=1)
+    """Channels of the images; auto: 3, or those of the first file if it is a NumPy array (.npy) or a TIFF file of
+    several bands; 1 converts color to gray."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
     """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
     workers: int | None = option(None, "resumable", "evaluation", "shared", ge=0)

@@ -13,6 +13,7 @@ OTHER_NAMES = {
     "data": ("data_path", "data_root", "data_set", "dataset", "dataset_name"),
     "img_size": ("image_size", "imgsz", "input_size"),
     "resize": ("crop_mode",),
+    "in_chans": ("channels", "input_channels", "num_channels"),
     "workers": ("dataloader_num_workers", "j", "num_workers"),
     "train_fraction": ("fraction",),
     "val_fraction": ("train_val_split", "validation_split"),

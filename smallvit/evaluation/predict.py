@@ -29,7 +29,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
-from smallvit.datasets.decode import describe_decode_error, open_image, resize, to_rgb
+from smallvit.datasets.channels import order_axes, read_channels, scale_channels
+from smallvit.datasets.decode import describe_decode_error, open_image, resize, resize_channels, to_rgb
 from smallvit.datasets.gray import GrayRanges, kind_of
 from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.evaluation.predictor import Predictor, load_predictor
@@ -47,7 +48,8 @@ DIGITS = 6
 """Significant digits of probabilities in files."""
 
 ImageInput = str | Path | Image.Image | np.ndarray
-"""A file, or an image in memory; arrays are (height, width) or (height, width, channels), as Pillow reads them."""
+"""A file, or an image in memory; arrays are (height, width) or (height, width, channels), as Pillow reads them,
+for models of other numbers of channels also (channels, height, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +176,24 @@ def decode(
     Returns:
         The pixels, and how gray values of more than 8 bits were scaled, if the image has any.
     """
-    ranges = model.info.gray_ranges or GrayRanges()
+    ranges, channels = model.info.gray_ranges or GrayRanges(), model.in_chans
+    values = None
+    if isinstance(image, str | Path):
+        values = read_channels(str(image), max_megapixels)
+    elif isinstance(image, np.ndarray) and channels not in (1, 3):
+        values = order_axes(image, max_megapixels)
+    if values is not None:
+        levels = scale_channels(values, ranges, channels)
+        return resize_channels(levels, model.img_size, **model.info.resizing), None
     if isinstance(image, str | Path):
         opened = open_image(str(image), max_megapixels)
     else:
         opened = nullcontext(Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy())
     with opened as file:
         rgb, kind = to_rgb(ImageOps.exif_transpose(file), ranges), kind_of(file)
-    pixels = resize(rgb.convert("L") if model.in_chans == 1 else rgb, model.img_size, **model.info.resizing)
+    if channels not in (1, 3):
+        raise ValueError(f"a gray or color image, expected {channels} channels")
+    pixels = resize(rgb.convert("L") if channels == 1 else rgb, model.img_size, **model.info.resizing)
     return np.atleast_3d(pixels).transpose(2, 0, 1), None if kind is None else ranges.note(kind)
 
 

@@ -44,7 +44,7 @@ class Predictor:
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images: 1 gray, 3 color."""
+        """Channels of the images: 1 gray, 3 color, others of arrays."""
         return self.info.spec["in_chans"]
 
     @property

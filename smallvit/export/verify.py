@@ -112,7 +112,7 @@ def build_metadata(model: Predictor) -> dict[str, str]:
 
 def describe_preprocessing(model: Predictor) -> str:
     """Describe in a sentence how images become inputs of a model."""
-    mode = "RGB" if model.in_chans == 3 else "grayscale (ITU-R 601 luma)"
+    mode = {1: "grayscale (ITU-R 601 luma)", 3: "RGB"}.get(model.in_chans, f"{model.in_chans} channels")
     (height, width), ranges = height_width(model.img_size), model.info.gray_ranges or GrayRanges()
     resized, crop_mode, interpolation = (
         _resized(model),
@@ -158,6 +158,7 @@ def render_preprocess(model: Predictor) -> str:
             interpolation=resizing["interpolation"],
             mean=list(model.info.mean),
             std=list(model.info.std),
+            channel_ranges=ranges.channels,
             integer=ranges.integer or FULL["integer"],
             floating=ranges.floating or FULL["floating"],
         )

@@ -29,8 +29,11 @@ IMAGENET = "imagenet-1k"
 FILE = "model" + SUFFIX
 
 
-def load_trained_model(info: WeightsInfo) -> nn.Module:
+def load_trained_model(info: WeightsInfo, in_chans: int | None = None) -> nn.Module:
     """Build a model and load its weights: on the CPU, in evaluation mode, at its own image size.
+
+    Args:
+        in_chans: Channels to which timm adapts the first layer of its own models.
 
     Raises:
         InputError: The weights do not fit the model, cannot be downloaded, or do not name their model.
@@ -38,7 +41,7 @@ def load_trained_model(info: WeightsInfo) -> nn.Module:
     if info.spec is None:
         raise info.error("this file of another program does not name its model")
     if info.timm_name is not None:
-        return load_pretrained(info)
+        return load_pretrained(info, in_chans)
     if info.class_names is None:
         model = factory.create_model(**info.spec)
         model.load_state_dict(checkpoint.read_tensors(info.path))
@@ -147,7 +150,7 @@ def describe_file(info: WeightsInfo, arch: str) -> WeightsInfo:
     return _add_pretrained_cfg(info, replace(cfg, num_classes=shape[0]))
 
 
-def load_pretrained(info: WeightsInfo) -> nn.Module:
+def load_pretrained(info: WeightsInfo, in_chans: int | None = None) -> nn.Module:
     """Build a timm model and load its pretrained weights, in evaluation mode.
 
     Raises:
@@ -157,7 +160,8 @@ def load_pretrained(info: WeightsInfo) -> nn.Module:
     overlay = {"custom_load": False, "num_classes": info.spec["num_classes"]}
     try:
         overlay["state_dict"] = checkpoint.read_tensors(path)
-        model = timm.create_model(info.timm_name, pretrained=True, pretrained_cfg_overlay=overlay)
+        options = {} if in_chans in (None, info.spec["in_chans"]) else {"in_chans": in_chans}
+        model = timm.create_model(info.timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # timm's filters and constructors raise anything for other weights
         raise info.error(f"{path.name} does not fit {info.timm_name} ({checkpoint.shorten(error)})") from None
     model.pretrained_cfg["state_dict"] = None  # frees a second copy

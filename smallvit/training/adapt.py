@@ -51,10 +51,14 @@ def load_initial_weights(
     own = card.spec
     if card.packed:
         raise card.error("its weights are packed to one bit each and cannot be trained; give the run itself")
-    trained.check_channels(card, dataset)
+    channels = dataset.in_chans if card.timm_name else None
+    if not channels:
+        trained.check_channels(card, dataset)
     warnings = check_test_split(card, dataset, config)
-    source = trained.load_trained_model(card)
+    source = trained.load_trained_model(card, channels)
     notes = [own["arch"], *warnings]
+    if own["in_chans"] != dataset.in_chans:
+        notes.append(f"first layer from {own['in_chans']} to {dataset.in_chans} channels, as timm does")
     if shrink:
         _resample_patches(source, model)
     if own["img_size"] != spec["img_size"]:

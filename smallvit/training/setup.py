@@ -198,6 +198,8 @@ class Setup:
                 f"{self.spec['arch']} is made for {size[1]} pixels and trains at {data.img_size}; "
                 f"--img-size {size[1]} takes about {cost:.0f} times as long"
             )
+        if data.in_chans not in (1, 3) and self.batches.augment.policies:
+            yield f"images have {data.in_chans} channels: changes of saturation and conversions to gray are left out"
         if len(data.train) < batch:
             yield f"a step has all {len(data.train)} training images, since --batch-size is {batch}"
         if not (data.train.on_disk or data.test.on_disk):

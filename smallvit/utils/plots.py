@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.text import Text
@@ -47,14 +47,14 @@ def draw_grid(
     """Draw pictures in rows of `columns`, enlarged by a whole factor, with a caption below each.
 
     Args:
-        pictures: Pictures of one size with 1 or 3 channels; floats in [0, 1], or bytes.
+        pictures: Pictures of one size, see `view_colors`; floats in [0, 1], or bytes.
         captions: One for each picture. Lines that are too long are truncated.
         title: Text above the pictures, wrapped to the width of the sheet.
     """
     sheet = None
     caption_height = LINE_HEIGHT * max(caption.count("\n") + 1 for caption in captions)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        pixels = np.broadcast_to(np.asarray(picture), (3, *picture.shape[1:])).transpose(1, 2, 0)
+        pixels = view_colors(np.asarray(picture)).transpose(1, 2, 0)
         if sheet is None:
             factor = max(1, round(MIN_SIDE / pixels.shape[1]))
             height, width = pixels.shape[0] * factor, pixels.shape[1] * factor
@@ -72,6 +72,11 @@ def draw_grid(
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         _write(draw, left, top + height, caption.split("\n"), width)
     return sheet
+
+
+def view_colors(pixels: Shaped[np.ndarray, "c h w"]) -> Shaped[np.ndarray, "3 h w"]:
+    """Return the first three channels as colors, or the first as gray if there are fewer."""
+    return np.broadcast_to(pixels[: 3 if len(pixels) >= 3 else 1], (3, *pixels.shape[1:]))
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Real, Shaped, UInt8
+from jaxtyping import Real, UInt8
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from smallvit.datasets.gray import FULL, KIND_NAMES, GrayRanges, Range
@@ -25,8 +25,8 @@ NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of NumPy files, and of TIFF and BigTIFF."""
 BAND_MODES = ("L", "F", "I", "I;16", "I;16L", "I;16B")
 """Pillow's modes of a page that is one band."""
-BITS_PER_SAMPLE = 258
-"""TIFF tag."""
+EXTRA_SAMPLES, UNSPECIFIED = 338, 0
+"""TIFF tag of bands beyond color, and its value for those that are no transparency."""
 REMEDY = "pip install 'smallvit[tiff]'"
 
 
@@ -48,7 +48,7 @@ def read_channels(file: str | BinaryIO, max_megapixels: float) -> Real[np.ndarra
     return None if values is None else order_axes(values, max_megapixels)
 
 
-def order_axes(values: Shaped[np.ndarray, ...], max_megapixels: float) -> Real[np.ndarray, "c h w"]:
+def order_axes(values: np.ndarray, max_megapixels: float) -> Real[np.ndarray, "c h w"]:
     """Return an array with the channels first.
 
     Raises:
@@ -69,25 +69,29 @@ def order_axes(values: Shaped[np.ndarray, ...], max_megapixels: float) -> Real[n
     return values
 
 
-def _read_tiff(stream: BinaryIO) -> Shaped[np.ndarray, ...] | None:
+def _read_tiff(stream: BinaryIO) -> np.ndarray | None:
     """Return the pages or bands of a TIFF file; None for a gray or color image."""
     try:
         with Image.open(stream) as image:
-            pages = [page.copy() for page in ImageSequence.Iterator(image)] if image.n_frames > 1 else []
-            bands = [page for page in pages if page.size == image.size and page.mode in BAND_MODES]
-            if bands and len(bands) == len(pages):
-                return np.stack([np.asarray(band) for band in bands])
+            size, bands = image.size, []
+            for page in ImageSequence.Iterator(image) if image.n_frames > 1 else ():
+                if page.size != size or page.mode not in BAND_MODES:
+                    break
+                bands.append(np.asarray(page))
+            else:
+                if bands:
+                    return np.stack(bands)
             image.seek(0)
-            if image.mode != "RGBX":
+            if UNSPECIFIED not in image.tag_v2.get(EXTRA_SAMPLES, ()):
                 return None
-            if max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) == 8:
-                return np.asarray(image).transpose(2, 0, 1)
     except UnidentifiedImageError:
-        pass  # more bands than Pillow has modes for
+        pass  # more bands than Pillow has modes for, or damaged
     try:
         from tifffile import imread
     except ImportError:
-        raise ValueError(f"a TIFF file of more bands than Pillow reads: {REMEDY}, or save it as .npy") from None
+        raise ValueError(
+            f"more bands than color and transparency, or damaged: to read it {REMEDY}, or save it as .npy"
+        ) from None
     stream.seek(0)
     return imread(stream)
 
@@ -135,5 +139,5 @@ def view_channels(values: Real[np.ndarray, "c h w"]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)))
 
 
-def _kind(values: Real[np.ndarray, ...]) -> str:
+def _kind(values: np.ndarray) -> str:
     return "floating" if values.dtype.kind == "f" else "integer"

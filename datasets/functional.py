@@ -374,7 +374,8 @@ def corrupt(
         radius = min(max(1, round(4 * value * side)), side - 1)
         return V.gaussian_blur(images, [2 * radius + 1] * 2, [value * side] * 2)
     if kind == "contrast":
-        return (255 * V.adjust_contrast(images / 255, value)).round().byte()
+        pixels = images if images.shape[1] in (1, 3) else images.flatten(1, 2)[:, None]  # torchvision takes no others
+        return (255 * V.adjust_contrast(pixels / 255, value)).round().byte().view_as(images)
     return torch.stack([_recode_jpeg(image, int(value)) for image in images.cpu()]).to(images.device)
 
 

@@ -9,7 +9,7 @@ scale per data set keeps the order of gray values within and between images.
 
 Integers use 16 bits if the largest needs more than 14 bits and they span at least an eighth of the range. Cameras of 10
 to 14 bits do not, nor do thermal images around a large offset, which would keep only a few levels.
-The same holds for each channel of arrays (`channels`), with a range of its own.
+The same holds for each channel of arrays (`channels`), with own ranges.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class GrayRanges:
             ValueError, TypeError, AttributeError: the entry has another form.
         """
         channels = entry.get("channels") and tuple((float(low), float(high)) for low, high in entry["channels"])
-        ranges = {kind: tuple(map(float, entry[kind])) for kind in KINDS if entry.get(kind) is not None}
+        ranges = {
+            kind: tuple(map(float, entry[kind])) for kind in entry.keys() - {"channels"} if entry[kind] is not None
+        }
         for low, high in (*ranges.values(), *(channels or ())):
             if not -math.inf < low < high < math.inf:
                 raise ValueError(f"gray values from {low:g} to {high:g}")

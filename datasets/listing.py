@@ -30,6 +30,8 @@ NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 HEIF_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".hif"})
 """Images of phones and cameras that Pillow reads with pillow-heif only; AVIF since Pillow 11.3."""
 HEIF_REMEDY = "pip install 'smallvit[heif]'"
+ARRAY_SUFFIX = ".npy"
+"""Images as NumPy arrays, see `channels`."""
 SYSTEM_FILES = {"__macosx", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 """Files and folders that macOS, Linux and Windows create, in lower case."""
 RUN_FILES = ("config.json", "compare.md", "crossval.json")
@@ -307,13 +309,13 @@ def register_heif() -> None:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the file name suffixes that are decoded, in lower case: those of Pillow, and NumPy arrays."""
+    """Return the file name suffixes that Pillow decodes, in lower case."""
     register_heif()
     return frozenset(
         suffix
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in NOT_IMAGES
-    ) | {".npy"}
+    )
 
 
 def is_image(name: str) -> bool:
@@ -323,7 +325,7 @@ def is_image(name: str) -> bool:
 
 def is_readable(name: str) -> bool:
     """Return whether a file name has the suffix of an image that can be decoded."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
+    return os.path.splitext(name)[1].lower() in image_suffixes() | {ARRAY_SUFFIX}
 
 
 def group_by_path(listing: Listing, pattern: str) -> Listing:

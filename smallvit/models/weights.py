@@ -33,7 +33,7 @@ def load_trained_model(info: WeightsInfo, in_chans: int | None = None) -> nn.Mod
     """Build a model and load its weights: on the CPU, in evaluation mode, at its own image size.
 
     Args:
-        in_chans: Channels to which timm adapts the first layer of its own models.
+        in_chans: Channels to which timm adapts the first layer of its models.
 
     Raises:
         InputError: The weights do not fit the model, cannot be downloaded, or do not name their model.

@@ -74,7 +74,7 @@ def _read_tiff(stream: BinaryIO) -> np.ndarray | None:
     try:
         with Image.open(stream) as image:
             size, bands = image.size, []
-            for page in ImageSequence.Iterator(image) if image.n_frames > 1 else ():
+            for page in ImageSequence.Iterator(image) if getattr(image, "n_frames", 1) > 1 else ():
                 if page.size != size or page.mode not in BAND_MODES:
                     break
                 bands.append(np.asarray(page))
@@ -82,7 +82,7 @@ def _read_tiff(stream: BinaryIO) -> np.ndarray | None:
                 if bands:
                     return np.stack(bands)
             image.seek(0)
-            if UNSPECIFIED not in image.tag_v2.get(EXTRA_SAMPLES, ()):
+            if UNSPECIFIED not in getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES, ()):
                 return None
     except UnidentifiedImageError:
         pass  # more bands than Pillow has modes for, or damaged

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from timm.models import adapt_input_conv
 
 import smallvit as package
 from smallvit import datasets
@@ -21,7 +24,9 @@ from smallvit.datasets.augment import Augment
 from smallvit.datasets.channels import read_channels, view_channels
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.functional import apply_operations, corrupt
+from smallvit.evaluation.predictor import read_model_info
 from smallvit.models.checkpoint import load_model
+from smallvit.models.weights import load_trained_model
 from smallvit.utils.errors import InputError
 
 Command = Callable[..., tuple[int, str, str]]
@@ -131,6 +136,16 @@ def test_augmentation_leaves_colors_out() -> None:
         x, _ = augment.apply(images, torch.zeros(4, dtype=torch.int64), augment.draw(rng, 4, 8, 12), mean, std, 2)
         assert x.shape == images.shape
     assert corrupt(images, "jpeg", 3, torch.arange(4)).shape == images.shape
+
+
+def test_weights_of_timm_are_adapted_as_timm_does(tmp_path: Path) -> None:
+    weights = {name: torch.randn_like(each) for name, each in timm.create_model("test_vit").state_dict().items()}
+    save_file(weights, file := tmp_path / "timm.safetensors")
+    info = read_model_info(str(file), "--init", "test_vit")
+    adapted = load_trained_model(info, CHANNELS).state_dict()
+    expected = adapt_input_conv(CHANNELS, weights["patch_embed.proj.weight"])
+    torch.testing.assert_close(adapted.pop("patch_embed.proj.weight"), expected)
+    assert all(torch.equal(each, weights[name]) for name, each in adapted.items())
 
 
 @pytest.mark.slow

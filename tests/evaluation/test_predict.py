@@ -411,6 +411,7 @@ def test_folders_that_cannot_be_listed_are_named(
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refused(scandir))  # what root is not refused
         patch.setattr(predicting, "open_image", refused(real))
+        patch.setattr(predicting, "read_channels", refused(predicting.read_channels))
         code, out, err = smallvit("predict", color, photos, "--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 4

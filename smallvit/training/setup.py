@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 from jaxtyping import Float
 from rich.console import Console
@@ -200,6 +201,8 @@ class Setup:
             )
         if data.in_chans not in (1, 3) and self.batches.augment.policies:
             yield f"images have {data.in_chans} channels: changes of saturation and conversions to gray are left out"
+        if self.config.init.init is None and timm.models.is_model_pretrained(arch := self.spec["arch"]):
+            yield f"timm has pretrained weights for {arch}: --init {arch} --recipe finetune starts from them"
         if len(data.train) < batch:
             yield f"a step has all {len(data.train)} training images, since --batch-size is {batch}"
         if not (data.train.on_disk or data.test.on_disk):

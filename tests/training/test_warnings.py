@@ -34,6 +34,7 @@ def test_surprising_sizes_are_said(photographs: Path) -> None:
     text = "\n".join((*setup.dataset.notes, *setup.warnings()))
     assert "images of 160 pixels (median shorter side) are reduced to 64; --img-size changes that" in text
     assert "deit_tiny_patch16_224 is made for 224 pixels and trains at 64; --img-size 224 takes about 12 times" in text
+    assert "timm has pretrained weights for deit_tiny_patch16_224: --init deit_tiny_patch16_224 --recipe" in text
     assert f"a step has all {len(setup.dataset.train)} training images, since --batch-size is 128" in text
     count = len(setup.dataset.val)
     points = 100 * norm.ppf(0.975) * (0.25 / count) ** 0.5

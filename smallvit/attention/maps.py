@@ -137,9 +137,9 @@ class AttentionMap(Layout):
 
     def _unpadded(self) -> Float[Tensor, "b w h n n"]:
         """Return the weights without padding; tokens that attend to padding only attend to themselves instead."""
-        real = self._window_indices() < self._count
-        if real.all():
+        if not any(side % step for side, step in zip(self.grid, self.window, strict=True)):
             return self.weights
+        real = self._window_indices() < self._count
         shares = self.weights * real[:, None, None, :]
         total = shares.sum(dim=-1, keepdim=True)
         itself = torch.eye(shares.shape[-1], device=shares.device)

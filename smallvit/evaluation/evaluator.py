@@ -130,40 +130,26 @@ class EvaluationTask:
                     raise self.predictor.info.error("the logits are not finite, so these weights are unusable")
                 yield condition, logits.cpu(), indices.cpu()
 
+    def collect_outputs(self, logits: Float[Tensor, "b k"], indices: Int64[Tensor, " b"]) -> Outputs | LabelOutputs:
+        """Return what is kept of a model's logits for some images, with the images' labels."""
+        labels = torch.cat([part.labels for part in self.parts])[indices]
+        if self.dataset.label_sets is None:
+            return metrics.reduce_logits(logits, torch.from_numpy(self.class_indices)[labels], indices)
+        targets = self.dataset.targets[labels].bool()
+        return LabelOutputs(indices.numpy(), targets.numpy(), logits[:, self.class_indices].double().numpy())
+
     def compute_outputs(
         self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
-    ) -> dict[Condition, Outputs]:
-        """Compute the model's outputs for the images under each condition; arguments are those of `compute_logits`.
+    ) -> dict[Condition, Any]:
+        """Compute the model's outputs (see `collect_outputs`) under each condition, as `compute_logits` does.
 
         Raises:
             InputError: The logits are not finite, or no image can be decoded.
         """
-        batches: dict[Condition, list[Outputs]] = {condition: [] for condition in conditions}
-        labels = torch.from_numpy(self.labels)
+        batches: dict[Condition, list[Any]] = {condition: [] for condition in conditions}
         for condition, logits, indices in self.compute_logits(conditions, progress, flip=flip):
-            batches[condition].append(metrics.reduce_logits(logits, labels[indices], indices))
+            batches[condition].append(self.collect_outputs(logits, indices))
         return {condition: metrics.concatenate(outputs) for condition, outputs in batches.items()}
-
-    def compute_label_outputs(
-        self, conditions: Sequence[Condition], progress: Progress, *, flip: bool
-    ) -> dict[Condition, LabelOutputs]:
-        """Compute the model's outputs for images with several labels, as `compute_outputs` does.
-
-        Raises:
-            InputError: The logits are not finite, or no image can be decoded.
-        """
-        batches: dict[Condition, list[tuple[Tensor, Tensor]]] = {condition: [] for condition in conditions}
-        labels = torch.cat([part.labels for part in self.parts])
-        for condition, logits, indices in self.compute_logits(conditions, progress, flip=flip):
-            batches[condition].append((logits[:, torch.from_numpy(self.class_indices)], indices))
-        if not batches[conditions[0]]:
-            raise InputError("none of the images can be decoded")
-        results = {}
-        for condition, parts in batches.items():
-            logits, indices = (torch.cat(each) for each in zip(*parts, strict=True))
-            targets = self.dataset.targets[labels[indices]]
-            results[condition] = LabelOutputs(indices.numpy(), targets.bool().numpy(), logits.double().numpy())
-        return results
 
 
 def evaluate_run(
@@ -218,8 +204,7 @@ def evaluate_run(
     corruptions: list[Condition] = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
     with create_progress(console) as progress:
         conditions = [None, *corruptions] if robustness else [None]
-        compute = tasks[0].compute_label_outputs if several else tasks[0].compute_outputs
-        results = compute(conditions, progress, flip=flip)
+        results = tasks[0].compute_outputs(conditions, progress, flip=flip)
         others = [task.compute_outputs([None], progress, flip=flip)[None] for task in tasks[1:]]
     outputs, dataset, predictor = results[None], tasks[0].dataset, tasks[0].predictor
     robust = {

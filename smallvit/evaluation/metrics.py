@@ -82,17 +82,16 @@ def reduce_logits(logits: Float[Tensor, "b k"], labels: Int64[Tensor, " b"], ind
     return Outputs(**{name: value.cpu().numpy() for name, value in values.items()})
 
 
-def concatenate(batches: Sequence[Outputs]) -> Outputs:
-    """Concatenate the outputs of all batches.
+def concatenate(batches: Sequence[Any]) -> Any:
+    """Concatenate the outputs of all batches, which are instances of one dataclass of arrays.
 
     Raises:
         InputError: There are none.
     """
     if not sum(map(len, batches)):
         raise InputError("none of the images can be decoded")
-    return Outputs(
-        **{each.name: np.concatenate([getattr(batch, each.name) for batch in batches]) for each in fields(Outputs)}
-    )
+    names = [each.name for each in fields(batches[0])]
+    return type(batches[0])(**{name: np.concatenate([getattr(each, name) for each in batches]) for name in names})
 
 
 def compute_metrics(outputs: Outputs, class_names: Sequence[str]) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from rich.progress import Progress
 
 from smallvit.evaluation.evaluator import EvaluationTask
+from smallvit.utils.errors import InputError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -52,10 +54,12 @@ class Comparison:
 
     images: int
     bytes: tuple[int, int]
-    top1: tuple[float, float]
-    """Accuracy in percent."""
+    metric: str
+    """top-1, or mAP for images with several labels."""
+    scores: tuple[float, float]
+    """The metric in percent."""
     agreement: float
-    """Images with the same prediction, in percent."""
+    """Equal predictions, in percent."""
     milliseconds: dict[int, tuple[float, float]]
     """Median time of a batch by its size, measured by turns."""
 
@@ -63,8 +67,8 @@ class Comparison:
         """Return a table as text."""
         rows = [("", "fp32", precision)]
         rows.append(("size, MB", *(f"{size / 1e6:.2f}" for size in self.bytes)))
-        rows.append((f"top-1 of {self.images:,} test images, %", *(f"{value:.2f}" for value in self.top1)))
-        rows.append(("same prediction, %", "", f"{self.agreement:.2f}"))
+        rows.append((f"{self.metric} of {self.images:,} test images, %", *(f"{value:.2f}" for value in self.scores)))
+        rows.append(("equal predictions, %", "", f"{self.agreement:.2f}"))
         for size, pair in self.milliseconds.items():
             what = f"{size} images" if size > 1 else "1 image"
             rows.append((f"{what} in onnxruntime, ms", *(f"{value:.2f}" for value in pair)))
@@ -114,7 +118,7 @@ def reduce_precision(source: Path, target: Path, reduction: Reduction) -> None:
 
 def calibration_batches(task: EvaluationTask) -> Iterator[Float[np.ndarray, "b c h w"]]:
     """Yield a random choice of a task's images, normalized; it is the same each time."""
-    chosen = np.random.default_rng(0).permutation(len(task.labels))[:CALIBRATION_IMAGES]
+    chosen = np.random.default_rng(0).permutation(sum(map(len, task.parts)))[:CALIBRATION_IMAGES]
     for pixels, indices in task.batches():
         if len(selected := pixels[np.isin(indices.numpy(), chosen)]):
             yield task.predictor.normalize(selected).numpy()
@@ -124,26 +128,29 @@ def compare(original: Path, converted: Path, task: EvaluationTask, progress: Pro
     """Run two ONNX models on the same images in onnxruntime, and time them by turns.
 
     Raises:
-        InputError: The logits of the converted model are not finite.
+        InputError: The logits of the converted model are not finite, or no image can be decoded.
     """
     from onnxruntime import InferenceSession
 
     sessions = [InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (original, converted)]
-    correct, agreeing, count = np.zeros(2, int), 0, 0
+    parts: list[list[np.ndarray]] = []
     for pixels, indices in progress.track(task.batches(), len(task), description="images of test"):
         images = task.predictor.normalize(pixels).numpy()
-        logits = [session.run(["logits"], {"images": images})[0] for session in sessions]
-        if not np.isfinite(logits[1]).all():
-            raise task.predictor.info.error("the logits are not finite in this --precision; choose another")
-        predicted = np.stack([each.argmax(1) for each in logits])
-        correct += (predicted == task.labels[indices.numpy()]).sum(1)
-        agreeing += (predicted[0] == predicted[1]).sum()
-        count += len(indices)
+        parts.append([indices.numpy(), *(session.run(["logits"], {"images": images})[0] for session in sessions)])
+    if not parts:
+        raise InputError("none of the images can be decoded")
+    indices, *logits = (np.concatenate(each) for each in zip(*parts, strict=True))
+    if not np.isfinite(logits[1]).all():
+        raise task.predictor.info.error("the logits are not finite in this --precision; choose another")
+    first, second = (task.collect_outputs(torch.from_numpy(each), torch.from_numpy(indices)) for each in logits)
+    several = task.dataset.label_sets is not None
+    decided = [each > 0 if several else each.argmax(1) for each in logits]
     return Comparison(
-        images=count,
+        images=len(indices),
+        metric="mAP" if several else "top-1",
         bytes=(original.stat().st_size, converted.stat().st_size),
-        top1=tuple(100 * correct / count),
-        agreement=100 * agreeing / count,
+        scores=(first.score, second.score),
+        agreement=100 * float((decided[0] == decided[1]).mean()),
         milliseconds={size: _time_by_turns(sessions, images[:1].repeat(size, axis=0)) for size in BATCH_SIZES},
     )
 

@@ -81,7 +81,7 @@ class PerImage:
         if values["crop"] == "pad":
             steps.append(T.RandomCrop(size, padding=values["crop_padding"] or size // 8))
         if values["auto_augment"] == "autoaugment":
-            steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=(128, 128, 128)))
+            steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=128))
         steps += [T.ToTensor(), T.Normalize(mean, std)]
         if values["random_erasing"]:
             steps.append(T.RandomErasing(values["random_erasing"], (0.02, values["erasing_area"])))

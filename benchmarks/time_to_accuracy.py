@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row, values in ratios.items():
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         console.print(f"{row}: {statistics.fmean(values):.2f}{spread} times shorter, {len(values)} seeds")
-    console.print(f"{describe_machine(device)}, {torch.get_num_threads()} threads")
+    console.print(describe_machine(device))
     console.print(f"python benchmarks/time_to_accuracy.py {shlex.join(arguments or sys.argv[1:])}")
 
 

@@ -83,11 +83,11 @@ def write(source: Path, out: Path) -> None:
 
 def count(out: Path, results: Path) -> None:
     """Print how many of the faults are among the findings."""
-    faults, found = json.loads((out / "faults.json").read_text()), json.loads(results.read_text())
-    groups = [{each["path"] for each in group["images"]} for group in found["duplicates"]]
+    faults, checked = json.loads((out / "faults.json").read_text()), json.loads(results.read_text())
+    groups = [{each["path"] for each in group["images"]} for group in checked["duplicates"]]
     copies = sum(any({*pair} <= group for group in groups) for pair in faults["duplicates"])
     print(f"{copies} of {len(faults['duplicates'])} duplicates, in {len(groups)} groups")
-    first = [each["path"] for each in found["wrong_labels"]][: math.floor(0.06 * faults["train"])]
+    first = [each["path"] for each in checked["wrong_labels"]][: math.floor(0.06 * faults["train"])]
     wrong = len({*first} & {*faults["wrong_labels"]})
     print(f"{wrong} of {len(faults['wrong_labels'])} wrong labels among the first {len(first)} listed")
 

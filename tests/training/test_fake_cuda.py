@@ -140,7 +140,7 @@ class Faulty(nn.Module):
         return self.fault(x)
 
 
-def test_planted_faults_are_found(fake: FakeTensorMode) -> None:
+def test_planted_faults_raise(fake: FakeTensorMode) -> None:
     constant = torch.ones(3, 1, 1)
     for fault, expected in (
         (lambda x: x * x.mean().item(), DataDependentOutputException),

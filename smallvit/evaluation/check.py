@@ -43,6 +43,8 @@ DECODED_SIDE = 64
 """Large JPEG files are decoded at a fraction of their size, at least this."""
 SIMILARITY = 0.97
 """Correlation from which two reduced images are near duplicates."""
+MATCHING_STEPS = 20
+"""Steps in which mean probabilities are matched to the frequencies of classes."""
 CHUNK = 512
 """Images that are compared with all others at a time."""
 SHEET_COLUMNS, SHEET_IMAGES, SHEET_SIDE = 8, 120, 64
@@ -284,6 +286,23 @@ def find_wrong_labels(
     return wrong, counted[wrong]
 
 
+def match_frequencies(
+    labels: Int64[np.ndarray, " n"], probabilities: Float[np.ndarray, "n k"]
+) -> Float[np.ndarray, "n k"]:
+    """Weigh the classes so that their mean probabilities are their frequencies among the labels (Sinkhorn's iteration).
+
+    Models that are trained with logit adjustment, class weights or balanced batches give small classes too much
+    probability to judge labels by. Probabilities that have the frequencies already stay as they are.
+    """
+    frequencies = np.bincount(labels, minlength=probabilities.shape[1]) / len(labels)
+    for _ in range(MATCHING_STEPS):
+        means = probabilities.mean(axis=0)
+        weighted = probabilities * np.divide(frequencies, means, out=np.zeros_like(means), where=means > 0)
+        sums = weighted.sum(axis=1, keepdims=True)
+        probabilities = np.where(sums > 0, weighted / np.where(sums > 0, sums, 1), probabilities)
+    return probabilities
+
+
 def check_labels(source: Source, run: str, compute: ComputeConfig) -> list[dict[str, Any]]:
     """Return the likely wrong labels by the predictions of a cross-validation, or of a run for its test images.
 
@@ -311,6 +330,7 @@ def check_labels(source: Source, run: str, compute: ComputeConfig) -> list[dict[
         raise InputError(f"--run {run}: none of its predictions is of an image file of {source.name}; give a run on it")
     indices, totals = np.array(list(sums)), np.stack(list(sums.values()))
     probabilities = (totals / totals.sum(axis=1, keepdims=True))[:, [names.index(each) for each in source.class_names]]
+    probabilities = match_frequencies(source.labels[indices], probabilities)
     wrong, classes = find_wrong_labels(source.labels[indices], probabilities)
     return [
         source.describe(indices[row])

@@ -135,6 +135,20 @@ def write_predictions(folder: Path, rows: list[list[object]], names: tuple[str, 
     return folder
 
 
+def test_wrong_labels_do_not_depend_on_how_training_weighed_the_classes() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(range(3), (80, 15, 5))
+    probabilities = rng.dirichlet((1, 1, 1), 100) + 2 * np.eye(3)[labels]
+    matched = check.match_frequencies(labels, probabilities / probabilities.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(matched.mean(axis=0), [0.8, 0.15, 0.05], atol=1e-6)
+    np.testing.assert_allclose(matched.sum(axis=1), 1)
+    adjusted = matched / [0.8, 0.15, 0.05]  # as after training with logit adjustment
+    adjusted /= adjusted.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(check.match_frequencies(labels, adjusted), matched, atol=1e-4)
+    never = np.array([[1.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_array_equal(check.match_frequencies(np.array([0, 1]), never), never)
+
+
 def test_predictions_of_a_cross_validation_list_wrong_labels(
     image_folder: Path, tmp_path: Path, smallvit: Command
 ) -> None:
@@ -154,8 +168,9 @@ def test_predictions_of_a_cross_validation_list_wrong_labels(
         ("dark/003.png", "gray"),
         ("light/003.png", "gray"),
     ]
-    assert [(each["p_label"], each["p_likely"]) for each in findings] == [pytest.approx((0.1, 0.8))] * 2
-    assert "dark/003.png: dark (10 %), likely gray (80 %)" in shown
+    pairs = [(each["p_label"], each["p_likely"]) for each in findings]
+    assert pairs == [pytest.approx((0.1, 0.8), abs=0.04)] * 2  # matched to the labels' frequencies
+    assert f"dark/003.png: dark ({100 * pairs[0][0]:.0f} %), likely gray ({100 * pairs[0][1]:.0f} %)" in shown
 
 
 def test_unusable_input_is_one_line(image_folder: Path, tmp_path: Path, smallvit: Command) -> None:

@@ -165,11 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = pick_device(given.device)
     data = create_dataset(Config.build(**data_options(given)).data)
     table = Table("row", "seed", "share", "top-1", "s", "images", "ratio")
-    ratios: dict[str, list[float]] = {row: [] for row in given.ours}
+    usual_seconds: list[float] = []
+    seconds: dict[str, list[float]] = {row: [] for row in given.ours}
     shares = dict.fromkeys(given.ours, given.shares)
     with tempfile.TemporaryDirectory() as out:
         for seed in range(given.seeds):
             usual = train_usual(data, given, seed, device)
+            usual_seconds.append(usual.seconds)
             table.add_row("usual script", str(seed), "1", *format_outcome(usual), "1")
             for row in given.ours:
                 for share in shares[row]:
@@ -179,15 +181,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 else:
                     sys.exit(f"{row} did not reach {usual.top1:.2f} % with seed {seed}: {ours.top1:.2f} %")
                 shares[row] = shares[row] if seed else shares[row][shares[row].index(share) :]
-                ratios[row].append(usual.seconds / ours.seconds)
-                table.add_row(row, str(seed), f"{share:g}", *format_outcome(ours), f"{ratios[row][-1]:.2f}")
+                seconds[row].append(ours.seconds)
+                ratio = usual.seconds / ours.seconds
+                table.add_row(row, str(seed), f"{share:g}", *format_outcome(ours), f"{ratio:.2f}")
     console = wide_console()
     console.print(table)
-    for row, values in ratios.items():
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        console.print(f"{row}: {statistics.fmean(values):.2f}{spread} times shorter, {len(values)} seeds")
+    console.print(f"usual script: {format_mean(usual_seconds, 1)} s, {given.seeds} seeds")
+    for row, values in seconds.items():
+        ratios = [usual / ours for usual, ours in zip(usual_seconds, values, strict=True)]
+        console.print(f"{row}: {format_mean(values, 1)} s, {format_mean(ratios, 2)} times shorter, {given.seeds} seeds")
     console.print(describe_machine(device))
     console.print(f"python benchmarks/time_to_accuracy.py {shlex.join(arguments or sys.argv[1:])}")
+
+
+def format_mean(values: Sequence[float], digits: int) -> str:
+    """Return the mean, and the standard deviation if there are several values."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def format_outcome(outcome: Outcome) -> tuple[str, str, str]:

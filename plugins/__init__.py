@@ -19,7 +19,6 @@ from smallvit.plugins.binary import BINARY, BinaryConfig
 from smallvit.plugins.ffn import FFN, FFNConfig
 from smallvit.plugins.stem import STEM, StemConfig
 from smallvit.plugins.xsa import XSA, XSAConfig
-from smallvit.plugins.ls import LS, LSConfig
 
 PLUGINS: dict[str, Plugin] = {each.name: each for each in list(globals().values()) if isinstance(each, Plugin)}
 """All plugins by name, in the order in which they are applied."""

@@ -291,8 +291,8 @@ def match_frequencies(
 ) -> Float[np.ndarray, "n k"]:
     """Weigh the classes so that their mean probabilities are their frequencies among the labels (Sinkhorn's iteration).
 
-    Models that are trained with logit adjustment, class weights or balanced batches give small classes too much
-    probability to judge labels by. Probabilities that have the frequencies already stay as they are.
+    Models that are trained with logit adjustment, class weights or balanced batches give small classes more
+    probability. Probabilities that have the frequencies already do not change.
     """
     frequencies = np.bincount(labels, minlength=probabilities.shape[1]) / len(labels)
     for _ in range(MATCHING_STEPS):

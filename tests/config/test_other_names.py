@@ -17,7 +17,7 @@ aug-splits backend bce-sum bce-target-thresh benchmark bias-weight-decay blr bn-
 cache-dir callbacks channels-last check-val-every-n-epoch checkpoint checkpoint-hist class-map close-mosaic cls
 color-jitter-prob conf cooldown-epochs copy-paste cos-lr crop-pct cutmix-minmax ddp-backend decay-epochs decay-rate
 default-root-dir degrees depth deterministic dist-bn dist-url do-eval do-train drop-block drop-connect dummy embed-dim
-early-stopping evaluate fast-dev-run flipud fuser gp gaussian-blur-prob grayscale-prob hub-model-id in-chans
+early-stopping evaluate fast-dev-run flipud fuser gp gaussian-blur-prob grayscale-prob hub-model-id
 interpolation iou jsd-loss label-names label-column-name limit-train-batches local-rank log-dir log-interval log-level
 logging-dir logging-steps lr-base lr-cycle-decay lr-gamma lr-k-decay lr-noise lr-step-size lr-warmup-decay
 lr-warmup-method lrf mask-ratio max-steps mean min-epochs mixup-off-epoch mixup-switch-prob mlp-ratio

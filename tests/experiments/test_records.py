@@ -393,7 +393,9 @@ def of_timings(file: Path) -> Figures:
     """Return the figures that a benchmark printed."""
     text = file.read_text()
     ratios = re.findall(r"│ (\d\.\d{3}) +│", text)  # times as long as without plugins
-    return Figures(printed={*re.findall(NUMBER, text), *(f"{100 * (float(ratio) - 1):.1f}" for ratio in ratios)})
+    spreads = {(float(mean), float(deviation)) for mean, deviation in re.findall(rf"({NUMBER}) ± ({NUMBER})", text)}
+    printed = {*re.findall(NUMBER, text), *(f"{100 * (float(ratio) - 1):.1f}" for ratio in ratios)}
+    return Figures(printed=printed, spreads=spreads)
 
 
 def is_among(text: str, values: Iterable[float | str]) -> bool:

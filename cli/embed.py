@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from smallvit.cli.parser import Parser, evaluation_parser, parse, require_run
@@ -17,11 +18,11 @@ nearest neighbors of each image.
   smallvit embed runs/vit-spt-lsa-cifar100 photos/ --out photos.npy
   smallvit embed runs/vit-spt-lsa-cifar100 photos/ --out photos.parquet
   smallvit embed vit_small_patch14_dinov2:pretrained DIR --out dinov2.npy
-  smallvit embed RUN --data table.csv --out table.npy
+  smallvit embed RUN --data table.csv --out features.npy
 
-A .npy file has the features, float32 (images, features); the .csv file next
-to it names the image of each row and its neighbors by cosine similarity. A
-.parquet file has the columns path, features, neighbors and similarities.
+A .npy file has the features, float32 (images, features); NAME.neighbors.csv
+next to it names the image of each row and its neighbors by cosine similarity.
+A .parquet file has the columns path, features, neighbors and similarities.
 Images are decoded, resized and normalized as in training. Files that cannot be
 read are reported and have no row; if none can be read, the exit code is 2.
 See also: smallvit predict, smallvit probe; docs/prediction.md.
@@ -54,8 +55,11 @@ def main(argv: list[str]) -> int:
     suffix = Path(out).suffix.lower()
     require(suffix in (".npy", ".parquet"), "out", out, "a name that ends in .npy or .parquet")
     path = check_output_file(out, suffix, overwrite=overwrite)
+    table = path.with_suffix(".neighbors.csv")
     if suffix == ".npy":
-        check_output_file(str(path.with_suffix(".csv")), ".csv", overwrite=overwrite)
+        check_output_file(str(table), ".csv", overwrite=overwrite)
+    if "data" in config.given and os.path.realpath(os.path.expanduser(config.data.data)) == os.path.realpath(path):
+        raise InputError(f"--out {out}: is the table of --data; choose another name")
     names = list_names("embed", run, options["images"], config)
 
     from smallvit.models.weights_info import read_weights_info
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
     if not batches:
         raise InputError(unreadable)
     features = np.concatenate(batches)
-    files = embed.write_embedding(path, read, features, embed.find_neighbors(features, options["neighbors"]))
+    files = embed.write_embedding(path, table, read, features, embed.find_neighbors(features, options["neighbors"]))
     if failed:
         print_message(unreadable)
     print(f"{features.shape[0]:,} images, {features.shape[1]:,} features", *files, sep="\n")

@@ -41,7 +41,7 @@ from smallvit.utils.hardware import require_memory
 from smallvit.utils.sizes import ImageSize, fit_sides, height_width
 from smallvit.utils.terminal import track
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
 NO_RANGES = GrayRanges()
@@ -240,8 +240,7 @@ def decode_cached(
     """
     require_memory(len(files), channels, size)
     heif = "".join(sorted(HEIF_SUFFIXES & image_suffixes()))  # their errors are cached, too
-    key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}"
-    key += f"-{channels}" * (channels != 3)
+    key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}-{channels}"
     identity = f"{files.root.resolve()}\0{size}" + f"\0{crop_mode}" * (crop_mode != "center")
     name = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
     cache = cache_folder() / f"images-{name}.safetensors"

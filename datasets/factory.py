@@ -119,6 +119,8 @@ def _load_files(
         notes.append(f"images of {side} pixels (median shorter side) are reduced to {size}; --img-size changes that")
     indices = np.arange(len(files))
     channels = detect_channels(files) if config.in_chans == "auto" else config.in_chans
+    if config.in_chans == "auto" and channels != 3:
+        notes.append(f"images are read with {channels} channel{'s' * (channels > 1)}, as the first file has")
     options = {"max_megapixels": max_megapixels, "crop_mode": crop_mode, "channels": channels}
     images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, **options)
     parts: dict[str, Split] = {

@@ -106,9 +106,14 @@ class Folder:
 
     def walk(self) -> Iterator[str]:
         """Yield all files below, those of a folder before those of its subfolders."""
-        yield from self.files
+        for folder in self.subtree():
+            yield from folder.files
+
+    def subtree(self) -> Iterator[Folder]:
+        """Yield the folder and all folders below."""
+        yield self
         for folder in self.folders.values():
-            yield from folder.walk()
+            yield from folder.subtree()
 
     def has_images(self) -> bool:
         """Return whether there are images below."""
@@ -156,6 +161,8 @@ def find_layout(root: Folder, source: object, min_classes: int = 2) -> Layout:
             names that are not UTF-8.
     """
     ignored = [f"{name}/ (a run)" for name in _remove_runs(root)]
+    if arrays := _remove_arrays(root):
+        ignored.append(f"{describe_kinds(arrays)} next to images of other kinds")
     root = unwrap(root)
     splits = _find_splits(root, source)
     notes = [f"{folder.name}/ is {split}" for split, folder in splits.items() if root.folders.get(split) is not folder]
@@ -255,6 +262,18 @@ def _remove_copies(root: Folder) -> list[str]:
             del root.folders[name]
             removed.append(name)
     return removed
+
+
+def _remove_arrays(root: Folder) -> list[str]:
+    """Remove NumPy files, such as masks, if there are images of other kinds; return their names."""
+    images = root.images()
+    arrays = [name for name in images if os.path.splitext(name)[1].lower() == ARRAY_SUFFIX]
+    if not arrays or len(arrays) == len(images):
+        return []
+    removed = set(arrays)
+    for folder in root.subtree():
+        folder.files = [name for name in folder.files if name not in removed]
+    return arrays
 
 
 def _remove_runs(root: Folder) -> list[str]:

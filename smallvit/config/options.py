@@ -372,11 +372,9 @@ class RunConfig(Options):
     """Maximum time between two checkpoints; one is written after each epoch too."""
     keep_resume: bool = option(False, "resumable", "local")
     """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
-    select_by: Literal["auto", "top1", "macro_f1", "balanced_accuracy", "map", "micro_f1", "loss"] = option(
-        "auto", "shared"
-    )
-    """Validation metric that chooses the best epoch; auto: top1, or map (mean average precision) with several labels an
-    image, which have macro_f1, micro_f1 and loss too."""
+    select_by: Literal["top1", "macro_f1", "balanced_accuracy", "map", "micro_f1", "loss"] = option("top1", "shared")
+    """Validation metric that chooses the best epoch. With several labels an image: map (mean average precision, then
+    the default), macro_f1, micro_f1 or loss."""
     patience: int | None = option(None, "shared", ge=1)
     """Epochs without improvement of this metric after which training stops; by default it does not."""
     keep: int = option(0, "resumable", ge=0)

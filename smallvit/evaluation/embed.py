@@ -105,13 +105,13 @@ def find_neighbors(features: Float[np.ndarray, "n d"], count: int) -> Neighbors:
 
 
 def write_embedding(
-    path: Path, names: Sequence[str], features: Float[np.ndarray, "n d"], near: Neighbors
+    path: Path, table: Path, names: Sequence[str], features: Float[np.ndarray, "n d"], near: Neighbors
 ) -> list[Path]:
     """Write features and neighbors, and return the files.
 
     Args:
-        path: A .parquet file for all columns, or a .npy file for the features; a .csv file next to it gets the names
-            and neighbors.
+        path: A .parquet file for all columns, or a .npy file for the features.
+        table: File of the names and neighbors next to a .npy file.
         names: The image files.
         features: Their features, float32.
         near: Their neighbors.
@@ -121,7 +121,6 @@ def write_embedding(
         return [path]
     with atomic_write(path) as partial, open(partial, "wb") as file:
         np.save(file, features, allow_pickle=False)
-    table = path.with_suffix(".csv")
     with atomic_write(table) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         numbers = range(1, near.indices.shape[1] + 1)

@@ -154,7 +154,8 @@ def plan_runs(grid: Grid) -> list[PlannedRun]:
     dataset = datasets.create_dataset(Config.build(**grid.flags).data)
     if dataset.label_sets is not None:
         raise InputError(
-            f"--data {dataset.name}: only smallvit train takes several labels an image so far; train each model with it"
+            f"--data {dataset.name}: several labels an image, which compare and crossval do not take; use smallvit "
+            "train, with --folds and --fold for a cross-validation"
         )
     flags = grid.flags | {"data": dataset.source}
     recipes, options = [], []

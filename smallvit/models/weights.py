@@ -68,7 +68,10 @@ def check_channels(info: WeightsInfo, dataset: ImageDataset) -> None:
     """
     expected, actual = info.spec["in_chans"], dataset.in_chans
     if expected != actual:
-        raise info.error(f"the model takes images with {expected} channels, those of {dataset.name} have {actual}")
+        remedy = "; add --in-chans 1" * (expected == 1)
+        raise info.error(
+            f"the model takes images with {expected} channels, those of {dataset.name} have {actual}{remedy}"
+        )
 
 
 def check_classifier(info: WeightsInfo) -> None:

@@ -95,7 +95,7 @@ def finite_points(history: list[dict[str, Any]], name: str) -> list[tuple[int, f
 # PNG
 
 
-def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by: str = "auto") -> None:
+def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by: str = "top1") -> None:
     """Plot loss, accuracy and learning rate per epoch as a PNG."""
     from matplotlib.figure import Figure
 

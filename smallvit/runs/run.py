@@ -177,10 +177,9 @@ def is_follower() -> bool:
 
 def best_epoch(history: Sequence[dict[str, Any]], select_by: str) -> dict[str, Any] | None:
     """Return the metrics of the first best epoch by a validation metric, then loss; None if none was validated."""
-    name = primary_metric(history) if select_by == "auto" else select_by
     validated = [line for line in history if None not in (line[f"val_{primary_metric(history)}"], line["val_loss"])]
-    sign = -1 if name == "loss" else 1
-    return max(validated, key=lambda line: (sign * line[f"val_{name}"], -line["val_loss"]), default=None)
+    sign = -1 if select_by == "loss" else 1
+    return max(validated, key=lambda line: (sign * line[f"val_{select_by}"], -line["val_loss"]), default=None)
 
 
 def primary_metric(records: Iterable[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smallvit import datasets
 from smallvit.config.config import Config
-from smallvit.config.options import OptimConfig
+from smallvit.config.options import OptimConfig, RunConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.evaluation.evaluate import evaluate
@@ -149,12 +149,6 @@ class Setup:
         several = self.dataset.label_sets is not None
         return ("map", "macro_f1", "micro_f1") if several else ("top1", "macro_f1", "balanced_accuracy")
 
-    @property
-    def select_by(self) -> str:
-        """Validation metric that chooses the best epoch."""
-        name = self.config.run.select_by
-        return self.accuracies[0] if name == "auto" else name
-
     def metadata(self, epoch: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metadata of a weights file with the metrics of its epoch."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
@@ -212,7 +206,7 @@ class Setup:
                     f"{count:,} of {len(data.test):,} test images are also in train, pixel by pixel, which raises the "
                     "accuracy; smallvit check lists duplicates"
                 )
-        if 0 < (count := len(data.val)) < FEW_IMAGES:
+        if data.label_sets is None and 0 < (count := len(data.val)) < FEW_IMAGES:
             points = 100 * 1.96 * math.sqrt(0.25 / count)
             yield (
                 f"{count} validation images measure an accuracy to within {points:.0f} points: the best epoch is "
@@ -358,15 +352,15 @@ def create_setup(
 
 
 def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
-    """Return the configuration with the default loss of images with several labels, if the data has such.
+    """Return the configuration with the default loss and metric of images with several labels, if the data has such.
 
     Raises:
         InputError: An option cannot be used with several labels an image, or needs them.
     """
     metric, name = config.run.select_by, config.optim.loss
     several = dataset.label_sets is not None
-    if metric in (("top1", "balanced_accuracy") if several else ("map", "micro_f1")):
-        others = "auto, map, macro_f1, micro_f1" if several else "auto, top1, macro_f1, balanced_accuracy"
+    if metric in (("balanced_accuracy",) if several else ("map", "micro_f1")):
+        others = "map, macro_f1, micro_f1" if several else "top1, macro_f1, balanced_accuracy"
         images = "several labels an image" if several else "one label an image"
         raise InputError(f"--select-by {metric}: not for {images}; use {others} or loss")
     if not several:
@@ -384,6 +378,8 @@ def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
         raise InputError(
             f"--data {config.data.data}: weights cannot be combined with several labels; remove the column"
         )
+    if metric == RunConfig.select_by:
+        config = config.replace(select_by="map")
     if name == OptimConfig.loss:
         return config.replace(loss=losses[0])
     if name not in losses:

@@ -114,7 +114,7 @@ def fit(run: Run) -> TrainResult:
                     trackers.log(metrics)
 
             if checkpointer.exhausted:
-                console.print(f"stop   {setup.select_by} has not improved since epoch {state.best_epoch}")
+                console.print(f"stop   {config.run.select_by} has not improved since epoch {state.best_epoch}")
             # Evaluate the test split once, with the best weights on the validation split (without one, the last)
             weights, chosen = world.send(checkpoint.load_weights(run / Run.BEST) if world.main else None)
             checkpoint.load_tensors(setup.eval_model, weights)
@@ -311,7 +311,7 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
     return {
         **{f"test_{name}": test[name] for name in (*setup.accuracies, "loss", "images")},
         **{f"val_{name}": best.get(f"val_{name}") for name in (*setup.accuracies, "loss")},
-        "select_by": setup.select_by,
+        "select_by": setup.config.run.select_by,
         "imbalance_ratio": setup.dataset.imbalance_ratio,
         "best_epoch": chosen["epoch"],
         "epochs": state.epoch,

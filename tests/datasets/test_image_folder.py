@@ -194,6 +194,14 @@ def test_skipped_damaged_images_are_named_again_from_the_cache(image_folder: Pat
         load(image_folder)
 
 
+def test_arrays_next_to_images_of_other_kinds_are_ignored(image_folder: Path) -> None:
+    first = next(image_folder.glob("*/*.png"))
+    np.save(first.with_name("mask.npy"), np.zeros((4, 4)))
+    data = load(image_folder)
+    assert "ignored: 1 NPY file next to images of other kinds" in data.notes
+    assert sum(len(part) for part in (data.train, data.val, data.test)) == len([*image_folder.glob("*/*.png")])
+
+
 def test_hidden_files_and_folders_are_no_images(image_folder: Path) -> None:
     (image_folder / ".cache").mkdir()
     (image_folder / "dark" / "._000.png").write_bytes(b"resource fork")

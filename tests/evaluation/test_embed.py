@@ -56,7 +56,7 @@ def test_files_hold_the_models_features_and_neighbors(
         assert printed.startswith(f"7 images, {expected.shape[1]} features\n{out}\n")
         assert err == f"1 of 8 images cannot be read: {gray / 'damaged.png'} (cannot identify image file)\n"
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, atol=1e-5)
-    _, *rows = csv.reader((tmp_path / "features.csv").open())
+    _, *rows = csv.reader((tmp_path / "features.neighbors.csv").open())
     names = [row[0] for row in rows]
     assert names == [str(gray / f"{index}.png") for index in range(7)]
     assert [[names.index(name) for name in row[1::2]] for row in rows] == order.tolist()
@@ -84,7 +84,7 @@ def test_few_images_have_fewer_neighbors() -> None:
 
 
 def test_bad_input_writes_nothing(trained_run: Path, gray: Path, tmp_path: Path, smallvit: Command) -> None:
-    existing = tmp_path / "old.csv"
+    existing = tmp_path / "old.neighbors.csv"
     existing.write_text("mine")
     for arguments, message in (
         ([gray, "--out", tmp_path / "features.txt"], "expected a name that ends in .npy or .parquet"),
@@ -92,6 +92,7 @@ def test_bad_input_writes_nothing(trained_run: Path, gray: Path, tmp_path: Path,
         ([gray / "damaged.png", "--out", tmp_path / "new.npy"], "1 of 1 images cannot be read"),
         ([gray, "--out", tmp_path / "new.npy", "--neighbors", "-1"], "--neighbors -1: expected at least 0"),
         ([gray], "--out FILE: the value is missing"),
+        (["--data", tmp_path / "t.parquet", "--out", tmp_path / "t.parquet"], "is the table of --data"),
     ):
         code, out, err = smallvit("embed", trained_run, *arguments, *CPU)
         assert (code, out) == (2, "")

@@ -149,7 +149,7 @@ def test_a_run_resumes_exactly_and_every_verb_uses_its_thresholds(
         (["probe", run], "has several labels an image, which probe does not take"),
         (["export", run, "--format", "hub"], "use --format timm"),
         (["check", table, "--run", run], "likely wrong labels are not found among several labels"),
-        (["crossval", "--arch", "vit", "--data", table, "--folds", 2], "only smallvit train takes several labels"),
+        (["crossval", "--arch", "vit", "--data", table, "--folds", 2], "which compare and crossval do not take"),
     ):
         code, _, err = smallvit(*arguments)
         assert (code, err.count("\n")) == (2, 1), (arguments, err)
@@ -164,8 +164,11 @@ def test_options_that_need_one_label_get_one_line(table: Path, tmp_path: Path) -
         ({"balanced": True}, "--balanced cannot be combined with several labels"),
         ({"class_weights": "balanced", "loss": "ce"}, "--class-weights cannot be combined with several labels"),
         ({"logit_adjustment": 1.0}, "--logit-adjustment cannot be combined"),
-        ({"select_by": "top1"}, "--select-by top1: not for several labels an image; use auto, map, macro_f1"),
-        ({"data": "digits", "select_by": "map"}, "--select-by map: not for one label an image; use auto, top1"),
+        (
+            {"select_by": "balanced_accuracy"},
+            "--select-by balanced_accuracy: not for several labels an image; use map,",
+        ),
+        ({"data": "digits", "select_by": "map"}, "--select-by map: not for one label an image; use top1"),
         ({"data": str(weights)}, "weights cannot be combined with several labels; remove the column"),
     ):
         config = Config.build(

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS
-from smallvit.datasets.channels import read_channels, scale_channels, view_channels
-from smallvit.datasets.gray import PHOTOMETRIC, WHITE_IS_ZERO, GrayRanges, kind_of, to_levels
+from smallvit.datasets.channels import order_axes, read_channels, scale_channels, view_channels
+from smallvit.datasets.gray import PHOTOMETRIC, WHITE_IS_ZERO, GrayRanges, kind_of, takes_arrays, to_levels
 from smallvit.datasets.listing import HEIF_REMEDY, HEIF_SUFFIXES, Listing, image_suffixes, register_heif
 from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError, first_line, group_errors
@@ -91,11 +91,32 @@ def decode_image(
         crop_mode: see `resize`.
         channels: Number of channels, which only color images can change: to 1, gray.
     """
-    if (values := read_channels(file, max_megapixels)) is not None:
-        return resize_channels(scale_channels(values, ranges, channels), size, crop_mode=crop_mode)
+    if (levels := read_levels(file, ranges, channels, max_megapixels)) is not None:
+        return resize_channels(levels, size, crop_mode=crop_mode)
     with open_image(file, max_megapixels) as image:
         pixels = convert_image(image, size, ranges, crop_mode)
     return select_channels(pixels, channels)
+
+
+def read_levels(
+    source: str | BinaryIO | np.ndarray, ranges: GrayRanges, channels: int, max_megapixels: float
+) -> UInt8[np.ndarray, "c h w"] | None:
+    """Return the levels of a file or array with its own channels; None for gray and color images, which Pillow reads.
+
+    Unless the model takes arrays, those that Pillow reads are gray (height, width) or 8-bit colors.
+
+    Raises:
+        ValueError: there are more or fewer channels, or they cannot be scaled.
+    """
+    if not isinstance(source, np.ndarray):
+        values = read_channels(source, max_megapixels)
+    elif takes_arrays(channels, ranges) or not (
+        source.ndim == 2 or (source.dtype == np.uint8 and source.shape[2:] in ((2,), (3,), (4,)))
+    ):
+        values = order_axes(source, max_megapixels)
+    else:
+        values = None
+    return None if values is None else scale_channels(values, ranges, channels)
 
 
 def resize_channels(levels: UInt8[np.ndarray, "c h w"], size: ImageSize, **options: Any) -> UInt8[np.ndarray, "c y x"]:

@@ -109,6 +109,11 @@ class GrayRanges:
         return cls(**ranges, channels=channels)
 
 
+def takes_arrays(channels: int, ranges: GrayRanges | None) -> bool:
+    """Return whether a model of so many channels, trained with these ranges, takes arrays rather than photos."""
+    return channels not in (1, 3) or (ranges is not None and ranges.channels is not None)
+
+
 def kind_of(image: Image) -> str | None:
     """Return the kind of gray values of more than 8 bits in an image; None for images of 8 bits."""
     return "floating" if image.mode == "F" else "integer" if image.mode.startswith("I") else None

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from smallvit.config.options import MAX_MEGAPIXELS
 from smallvit.datasets.augment import Augment, crop_boxes
 from smallvit.datasets.dataset import Files, ImageDataset
-from smallvit.datasets.decode import NO_RANGES, describe_decode_error, open_image, to_rgb
+from smallvit.datasets.decode import NO_RANGES, describe_decode_error, open_image, read_levels, select_channels, to_rgb
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.loader import DECODING, Pixels, Sampling, TrainLoader, explain_worker_failures
 from smallvit.utils.cores import usable_cores
@@ -82,7 +82,8 @@ class Decoder(Dataset):
             return files.decode(index)
         rng = self.sampling.generator(DECODING, epoch, position)
         file = files.listing.open(int(files.positions[index]))
-        return decode_crop(file, files.size, rng, self.min_area, self.resampling, files.ranges, files.max_megapixels)
+        options = files.ranges, files.max_megapixels, files.channels
+        return decode_crop(file, files.size, rng, self.min_area, self.resampling, *options)
 
 
 def decode_crop(
@@ -93,25 +94,35 @@ def decode_crop(
     resampling: Image.Resampling = Image.Resampling.BILINEAR,
     ranges: GrayRanges = NO_RANGES,
     max_megapixels: float = MAX_MEGAPIXELS,
-) -> UInt8[np.ndarray, "3 h w"]:
+    channels: int = 3,
+) -> UInt8[np.ndarray, "c h w"]:
     """Decode one file and resize a random rectangle of it, as torchvision's RandomResizedCrop does."""
     height, width = height_width(size)
+
+    def draw_edges(h: int, w: int) -> np.ndarray:
+        box = crop_boxes(rng, 1, h, w, (min_area, 1.0), height / width)
+        return np.array([box.left[0], box.top[0], box.right[0], box.bottom[0]], dtype=np.float64)
+
+    def crop(image: Image.Image, edges: np.ndarray) -> np.ndarray:
+        outer = np.concatenate([np.floor(edges[:2]), np.ceil(edges[2:])]).astype(int)
+        image = image.crop(tuple(outer))  # first: resizing reads pixels around its box
+        return np.asarray(image.resize((width, height), resampling, box=tuple(edges - np.tile(outer[:2], 2))))
+
+    if (levels := read_levels(file, ranges, channels, max_megapixels)) is not None:
+        edges = draw_edges(*levels.shape[1:])
+        return np.stack([crop(Image.fromarray(level), edges) for level in levels])
     with open_image(file, max_megapixels) as image:
         if image.format not in ("JPEG", "MPO"):  # the others are decoded whole; TIFFs are transposed when loaded
             image = ImageOps.exif_transpose(image)
         is_rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)
         w, h = reversed(image.size) if is_rotated else image.size
-        box = crop_boxes(rng, 1, h, w, (min_area, 1.0), height / width)
-        edges = np.array([box.left[0], box.top[0], box.right[0], box.bottom[0]], dtype=np.float64)
+        edges = draw_edges(h, w)
         # decode no finer than necessary
         scale = max(1, min((edges[2] - edges[0]) // width, (edges[3] - edges[1]) // height))
         image.draft("RGB", (int(image.size[0] // scale), int(image.size[1] // scale)))
         image = to_rgb(ImageOps.exif_transpose(image), ranges)
         edges *= np.tile([image.size[0] / w, image.size[1] / h], 2)
-        outer = np.concatenate([np.floor(edges[:2]), np.ceil(edges[2:])]).astype(int)
-        image = image.crop(tuple(outer))  # first: resizing reads pixels around its box
-    image = image.resize((width, height), resampling, box=tuple(edges - np.tile(outer[:2], 2)))
-    return np.asarray(image).transpose(2, 0, 1)
+        return select_channels(crop(image, edges).transpose(2, 0, 1), channels)
 
 
 class StreamingLoader(TrainLoader):
@@ -120,7 +131,7 @@ class StreamingLoader(TrainLoader):
     def __init__(
         self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device, **options: Any
     ) -> None:
-        resized = augment.crop == "resized" and dataset.train.crop_mode == "center" and dataset.in_chans == 3
+        resized = augment.crop == "resized" and dataset.train.crop_mode == "center"
         # done by the workers, on the whole image
         on_device = replace(augment, crop="none") if resized else augment
         super().__init__(dataset, batch_size, on_device, seed, device, **options)

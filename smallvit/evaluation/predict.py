@@ -29,8 +29,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from smallvit.config.options import MAX_MEGAPIXELS, Amp
-from smallvit.datasets.channels import order_axes, read_channels, scale_channels
-from smallvit.datasets.decode import describe_decode_error, open_image, resize, resize_channels, to_rgb
+from smallvit.datasets.decode import describe_decode_error, open_image, read_levels, resize, resize_channels, to_rgb
 from smallvit.datasets.gray import GrayRanges, kind_of
 from smallvit.datasets.listing import is_hidden, is_image
 from smallvit.evaluation.predictor import Predictor, load_predictor
@@ -48,8 +47,8 @@ DIGITS = 6
 """Significant digits of probabilities in files."""
 
 ImageInput = str | Path | Image.Image | np.ndarray
-"""A file, or an image in memory; arrays are (height, width) or (height, width, channels), as Pillow reads them,
-for models of other numbers of channels also (channels, height, width)."""
+"""A file, or an image in memory. Arrays are (height, width) or (height, width, channels), also (channels, height,
+width) if they are not gray or 8-bit colors; those for models trained on arrays are scaled as their files are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +176,13 @@ def decode(
         The pixels, and how gray values of more than 8 bits were scaled, if the image has any.
     """
     ranges, channels = model.info.gray_ranges or GrayRanges(), model.in_chans
-    values = None
-    if isinstance(image, str | Path):
-        values = read_channels(str(image), max_megapixels)
-    elif isinstance(image, np.ndarray) and channels not in (1, 3):
-        values = order_axes(image, max_megapixels)
-    if values is not None:
-        levels = scale_channels(values, ranges, channels)
-        return resize_channels(levels, model.img_size, **model.info.resizing), None
-    if isinstance(image, str | Path):
-        opened = open_image(str(image), max_megapixels)
+    if isinstance(image, Image.Image):
+        opened = nullcontext(image.copy())
     else:
-        opened = nullcontext(Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy())
+        source = image if isinstance(image, np.ndarray) else str(image)
+        if (levels := read_levels(source, ranges, channels, max_megapixels)) is not None:
+            return resize_channels(levels, model.img_size, **model.info.resizing), None
+        opened = open_image(source, max_megapixels) if isinstance(source, str) else nullcontext(Image.fromarray(source))
     with opened as file:
         rgb, kind = to_rgb(ImageOps.exif_transpose(file), ranges), kind_of(file)
     if channels not in (1, 3):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import smallvit
 from smallvit.datasets.decode import GRAY
-from smallvit.datasets.gray import FULL, GrayRanges
+from smallvit.datasets.gray import FULL, GrayRanges, takes_arrays
 from smallvit.evaluation.predictor import Predictor
 from smallvit.models.weights_info import ENTRY
 from smallvit.plugins.binary_layers import BinaryAttending, BinaryProduct
@@ -152,6 +152,7 @@ def render_preprocess(model: Predictor) -> str:
         .render(
             **dict(zip(("height", "width"), height_width(model.img_size), strict=True)),
             channels=model.in_chans,
+            arrays=takes_arrays(model.in_chans, ranges),
             resized=_resized(model),
             crop_mode=resizing["crop_mode"],
             gray=GRAY,

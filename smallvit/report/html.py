@@ -145,6 +145,7 @@ def _describe(run: RunSummary) -> dict[str, Any]:
         **{name: getattr(run, name) for name in ("folder", "title", "arch", "spec", "summary", "best", "interval")},
         "top1": run.top1,
         "several": run.metric == "map",
+        "takes_arrays": run.takes_arrays,
         "notes": run.notes,
         "metrics": metrics,
         "config": config,

@@ -74,6 +74,7 @@ def render_model_card(
         data_title=_data_title(data),
         data_entry=DATASETS.get(data),
         in_chans=model.in_chans,
+        takes_arrays=summary.takes_arrays,
         img_size=model.img_size,
         **dict(zip(("height", "width"), height_width(model.img_size), strict=True)),
         classes=list(model.class_names),

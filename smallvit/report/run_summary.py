@@ -14,6 +14,7 @@ from rich.console import Console
 
 from smallvit.config.config import Config
 from smallvit.config.model import ARCH, added_plugins
+from smallvit.datasets.gray import takes_arrays
 from smallvit.evaluation import stats
 from smallvit.models import weights_info
 from smallvit.models.weights_info import WeightsInfo
@@ -69,6 +70,11 @@ class RunSummary:
     def spec(self) -> dict[str, Any]:
         """Arguments of `create_model`; empty before the first epoch is finished."""
         return (self.info.spec if self.info is not None else None) or {}
+
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether the model takes arrays rather than photos."""
+        return self.info is not None and takes_arrays(self.spec.get("in_chans", 3), self.info.gray_ranges)
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -25,6 +25,8 @@ from smallvit.datasets.augment import Augment
 from smallvit.datasets.channels import read_channels, view_channels
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.functional import apply_operations, corrupt
+from smallvit.datasets.gray import GrayRanges
+from smallvit.datasets.streaming import decode_crop
 from smallvit.evaluation.predictor import read_model_info
 from smallvit.models.checkpoint import load_model
 from smallvit.models.weights import load_trained_model
@@ -116,6 +118,25 @@ def test_each_channel_has_its_own_scale_and_statistics(tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset.std, levels.std((0, 1, 2)) / 255, atol=1e-4)
 
 
+def test_streamed_crops_of_arrays_use_the_ranges_of_the_data(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(60, 120, (30, 40, CHANNELS), dtype=np.uint8)
+    ranges = GrayRanges(channels=tuple((float(c), c + 51.0) for c in range(CHANNELS)))
+    Image.fromarray(np.ascontiguousarray(levels[..., :3])).save(tmp_path / "color.png")
+    np.save(tmp_path / "color.npy", levels[..., :3] / 5 + np.arange(3))
+    np.save(tmp_path / "five.npy", levels / 5 + np.arange(CHANNELS))
+    color, array, five = (
+        decode_crop(str(tmp_path / name), 16, np.random.default_rng(3), 0.3, ranges=own, channels=count)
+        for name, own, count in (
+            ("color.png", GrayRanges(), 3),
+            ("color.npy", GrayRanges(channels=ranges.channels[:3]), 3),
+            ("five.npy", ranges, CHANNELS),
+        )
+    )
+    assert five.shape == (CHANNELS, 16, 16)
+    np.testing.assert_array_equal(array, color)
+    np.testing.assert_array_equal(five[:3], color)
+
+
 def test_gray_is_made_of_colors_on_request(image_folder: Path) -> None:
     color, gray = (datasets.create_dataset(DataConfig(data=str(image_folder), in_chans=n)) for n in (3, 1))
     first = Image.fromarray(color.train.pixels[0].permute(1, 2, 0).numpy()).convert("L")
@@ -158,9 +179,12 @@ def test_channels_go_through_all_verbs(tmp_path: Path, smallvit: Command) -> Non
         ["eval", run, "--robustness"],
         ["attend", run, "--count", "2"],
         ["export", run, "--format", "onnx"],
+        ["report", run],
     ):
         code, _, err = smallvit(*command)
         assert code == 0, err
+    assert "image.npy" in (page := (run / "report.html").read_text())
+    assert "Image.open" not in page
     file = data / "test" / "dark" / "0.npy"
     spec = spec_from_file_location("preprocess", run / "export" / "preprocess.py")
     spec.loader.exec_module(module := module_from_spec(spec))

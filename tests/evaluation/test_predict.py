@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from timm.data import create_transform, resolve_model_data_config
 import smallvit as package
 from smallvit.cli import main
 from smallvit.datasets import decode as _decode
+from smallvit.datasets.gray import GrayRanges
 from smallvit.evaluation import predict as predicting
 from smallvit.evaluation.predict import decode, list_images, predict_images
 from smallvit.evaluation.predictor import load_predictor
@@ -261,6 +263,20 @@ def test_gray_models_take_images_of_any_kind(digits: Path, tmp_path: Path, small
     assert predictions == [predictions[0]] * 5
 
 
+def test_arrays_are_scaled_as_their_files_are(digits: Path, color: Path, tmp_path: Path) -> None:
+    for run, shape in ((digits, (9, 9)), (color, (9, 9, 3))):
+        model = load_predictor(str(run), "predict", device="cpu")
+        values = np.random.default_rng(0).integers(100, 4000, shape, dtype=np.uint16)
+        scales = {"png": {"integer": (100.0, 4000.0)}} if values.ndim == 2 else {}
+        scales["npy"] = {"channels": ((100.0, 4000.0),) * model.in_chans}
+        for suffix, ranges in scales.items():
+            file = tmp_path / f"deep.{suffix}"
+            np.save(file, values) if suffix == "npy" else Image.fromarray(values).save(file)
+            scaled = replace(model, info=replace(model.info, gray_ranges=GrayRanges(**ranges)))
+            np.testing.assert_array_equal(decode(scaled, values)[0], decode(scaled, file)[0])
+            assert np.ptp(decode(scaled, values)[0]) > 100  # not 0 to 65,535
+
+
 def test_a_gray_model_sees_the_luma_of_colors(digits: Path) -> None:
     model = load_predictor(str(digits), "predict", device="cpu")
     pixels, _ = decode(model, Image.new("RGB", (9, 9), (200, 100, 50)))
@@ -411,7 +427,7 @@ def test_folders_that_cannot_be_listed_are_named(
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refused(scandir))  # what root is not refused
         patch.setattr(predicting, "open_image", refused(real))
-        patch.setattr(predicting, "read_channels", refused(predicting.read_channels))
+        patch.setattr(predicting, "read_levels", refused(predicting.read_levels))
         code, out, err = smallvit("predict", color, photos, "--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 4

@@ -45,7 +45,7 @@ def make_sensitive(model: nn.Module, channels: int = 3) -> nn.Module:
     return model
 
 
-def write_weights(path: Path, channels: int) -> str:
+def write_weights(path: Path, channels: int, **entries: object) -> str:
     """Write an untrained model as the weights file of a run."""
     torch.manual_seed(0)
     spec = {"arch": "test_vit", "img_size": 32, "patch_size": 4, "in_chans": channels, "num_classes": len(NAMES)}
@@ -54,6 +54,7 @@ def write_weights(path: Path, channels: int) -> str:
         "class_names": NAMES,
         "mean": [0.48, 0.45, 0.4][:channels],
         "std": [0.2, 0.21, 0.22][:channels],
+        **entries,
     }
     save_weights(path, snapshot(make_sensitive(create_model(**spec), channels)), {"model": spec, "data": data})
     return str(path)
@@ -235,6 +236,28 @@ def test_programs_run_on_preprocessed_images(
     exec(snippet, {})
     name, probability = capsys.readouterr().out.split()
     assert (name, float(probability)) == (expected[0].classes[0][0], pytest.approx(expected[0].classes[0][1], abs=1e-3))
+
+
+def test_models_trained_on_arrays_read_files_and_arrays_alike(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(60, 120, (40, 50, 3), dtype=np.uint8)
+    for channels in (1, 3):
+        photo = levels[..., 0] if channels == 1 else levels
+        Image.fromarray(photo.copy()).save(tmp_path / "photo.png")
+        np.save(tmp_path / "values.npy", values := (photo / 5 + 7).astype(np.float32))
+        weights = write_weights(
+            tmp_path / f"{channels}.safetensors", channels, gray_ranges={"channels": [[7, 58]] * channels}
+        )
+        predictor = load_predictor(weights, "predict", **CPU)
+        (tmp_path / "preprocess.py").write_text(render_preprocess(predictor))
+        module = load_module(tmp_path / "preprocess.py")
+        expected, _ = decode(predictor, tmp_path / "photo.png")
+        bands = values.reshape(40, 50, channels).transpose(2, 0, 1)
+        for image in (tmp_path / "values.npy", values, bands):
+            np.testing.assert_array_equal(decode(predictor, image)[0], expected)
+            normalized = predictor.normalize(torch.from_numpy(expected.copy())[None])
+            torch.testing.assert_close(torch.from_numpy(module.preprocess(image)), normalized)
+        with pytest.raises(ValueError, match=f"2 channels, expected {channels}"):
+            module.preprocess(np.zeros((9, 9, 2)))
 
 
 def test_another_preprocess_is_never_lost(tmp_path: Path, smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:

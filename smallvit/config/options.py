@@ -333,7 +333,7 @@ class ComputeConfig(Options):
     device: str = option("auto", "common", "resumable", "evaluation", "shared", "local")
     """auto (a GPU if available), cpu, cuda, cuda:1, mps."""
     amp: Literal["auto", "bf16", "fp16", "off"] = option("auto", "evaluation", "shared")
-    """Mixed precision: auto uses bf16 if the hardware supports it, else fp16 on CUDA GPUs."""
+    """Mixed precision: auto uses bf16 where it is faster, else fp16 on CUDA GPUs."""
     compile: Literal["auto", "on", "graphs", "off"] = option("auto", "resumable", "shared")
     """Compile the model by torch.compile; graphs also records CUDA graphs; auto: if the run is long enough to pay."""
     grad_checkpointing: bool = option(False, "resumable")

@@ -306,7 +306,7 @@ def create_setup(
     parameters = count_parameters(model)
     optim.freeze(model, config.init.frozen, initial.new)
     if world.main:
-        world.send({"streaming": streaming, "compile": how})
+        world.send({"streaming": streaming, "compile": how, "amp": hardware.amp_name(dtype)})
 
     if getattr(model, "head_dist", None) is not None:
         model.set_distilled_training(config.distill.distill == "token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,14 +19,14 @@ from smallvit.training.setup import create_setup
 from smallvit.utils import hardware
 from smallvit.utils import hardware as precision
 from smallvit.utils.errors import DivergedError
-from smallvit.utils.hardware import LossScaler, choose_dtype, pick_dtype
+from smallvit.utils.hardware import LossScaler, choose_dtype, cpu_has_fast_bf16, pick_dtype
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def a_cpu_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "cpu_has_fast_bf16", lambda: True)
 
 
 @pytest.mark.parametrize(("arch", "size", "sound"), [("resnet10t", 16, False), ("resnet10t", 32, True)])
@@ -88,6 +89,24 @@ def test_random_numbers_stay_as_they_are() -> None:
     before = torch.get_rng_state()
     choose_dtype(CPU, "auto", model, 3, 48)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "seconds", "fast"), [(True, 0.5, True), (True, 1.7, False), (False, 0.5, False)]
+)
+def test_auto_uses_bf16_on_cpus_that_multiply_faster_with_it(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, seconds: float, fast: bool
+) -> None:
+    """Check bf16 products that take `seconds` where those of fp32 take 1."""
+    now = [0.0]
+
+    def linear(x: Tensor, weight: Tensor) -> None:
+        now[0] += seconds if x.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": instructions})
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    assert cpu_has_fast_bf16.__wrapped__() == fast
 
 
 CUDA, MPS = torch.device("cuda"), torch.device("mps")

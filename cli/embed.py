@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from smallvit.cli.parser import Parser, evaluation_parser, parse, require_run
-from smallvit.cli.predict import OPTIONS, list_names
+from smallvit.cli.parser import Parser, parse, require_run
+from smallvit.cli.predict import IMAGES, OPTIONS, describe_unreadable, images_parser, list_names
 from smallvit.config.config import Config
-from smallvit.utils.errors import InputError, group_errors, print_message, require
+from smallvit.utils.errors import InputError, print_message, require
 from smallvit.utils.files import check_output_file
 
 DESCRIPTION = """\
@@ -31,15 +31,13 @@ See also: smallvit predict, smallvit probe; docs/prediction.md.
 
 def parser() -> Parser:
     """Create the argument parser."""
-    data = "A folder or a table (.csv, .tsv or .parquet with a column path) of images, in addition to IMAGE."
-    return evaluation_parser("smallvit embed", DESCRIPTION, _add_arguments, OPTIONS, {"data": data})
+    return images_parser("embed", DESCRIPTION, _add_arguments)
 
 
 def _add_arguments(parser: Parser) -> None:
     """Add the arguments that are not configuration options."""
-    images = "image files, folders, or - to read names from standard input, one per line"
     group = parser.add_argument_group("embed", "What to compute features of, and where to write them.")
-    group.add_argument("images", metavar="IMAGE", nargs="*", help=images)
+    group.add_argument("images", metavar="IMAGE", nargs="*", help=IMAGES)
     group.add_argument("--out", metavar="FILE", required=True, help="Output file (.npy or .parquet).")
     group.add_argument("--neighbors", type=int, default=5, metavar="K", help="Nearest neighbors per image. [5]")
     group.add_argument("--overwrite", action="store_true", help="Replace --out.")
@@ -69,6 +67,7 @@ def main(argv: list[str]) -> int:
     import numpy as np
     from rich.console import Console
 
+    from smallvit.datasets.listing import describe_kinds
     from smallvit.evaluation import embed
     from smallvit.evaluation.predict import list_images
     from smallvit.evaluation.predictor import load_predictor
@@ -78,7 +77,8 @@ def main(argv: list[str]) -> int:
         embed.require_parquet()
     arguments = {"arch": config.model.arch, "img_size": config.data.img_size}
     model = load_predictor(run, "embed", **arguments, device=config.compute.device, amp=config.compute.amp)
-    images = list_images(names)
+    ignored: list[str] = []
+    images = list_images(names, ignored)
     read, failed, batches = [], [], []
     with create_progress(Console(stderr=True)) as bar:
         task = bar.add_task("images", total=len(images))
@@ -87,14 +87,13 @@ def main(argv: list[str]) -> int:
             read += [each.path for each in predictions if each.error is None]
             batches += [features] if len(features) else []
             bar.advance(task, len(predictions))
-    unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: " + group_errors(
-        (each.path, each.error) for each in failed
-    )
     if not batches:
-        raise InputError(unreadable)
+        raise InputError(describe_unreadable(failed, len(images)))
     features = np.concatenate(batches)
     files = embed.write_embedding(path, table, read, features, embed.find_neighbors(features, options["neighbors"]))
+    if ignored:
+        print_message(f"ignored: {describe_kinds(ignored)}")
     if failed:
-        print_message(unreadable)
+        print_message(describe_unreadable(failed, len(images)))
     print(f"{features.shape[0]:,} images, {features.shape[1]:,} features", *files, sep="\n")
     return 0

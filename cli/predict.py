@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,19 +42,25 @@ See also: smallvit eval, smallvit attend, smallvit export; docs/prediction.md.
 """
 FORMATS = ("table", "csv", "jsonl")
 OPTIONS = ("arch", "data", "columns", "img_size", "max_megapixels", "device", "amp")
+IMAGES = "image files, folders, or - to read names from standard input, one per line"
+"""Help of the arguments IMAGE."""
 
 
 def parser() -> Parser:
     """Create the argument parser."""
+    return images_parser("predict", DESCRIPTION, _add_arguments)
+
+
+def images_parser(verb: str, description: str, add_arguments: Callable[[Parser], None]) -> Parser:
+    """Create the argument parser of a verb whose `OPTIONS` include --data with images that need no labels."""
     data = "A folder or a table (.csv, .tsv or .parquet with a column path) of images, in addition to IMAGE."
-    return evaluation_parser("smallvit predict", DESCRIPTION, _add_arguments, OPTIONS, {"data": data})
+    return evaluation_parser(f"smallvit {verb}", description, add_arguments, OPTIONS, {"data": data})
 
 
 def _add_arguments(parser: Parser) -> None:
     """Add the arguments that are not configuration options."""
-    images = "image files, folders, or - to read names from standard input, one per line"
     group = parser.add_argument_group("predict", "What to classify, and how to print it.")
-    group.add_argument("images", metavar="IMAGE", nargs="*", help=images)
+    group.add_argument("images", metavar="IMAGE", nargs="*", help=IMAGES)
     top = "Classes per image. [5; those above their thresholds if images have several labels]"
     group.add_argument("--top", type=int, metavar="N", help=top)
     group.add_argument("--format", choices=FORMATS, help="Output format. [table, or the suffix of --out]")
@@ -109,8 +115,7 @@ def main(argv: list[str]) -> int:
         ):
             written = top or (None if model.info.multi_label else predict.TOP)
             predict.write_predictions(collect(), file, form, model.class_names, written)
-        named = group_errors((each.path, each.error) for each in failed)
-        unreadable = f"{len(failed):,} of {len(images):,} images cannot be read: {named}"
+        unreadable = describe_unreadable(failed, len(images))
         if len(failed) == len(images):
             raise InputError(unreadable)
     for note, count in notes.items():
@@ -122,6 +127,12 @@ def main(argv: list[str]) -> int:
     if path is not None:
         print(path)
     return 0
+
+
+def describe_unreadable(failed: Sequence[Prediction], total: int) -> str:
+    """Return how many images cannot be read, and why, in one line."""
+    named = group_errors((each.path, each.error) for each in failed)
+    return f"{len(failed):,} of {total:,} images cannot be read: {named}"
 
 
 def _resolve_output(out: str | None, form: str | None, *, overwrite: bool) -> tuple[Path | None, str]:

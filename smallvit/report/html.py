@@ -143,7 +143,7 @@ def _describe(run: RunSummary) -> dict[str, Any]:
     changed, others = list_options(run)
     return {
         **{name: getattr(run, name) for name in ("folder", "title", "arch", "spec", "summary", "best", "interval")},
-        "top1": run.top1,
+        "score": run.score,
         "several": run.metric == "map",
         "takes_arrays": run.takes_arrays,
         "notes": run.notes,

@@ -62,7 +62,7 @@ def render_model_card(
     name, data = os.path.basename(os.path.realpath(run)), config.data.data
     plugins = list(added_plugins(spec["arch"], summary.plugins))
     metrics = summary.metrics if model.img_size == spec["img_size"] else None
-    top1 = metrics["top1"] if metrics else summary.top1
+    top1 = metrics["top1"] if metrics else summary.score
     card = ModelCard.from_template(
         _card_data(name, data, top1, plugins, terms),
         template_path=str(TEMPLATE),

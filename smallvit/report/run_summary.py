@@ -114,7 +114,7 @@ class RunSummary:
         return primary_metric(self.view.history)
 
     @property
-    def top1(self) -> float | None:
+    def score(self) -> float | None:
         """The main metric of the test in per cent; of an unfinished run, the best validation; None if there is none."""
         return self.summary.get(f"test_{self.metric}", self.best and self.best[f"val_{self.metric}"])
 

@@ -28,6 +28,7 @@ def gray(tmp_path: Path) -> Path:
     for index in range(7):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
     (folder / "damaged.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image either")
     (tmp_path / "table.csv").write_text("path\n" + "".join(f"images/{index}.png\n" for index in range(7)))
     return folder
 
@@ -54,7 +55,8 @@ def test_files_hold_the_models_features_and_neighbors(
         code, printed, err = smallvit("embed", trained_run, gray, "--out", out, "--neighbors", "3", *CPU)
         assert code == 0
         assert printed.startswith(f"7 images, {expected.shape[1]} features\n{out}\n")
-        assert err == f"1 of 8 images cannot be read: {gray / 'damaged.png'} (cannot identify image file)\n"
+        unreadable = f"1 of 8 images cannot be read: {gray / 'damaged.png'} (cannot identify image file)"
+        assert err == f"ignored: 1 TXT file\n{unreadable}\n"
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, atol=1e-5)
     _, *rows = csv.reader((tmp_path / "features.neighbors.csv").open())
     names = [row[0] for row in rows]

@@ -29,8 +29,16 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smallvit.config.options import AugmentConfig
-from smallvit.datasets.functional import apply_operations, gather_pixels, normal_noise, resized_crop
+from smallvit.datasets.functional import (
+    Operations,
+    gather_pixels,
+    normal_noise,
+    plan_operations,
+    resized_crop,
+    run_operations,
+)
 from smallvit.datasets.presets import preset
+from smallvit.datasets.upload import upload
 from smallvit.utils.errors import InputError, warn
 from smallvit.utils.sizes import ImageSize, height_width
 
@@ -47,12 +55,15 @@ GRAY = 128
 
 @dataclass(frozen=True)
 class Boxes:
-    """A rectangle per image in pixels, bottom and right exclusive; empty for images without one."""
+    """A rectangle per image in pixels, bottom and right exclusive; empty for images without one.
 
-    top: np.ndarray
-    left: np.ndarray
-    bottom: np.ndarray
-    right: np.ndarray
+    Arrays when drawn, tensors after `upload`.
+    """
+
+    top: np.ndarray | Tensor
+    left: np.ndarray | Tensor
+    bottom: np.ndarray | Tensor
+    right: np.ndarray | Tensor
 
     def part(self, chosen: slice | np.ndarray) -> Boxes:
         """Return the rectangles of some of the images."""
@@ -64,8 +75,8 @@ class Boxes:
 
     def mask(self, h: int, w: int, device: torch.device) -> Bool[Tensor, "b 1 h w"]:
         """Return which pixels lie within each image's rectangle."""
-        edges = np.stack([self.top, self.left, self.bottom, self.right])
-        top, left, bottom, right = torch.from_numpy(edges).to(device, non_blocking=True)[..., None]
+        boxes = upload(self, device)
+        top, left, bottom, right = (edge[:, None] for edge in (boxes.top, boxes.left, boxes.bottom, boxes.right))
         y, x = torch.arange(h, device=device), torch.arange(w, device=device)
         rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
         return (rows[:, :, None] & columns[:, None, :])[:, None]
@@ -75,7 +86,7 @@ class Boxes:
 class Mix:
     """Parameters of Mixup and CutMix for each image of a batch."""
 
-    kept: np.ndarray
+    kept: np.ndarray | Tensor
     """Mixup's weight of the image; 1 without Mixup."""
     cut: Boxes
     """CutMix's rectangle of the partner; empty without CutMix."""
@@ -135,6 +146,22 @@ class Draws:
         steps = tuple(step.part(chosen) for step in values.pop("steps"))
         flip, noise = values.pop("flip")[chosen], values.pop("noise")[chosen]
         return Draws(flip=flip, noise=noise, steps=steps, **{name: v.part(chosen) for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a batch on its device, from `Draws`."""
+
+    crop: Boxes
+    flip: Tensor
+    steps: tuple[Operations, ...]
+    erased: Tensor
+    """Indices of the images of which a rectangle is erased."""
+    erase: Boxes
+    """Their rectangles."""
+    noise: Tensor
+    """Their keys of random noise."""
+    mix: Mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,28 +243,36 @@ class Augment:
             classes: Number of classes, or the classes of each label as 0 and 1.
         """
         fill = (255 * mean).round_().clamp_(max=255).byte() if self.policy_fill == "mean" else GRAY
-        x = normalize(self.transform(images, draws, fill), mean, std)
-        if self.random_erasing:
-            x = erase(x, draws.erase, draws.noise if self.random_erasing_fill == "noise" else None)
+        plan = self.plan(draws, images)
+        x = normalize(self.transform(images, plan, fill), mean, std)
+        if len(plan.erased):
+            x = erase(x, plan.erased, plan.erase, plan.noise if self.random_erasing_fill == "noise" else None)
         targets = F.one_hot(labels, classes).to(x.dtype) if isinstance(classes, int) else classes[labels]
         if weights is not None:
             targets = targets * weights[:, None]
-        return mix_pairs(x, targets, draws.mix) if self.mixing else (x, targets)
+        return mix_pairs(x, targets, plan.mix) if self.mixing else (x, targets)
+
+    def plan(self, draws: Draws, images: UInt8[Tensor, "b c h w"]) -> Plan:
+        """Copy what the images need of the parameters to their device, in one transfer."""
+        steps = tuple(
+            plan_operations(s.names, s.strengths, *images.shape[1:], bicubic=self.bicubic) for s in draws.steps
+        )
+        erased = np.flatnonzero(draws.erase.bottom > draws.erase.top)
+        plan = Plan(draws.crop, draws.flip, steps, erased, draws.erase.part(erased), draws.noise[erased], draws.mix)
+        return upload(plan, images.device)
 
     def transform(
-        self, images: UInt8[Tensor, "b c h w"], draws: Draws, fill: int | UInt8[Tensor, "c 1 1"] = GRAY
+        self, images: UInt8[Tensor, "b c h w"], plan: Plan, fill: int | UInt8[Tensor, "c 1 1"] = GRAY
     ) -> UInt8[Tensor, "b c h w"]:
         """Apply crop, flip and policies to gray levels; `fill` is for pixels from outside of the image."""
-        flip = _to(images.device, draws.flip)
-        top, left = _to(images.device, draws.crop.top), _to(images.device, draws.crop.left)
+        top, left = plan.crop.top, plan.crop.left
         if self.crop == "resized":
-            height, width = draws.crop.bottom - draws.crop.top, draws.crop.right - draws.crop.left
-            sides = _to(images.device, height), _to(images.device, width)
+            sides = plan.crop.bottom - top, plan.crop.right - left
             images = resized_crop(images, top, left, *sides, bicubic=self.bicubic)
             top, left = torch.zeros_like(top), torch.zeros_like(left)
-        images = crop_and_flip(images, self.padding, top, left, flip, mirror=self.crop == "reflect")
-        for step in draws.steps:
-            images = apply_operations(images, step.names, step.strengths, fill, bicubic=self.bicubic)
+        images = crop_and_flip(images, self.padding, top, left, plan.flip, mirror=self.crop == "reflect")
+        for operations in plan.steps:
+            images = run_operations(images, operations, fill, bicubic=self.bicubic)
         return images
 
 
@@ -314,16 +349,13 @@ def crop_and_flip(
     return gather_pixels(images, rows[:, :, None] * images.shape[-1] + columns[:, None, :])
 
 
-def erase(x: Float[Tensor, "b c h w"], boxes: Boxes, keys: np.ndarray | None = None) -> Float[Tensor, "b c h w"]:
-    """Set each image's rectangle in `x` to 0, the mean color, or to normal noise from its key, in place."""
-    chosen = np.flatnonzero(boxes.bottom > boxes.top)
-    if not len(chosen):
-        return x
-    indices = _to(x.device, chosen)
-    erased = x[indices]
-    fill = 0.0 if keys is None else normal_noise(_to(x.device, keys[chosen]), erased[0].numel()).view_as(erased)
-    h, w = x.shape[-2:]
-    x[indices] = torch.where(boxes.part(chosen).mask(h, w, x.device), fill, erased)
+def erase(
+    x: Float[Tensor, "b c h w"], erased: Int64[Tensor, " n"], boxes: Boxes, keys: Int64[Tensor, " n"] | None = None
+) -> Float[Tensor, "b c h w"]:
+    """Set a rectangle of each of n images in `x` to 0, the mean color, or to normal noise from its key, in place."""
+    before = x[erased]
+    fill = 0.0 if keys is None else normal_noise(keys, before[0].numel()).view_as(before)
+    x[erased] = torch.where(boxes.mask(*x.shape[-2:], x.device), fill, before)
     return x
 
 
@@ -331,9 +363,8 @@ def mix_pairs(
     x: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], mix: Mix
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
     """Mix images and label distributions with their neighbors."""
-    h, w = x.shape[-2:]
-    kept = torch.from_numpy(mix.kept.astype(np.float32)).to(x.device, non_blocking=True)
-    weight = torch.where(mix.cut.mask(h, w, x.device), 0.0, kept[:, None, None, None])
+    mix = upload(mix, x.device)
+    weight = torch.where(mix.cut.mask(*x.shape[-2:], x.device), 0.0, mix.kept.to(x.dtype)[:, None, None, None])
     share = weight.mean(dim=(1, 2, 3))[:, None]
     return torch.lerp(swap_pairs(x), x, weight), torch.lerp(swap_pairs(targets), targets, share)
 
@@ -405,7 +436,3 @@ def _integer_boxes(*edges: np.ndarray) -> Boxes:
 
 def _draw_beta(rng: np.random.Generator, alpha: float, b: int) -> np.ndarray:
     return rng.beta(alpha, alpha, b) if alpha else np.ones(b)
-
-
-def _to(device: torch.device, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,71 +26,69 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
+from smallvit.datasets.upload import upload
+
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in the gray level, as in torchvision."""
 BLUR_RADIUS = 8
 """Maximum half width of the Gaussian kernel in pixels: four standard deviations of 2."""
 
 
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
+def brightness(levels: Tensor, factor: Tensor, _: Tensor) -> Tensor:
     """Multiply gray levels by a factor."""
-    return _levels(images) * factor[:, None, None]
+    return levels * factor[:, None, None]
 
 
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
+def contrast(levels: Tensor, factor: Tensor, images: Tensor) -> Tensor:
     """Scale the distance of the gray levels from the image's mean by a factor."""
     factor = factor[:, None, None]
     mean = to_gray(images).mean(dim=(1, 2, 3), keepdim=True)[:, 0]
-    return _levels(images) * factor + mean * (1 - factor)
+    return levels * factor + mean * (1 - factor)
 
 
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
+def posterize(levels: Tensor, bits: Tensor, _: Tensor) -> Tensor:
     """Keep only the highest bits (0 to 8) of each gray level."""
     step = 2.0 ** (8 - bits[:, None, None].floor())
-    return (_levels(images) / step).floor() * step
+    return (levels / step).floor() * step
 
 
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+def solarize(levels: Tensor, threshold: Tensor, _: Tensor) -> Tensor:
     """Invert gray levels from the threshold on."""
-    levels = _levels(images)
     return torch.where(levels >= threshold[:, None, None], 255 - levels, levels)
 
 
-def solarize_add(images: Tensor, addition: Tensor) -> Tensor:
+def solarize_add(levels: Tensor, addition: Tensor, _: Tensor) -> Tensor:
     """Increase gray levels below 128."""
-    levels = _levels(images)
     return torch.where(levels < 128, levels + addition[:, None, None].floor(), levels)
 
 
-def invert(images: Tensor, _: Tensor) -> Tensor:
+def invert(levels: Tensor, strength: Tensor, _: Tensor) -> Tensor:
     """Invert gray levels."""
-    return (255 - _levels(images)).expand(len(images), -1, -1)
+    return (255 - levels).expand(len(strength), -1, -1)
 
 
-def autocontrast(images: Tensor, _: Tensor) -> Tensor:
+def autocontrast(levels: Tensor, _: Tensor, images: Tensor) -> Tensor:
     """Stretch each channel to the full range; a constant channel remains unchanged."""
     pixels = images.flatten(2)
     least, most = (extreme.float()[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
-    stretched = (_levels(images) - least) * 255 / (most - least).clamp(min=1)
-    return torch.where(most > least, stretched, _levels(images))
+    stretched = (levels - least) * 255 / (most - least).clamp(min=1)
+    return torch.where(most > least, stretched, levels)
 
 
-def equalize(images: Tensor, _: Tensor) -> Tensor:
+def equalize(levels: Tensor, _: Tensor, images: Tensor) -> Tensor:
     """Equalize each channel's histogram in integer arithmetic, as Pillow does."""
     b, c, h, w = images.shape
-    levels = images.flatten(2).long()
+    pixels = images.flatten(2).long()
     counts = torch.zeros(b, c, 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, levels, torch.ones_like(levels))  # bincount would wait for the device
+    counts.scatter_add_(2, pixels, torch.ones_like(pixels))  # bincount would wait for the device
     brightest = torch.where(counts > 0, torch.arange(256, device=images.device), -1).amax(-1, keepdim=True)
     step = (h * w - counts.gather(-1, brightest)) // 255
     before = counts.cumsum(-1) - counts
     table = (before + step // 2) // step.clamp(min=1)
-    return torch.where(step > 0, table.float(), _levels(images))
+    return torch.where(step > 0, table.float(), levels)
 
 
-Operation = Callable[[Tensor, Tensor], Tensor]
-"""Maps a batch of images and a strength for each to tables or images."""
-TABLES: dict[str, Operation] = {  # these give tables (b, #c, 256), to be clamped to 0 ... 255 and rounded down
+TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "AutoContrast": autocontrast,
     "Brightness": brightness,
     "Contrast": contrast,
@@ -99,6 +98,12 @@ TABLES: dict[str, Operation] = {  # these give tables (b, #c, 256), to be clampe
     "Solarize": solarize,
     "SolarizeAdd": solarize_add,
 }
+"""Map the gray levels (1 1 256) by a strength of each image, and its pixels, to tables (b, 1 or c, 256).
+
+Tables are then clamped to 0 ... 255 and rounded down.
+"""
+OF_PIXELS = ("AutoContrast", "Contrast", "Equalize")
+"""Operations whose tables depend on the pixels; the others are not given those of their images."""
 
 
 def saturation(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
@@ -137,7 +142,7 @@ def blur(images: UInt8[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> UInt8[
     return F.conv2d(x, kernel[:, None, None, :], groups=b).transpose(0, 1).round().byte()
 
 
-BLENDS: dict[str, Operation] = {
+BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Color": saturation,
     "Sharpness": sharpness,
     "Grayscale": grayscale,
@@ -234,6 +239,49 @@ def look_up(images: UInt8[Tensor, "b c h w"], tables: UInt8[Tensor, "b c 256"]) 
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Images of a batch, and the strength of one operation for each."""
+
+    chosen: np.ndarray | Tensor
+    strengths: np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One operation for each image of a batch, by kind: arrays, or after `upload` tensors."""
+
+    warped: np.ndarray | Tensor
+    """Images with a geometric operation."""
+    maps: np.ndarray | Tensor
+    """Their affine maps."""
+    tables: dict[str, Group]
+    looked_up: np.ndarray | Tensor
+    """Images of all `tables`, in their order."""
+    blends: dict[str, Group]
+
+
+def plan_operations(
+    names: Sequence[str] | np.ndarray, strengths: Float[np.ndarray, " b"], c: int, h: int, w: int, *, bicubic: bool
+) -> Operations:
+    """Group the images of a batch by their operation; arguments are those of `apply_operations`."""
+    which, strengths = np.asarray(names), np.asarray(strengths)
+    which = which if c == 3 else np.where(np.isin(which, OF_COLORS), "Identity", which)
+    chosen = {name: np.flatnonzero(which == name) for name in dict.fromkeys(which.tolist())}
+    geometric = [name for name in chosen if name in GEOMETRY]
+    maps = [affine_maps(name, strengths[chosen[name]], h, w, whole_pixels=not bicubic) for name in geometric]
+    groups = {name: Group(indices, strengths[indices].astype(np.float32)) for name, indices in chosen.items()}
+    tables = {name: group for name, group in groups.items() if name in TABLES}
+    none = np.zeros(0, dtype=np.int64)
+    return Operations(
+        warped=np.concatenate([none, *(chosen[name] for name in geometric)]),
+        maps=np.concatenate([np.zeros((0, 2, 3)), *maps]).astype(np.float32),
+        tables=tables,
+        looked_up=np.concatenate([none, *(group.chosen for group in tables.values())]),
+        blends={name: group for name, group in groups.items() if name in BLENDS},
+    )
+
+
 def apply_operations(
     images: UInt8[Tensor, "b c h w"],
     names: Sequence[str] | np.ndarray,
@@ -251,33 +299,30 @@ def apply_operations(
         fill: Gray level of pixels from outside of the image, or that of each channel.
         bicubic: Whether geometry interpolates as Pillow does and translates by fractions of pixels.
     """
-    b, c, h, w = images.shape
-    which, strengths = np.asarray(names), np.asarray(strengths)
-    which = which if c == 3 else np.where(np.isin(which, OF_COLORS), "Identity", which)
-    amounts = _move(strengths.astype(np.float32), images)
-    groups = {name: np.flatnonzero(which == name) for name in dict.fromkeys(which.tolist())}
+    planned = plan_operations(names, strengths, *images.shape[1:], bicubic=bicubic)
+    return run_operations(images, upload(planned, images.device), fill, bicubic=bicubic)
 
-    geometric = [name for name in groups if name in GEOMETRY]
-    if geometric:
-        maps = [affine_maps(name, strengths[groups[name]], h, w, whole_pixels=not bicubic) for name in geometric]
-        chosen = _move(np.concatenate([groups[name] for name in geometric]), images)
+
+def run_operations(
+    images: UInt8[Tensor, "b c h w"],
+    operations: Operations,
+    fill: int | UInt8[Tensor, "c 1 1"] = 0,
+    *,
+    bicubic: bool = False,
+) -> UInt8[Tensor, "b c h w"]:
+    """Apply planned operations, whose tensors are on the device of the images, in place, and return the images."""
+    if len(operations.warped):
         warp_images = warp_bicubic if bicubic else warp
-        images[chosen] = warp_images(images[chosen], _move(np.concatenate(maps).astype(np.float32), images), fill)
-
-    tabulated = [name for name in groups if name in TABLES]
-    if tabulated:
-        tables = []
-        for name in tabulated:
-            chosen = _move(groups[name], images)
-            table = TABLES[name](images[chosen], amounts[chosen])
-            tables.append(table.clamp(0, 255).byte().expand(len(chosen), c, 256))
-        chosen = _move(np.concatenate([groups[name] for name in tabulated]), images)
-        images[chosen] = look_up(images[chosen], torch.cat(tables))
-
-    for name in groups:
-        if name in BLENDS:
-            chosen = _move(groups[name], images)
-            images[chosen] = BLENDS[name](images[chosen], amounts[chosen])
+        images[operations.warped] = warp_images(images[operations.warped], operations.maps, fill)
+    if operations.tables:
+        levels, tables = torch.arange(256, dtype=torch.float32, device=images.device)[None, None], []
+        for name, group in operations.tables.items():
+            table = TABLES[name](levels, group.strengths, images[group.chosen] if name in OF_PIXELS else images)
+            tables.append(table.expand(-1, images.shape[1], -1))
+        table = torch.cat(tables).clamp_(0, 255).byte()
+        images[operations.looked_up] = look_up(images[operations.looked_up], table)
+    for name, group in operations.blends.items():
+        images[group.chosen] = BLENDS[name](images[group.chosen], group.strengths)
     return images
 
 
@@ -337,14 +382,6 @@ def to_gray(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """Return factor · images + (1 − factor) · other, clipped to the range of gray levels."""
     return torch.lerp(other.expand(images.shape), images.float(), factor[:, None, None, None]).clamp_(0, 255).byte()
-
-
-def _levels(images: Tensor) -> Float[Tensor, "1 1 256"]:
-    return torch.arange(256, dtype=torch.float32, device=images.device)[None, None]
-
-
-def _move(array: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
 STRENGTHS = (1, 2, 3)

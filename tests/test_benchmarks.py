@@ -145,3 +145,18 @@ def test_the_usual_script_warms_up_and_follows_a_cosine(monkeypatch: pytest.Monk
     assert max(rates) == pytest.approx(module.LR)
     assert rates[55] == pytest.approx((module.LR + module.MIN_LR) / 2)
     assert rates[-1] < 0.01 * module.LR
+
+
+def test_launches_are_those_that_pytorch_dispatches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches = _module("launches", monkeypatch)
+    x, weight = torch.ones(2, 3), torch.ones(3, 3, requires_grad=True)
+    with launches.LaunchCounter() as counter:
+        (x @ weight.t()).relu().sum().backward()  # views and allocations do not count
+    assert counter.counts == {"mm": 2, "relu": 1, "sum": 1, "ones_like": 1, "threshold_backward": 1}
+    launches.main(["--rows", "vit96,recipe=quick"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if "vit96" in line)
+    augmentation, copies, model, optimizer, step = (int(cell) for cell in row.split("│")[2:7])
+    assert step == augmentation + model + optimizer
+    assert copies < augmentation

@@ -174,7 +174,7 @@ def test_policies_come_after_the_crop_one_after_the_other() -> None:
     dim = Augment(crop="pad", padding=3, policies=(always("Invert", 0), always("Brightness", 0.5)))
     pixels, _ = batch()
     draws = dim.draw(np.random.default_rng(0), 64, 12, 16)
-    for i, mine in enumerate(dim.transform(pixels, draws)):
+    for i, mine in enumerate(dim.transform(pixels, dim.plan(draws, pixels))):
         cropped = V.crop(V.pad(pixels[i], [3]), int(draws.crop.top[i]), int(draws.crop.left[i]), 12, 16)
         assert torch.equal(mine, V.adjust_brightness(V.invert(cropped), 0.5))
 
@@ -182,7 +182,7 @@ def test_policies_come_after_the_crop_one_after_the_other() -> None:
 def test_policies_fill_with_middle_gray() -> None:
     pixels, _ = batch()
     moved = Augment(policies=(always("TranslateX", 5),))
-    ours = moved.transform(pixels, moved.draw(np.random.default_rng(0), 64, 12, 16))
+    ours = moved.transform(pixels, moved.plan(moved.draw(np.random.default_rng(0), 64, 12, 16), pixels))
     assert (ours[..., :5] == 128).all()
     assert torch.equal(ours[..., 5:], pixels[..., :-5])
 

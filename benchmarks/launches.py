@@ -35,7 +35,12 @@ from smallvit.training.launch import resolve
 from smallvit.training.optim import create_optimizer
 
 CUDA, CLASSES = torch.device("cuda", 0), 100
-ROWS = ("vit+spt+lsa,recipe=lee2021", "vit,recipe=lee2021", "vit96+stem+lsa+ffn,recipe=best", "deit_tiny_patch16_224,recipe=deit")
+ROWS = (
+    "vit+spt+lsa,recipe=lee2021",
+    "vit,recipe=lee2021",
+    "vit96+stem+lsa+ffn,recipe=best",
+    "deit_tiny_patch16_224,recipe=deit",
+)
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "device"}
 """Operations that compute nothing."""
 

@@ -353,9 +353,9 @@ def erase(
     x: Float[Tensor, "b c h w"], erased: Int64[Tensor, " n"], boxes: Boxes, keys: Int64[Tensor, " n"] | None = None
 ) -> Float[Tensor, "b c h w"]:
     """Set a rectangle of each of n images in `x` to 0, the mean color, or to normal noise from its key, in place."""
-    before = x[erased]
+    before, (h, w) = x[erased], x.shape[-2:]
     fill = 0.0 if keys is None else normal_noise(keys, before[0].numel()).view_as(before)
-    x[erased] = torch.where(boxes.mask(*x.shape[-2:], x.device), fill, before)
+    x[erased] = torch.where(boxes.mask(h, w, x.device), fill, before)
     return x
 
 
@@ -363,8 +363,8 @@ def mix_pairs(
     x: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], mix: Mix
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
     """Mix images and label distributions with their neighbors."""
-    mix = upload(mix, x.device)
-    weight = torch.where(mix.cut.mask(*x.shape[-2:], x.device), 0.0, mix.kept.to(x.dtype)[:, None, None, None])
+    mix, (h, w) = upload(mix, x.device), x.shape[-2:]
+    weight = torch.where(mix.cut.mask(h, w, x.device), 0.0, mix.kept.to(x.dtype)[:, None, None, None])
     share = weight.mean(dim=(1, 2, 3))[:, None]
     return torch.lerp(swap_pairs(x), x, weight), torch.lerp(swap_pairs(targets), targets, share)
 

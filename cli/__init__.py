@@ -14,6 +14,7 @@ from smallvit.utils.errors import DivergedError, InputError, PeerExitedError, Tr
 
 VERBS = {
     "train": "train a model and write its run folder",
+    "pretrain": "train features on images without labels",
     "watch": "draw a run's curves in the terminal while it trains",
     "eval": "evaluate a trained model: accuracy, calibration, robustness",
     "predict": "classify images: the most likely classes and their probabilities",

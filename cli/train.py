@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from smallvit.cli.parser import Parser, options_parser, parse
 from smallvit.config.config import Config
@@ -45,7 +46,11 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Parse the flags and train."""
-    options = parse(parser(), argv)
+    return run_training(parse(parser(), argv), "train")
+
+
+def run_training(options: dict[str, Any], verb: str) -> int:
+    """Train by these options; an interruption names the verb that resumes."""
     with open_run(Config.build(**options)) as run:
         if run.leads:
             print(f"run    {run.folder}", flush=True)
@@ -55,6 +60,6 @@ def main(argv: list[str]) -> int:
             train.fit(run)
         except KeyboardInterrupt:
             if run.resumable and run.leads:
-                print(f"interrupted; resume with: smallvit train --resume {run.folder}", file=sys.stderr)
+                print(f"interrupted; resume with: smallvit {verb} --resume {run.folder}", file=sys.stderr)
             raise
     return 0

@@ -171,6 +171,9 @@ class Augment:
     crop: Literal["none", "pad", "reflect", "resized"] = "none"
     padding: int = 0
     crop_scale: float = 0.08
+    crop_scale_max: float = 1.0
+    crop_size: ImageSize | None = None
+    """Size of resized crops in pixels; by default that of the images."""
     flip: float = 0.0
     alternate_flip: bool = False
     """Whether the caller of `draw` chooses which images are mirrored, as `Sampling.alternate_flips` does."""
@@ -215,7 +218,7 @@ class Augment:
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int, flip: np.ndarray | None = None) -> Draws:
         """Draw parameters for `b` images of `h` × `w` pixels; `flip` replaces random flips."""
         if self.crop == "resized":
-            crop = crop_boxes(rng, b, h, w, (self.crop_scale, 1.0), h / w)
+            crop = crop_boxes(rng, b, h, w, (self.crop_scale, self.crop_scale_max), h / w)
         else:
             top, left = rng.integers(0, 2 * self.padding + 1, (2, b))
             crop = Boxes(top, left, top + h, left + w)
@@ -268,7 +271,8 @@ class Augment:
         top, left = plan.crop.top, plan.crop.left
         if self.crop == "resized":
             sides = plan.crop.bottom - top, plan.crop.right - left
-            images = resized_crop(images, top, left, *sides, bicubic=self.bicubic)
+            size = self.crop_size and height_width(self.crop_size)
+            images = resized_crop(images, top, left, *sides, size=size, bicubic=self.bicubic)
             top, left = torch.zeros_like(top), torch.zeros_like(left)
         images = crop_and_flip(images, self.padding, top, left, plan.flip, mirror=self.crop == "reflect")
         for operations in plan.steps:

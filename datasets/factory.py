@@ -53,13 +53,16 @@ def data_folder(config: DataConfig) -> Path:
     return Path(os.path.expanduser(folder)) if folder else cache_folder() / "data"
 
 
-def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges | None = None) -> ImageDataset:
+def create_dataset(
+    config: DataConfig, *, draw: bool = True, ranges: GrayRanges | None = None, labels: bool = True
+) -> ImageDataset:
     """Read, split and describe the data set that `config` names; download it first if necessary.
 
     Args:
         draw: Whether to hold out missing splits. If not, they are empty, and a folder may have one class only.
         ranges: Ranges of gray values of more than 8 bits of a trained model; missing ones are measured on the training
             images.
+        labels: Whether labels are needed. If not, a folder that has no class folders is one class without test images.
 
     Raises:
         InputError: the data set is unknown or unusable, images cannot be decoded, or the download failed.
@@ -73,7 +76,8 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
             raise InputError(f"--group-by {config.group_by}: {config.data} has no file names to group by; remove it")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
-    images = read_source(config, 2 if draw else 1)
+    images = read_source(config, 2 if draw else 1, labels=labels)
+    draw = draw and len(images.class_names) > 1
     if isinstance(images, Listing):
         return _load_files(config, images, draw, info, None if info else ranges)
     size, crop_mode = config.img_size or info.img_size, CROP_MODES[config.resize]
@@ -81,8 +85,11 @@ def create_dataset(config: DataConfig, *, draw: bool = True, ranges: GrayRanges 
     return assemble(config, splits, images.class_names, [], info, draw=draw)
 
 
-def read_source(config: DataConfig, min_classes: int = 2) -> Listing | readers.Arrays:
+def read_source(config: DataConfig, min_classes: int = 2, *, labels: bool = True) -> Listing | readers.Arrays:
     """Return the image files that `config` names, or the images of a data set that has none; download it first.
+
+    Args:
+        labels: Whether a folder must have class folders.
 
     Raises:
         InputError: the files are unusable, or the download failed.
@@ -92,7 +99,9 @@ def read_source(config: DataConfig, min_classes: int = 2) -> Listing | readers.A
     root = Path(os.path.expanduser(config.data))
     if is_manifest(config.data):
         return read_manifest(root, config.columns, min_classes)
-    return list_zip(root) if root.is_file() else list_folder(root, min_classes)
+    if labels or root.is_file():
+        return list_zip(root) if root.is_file() else list_folder(root, min_classes)
+    return list_folder(root, min_classes, labels=False)
 
 
 def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:

@@ -350,17 +350,18 @@ def resized_crop(
     height: Tensor,
     width: Tensor,
     *,
+    size: tuple[int, int] | None = None,
     bicubic: bool = False,
-) -> UInt8[Tensor, "b c h w"]:
-    """Crop a rectangle of each image and resize it to the image's size, bilinear or bicubic."""
-    h, w = images.shape[-2:]
-    rows = resize_weights(top.float(), height.float(), h, h, bicubic=bicubic)
-    columns = resize_weights(left.float(), width.float(), w, w, bicubic=bicubic)
+) -> UInt8[Tensor, "b c y x"]:
+    """Crop a rectangle of each image and resize it to `size`, or the image's size, bilinear or bicubic."""
+    (h, w), (y, z) = images.shape[-2:], size or images.shape[-2:]
+    rows = resize_weights(top.float(), height.float(), y, h, bicubic=bicubic)
+    columns = resize_weights(left.float(), width.float(), z, w, bicubic=bicubic)
     x = (images.float().flatten(1, 2) @ columns.mT).unflatten(1, images.shape[1:3])
     if bicubic:  # a cubic overshoots: Pillow rounds and clips after each direction
         x = x.round_().clamp_(0, 255)
     x = rows @ x.transpose(1, 2).flatten(2)  # one product for all channels: weights are not copied for each
-    return x.unflatten(2, (images.shape[1], w)).transpose(1, 2).round_().clamp_(0, 255).byte()
+    return x.unflatten(2, (images.shape[1], z)).transpose(1, 2).round_().clamp_(0, 255).byte()
 
 
 def _keys(distance: Tensor) -> Tensor:

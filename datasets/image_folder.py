@@ -29,12 +29,15 @@ from smallvit.datasets.listing import (
     find_layout,
     is_hidden,
     is_image,
+    is_readable,
     require_utf8,
     unwrap,
 )
 from smallvit.utils.errors import InputError
 
 ANNOTATIONS = "val/val_annotations.txt"
+UNLABELED = ("images",)
+"""The class of images without labels."""
 
 
 class FileInfo(NamedTuple):
@@ -48,8 +51,13 @@ class FileInfo(NamedTuple):
     """Modification time in nanoseconds, if there is no checksum."""
 
 
-def list_folder(root: Path, min_classes: int = 2) -> Listing:
+def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True) -> Listing:
     """List the images of a folder of class folders.
+
+    Args:
+        root: The folder.
+        min_classes: Minimum number of classes.
+        labels: Whether class folders are needed. If not, a folder of another layout is one class, with all its images.
 
     Raises:
         InputError: the folder does not exist or cannot be read, or its layout is unusable; see `find_layout`.
@@ -61,7 +69,12 @@ def list_folder(root: Path, min_classes: int = 2) -> Listing:
             raise InputError(f"--data {root}: no such folder")
         with Console(stderr=True).status(f"listing {escape(str(root))}"):  # a million files may take a minute
             tree = _scan(root, "", files, ())
-        layout = _find_layout(tree, lambda name: (root / name).read_text(encoding="utf-8"), root, min_classes)
+        try:
+            layout = _find_layout(tree, lambda name: (root / name).read_text(encoding="utf-8"), root, min_classes)
+        except InputError:
+            if labels or not any(map(is_readable, tree.images())):
+                raise
+            layout = _unlabeled_layout(tree)
     except OSError as error:
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -98,6 +111,12 @@ def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, mi
     if "val" in top.folders and top.top + ANNOTATIONS in top.folders["val"].files:
         return _read_tiny_imagenet(top, read_text, source)
     return find_layout(tree, source, min_classes)
+
+
+def _unlabeled_layout(tree: Folder) -> Layout:
+    """Return all images of a folder as training images of one class."""
+    names = sorted(filter(is_readable, tree.images()))
+    return Layout(UNLABELED, [(name, 0, "train") for name in names], (), "")
 
 
 def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:

@@ -21,6 +21,7 @@ from smallvit.config.options import (
     DataConfig,
     DistillConfig,
     OptimConfig,
+    PretrainConfig,
     RunConfig,
 )
 from smallvit.utils.errors import InputError, flag, is_utf8, require, suggest
@@ -41,6 +42,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -321,6 +321,35 @@ class DistillConfig(Options):
         return [(name, "--distill soft; add it") for name in soft_only] if self.distill != "soft" else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Options):
+    """Pretraining without labels (smallvit pretrain)."""
+
+    objective: Literal["supervised", "lejepa", "dino"] = option("supervised", "common")
+    """What is trained: supervised (labels), or features of views of unlabeled images: lejepa, dino."""
+    global_views: int = option(2, ge=1)
+    """Views of each image that show most of it."""
+    local_views: int | None = option(None, ge=0)
+    """Views of each image that show a small part; by default 2 for lejepa, 8 for dino."""
+    global_scale: float | None = option(None, gt=0, le=1)
+    """Minimum share of the image's area in global views; by default 0.7 up to 32 pixels, 0.5 up to 64, else 0.3."""
+    local_scale: float | None = option(None, gt=0, le=1)
+    """Minimum share of the image's area in local views; by default 0.2 up to 64 pixels, else 0.05."""
+    local_scale_max: float | None = option(None, gt=0, le=1)
+    """Maximum share in local views; by default 0.5 up to 32 pixels, 0.4 up to 64, else 0.3."""
+    local_size: int | None = option(None, ge=1)
+    """Size of local views in pixels; by default half of the image's where the model takes such images, else all."""
+    embed_dim: int | None = option(None, ge=2)
+    """Dimensions of the embeddings that the loss compares; by default 16 for lejepa, 1024 for dino."""
+    sigreg_weight: float = option(0.02, ge=0, le=1)
+    """Weight of LeJEPA's regularization; the distance between views has the rest."""
+
+    @property
+    def labels(self) -> bool:
+        """Whether training uses labels."""
+        return self.objective == "supervised"
+
+
 Amp = Literal["auto", "bf16", "fp16", "off"]
 LOGGERS = ("tensorboard", "wandb")
 """What `--log` takes; `smallvit.runs.trackers` knows them."""
@@ -372,9 +401,11 @@ class RunConfig(Options):
     """Maximum time between two checkpoints; one is written after each epoch too."""
     keep_resume: bool = option(False, "resumable", "local")
     """Keep resume.safetensors of a finished run, so that --resume RUN --epochs N can train it longer."""
-    select_by: Literal["top1", "macro_f1", "balanced_accuracy", "map", "micro_f1", "loss"] = option("top1", "shared")
-    """Validation metric that chooses the best epoch. With several labels an image: map (mean average precision, then
-    the default), macro_f1, micro_f1 or loss."""
+    select_by: Literal["top1", "macro_f1", "balanced_accuracy", "map", "micro_f1", "loss", "last"] = option(
+        "top1", "shared"
+    )
+    """Validation metric that chooses the best epoch, or last. With several labels an image: map (mean average
+    precision, then the default), macro_f1, micro_f1 or loss."""
     patience: int | None = option(None, "shared", ge=1)
     """Epochs without improvement of this metric after which training stops; by default it does not."""
     keep: int = option(0, "resumable", ge=0)

@@ -316,6 +316,47 @@ def quick(**options: Any) -> dict[str, Any]:
 
 
 @recipe
+def pretrain(**options: Any) -> dict[str, Any]:
+    """Train features without labels, 200 epochs.
+
+    LeJEPA (Balestriero, LeCun 2025, arXiv:2511.08544): AdamW, 2e-3, weight decay 0.05, 256 images of 4 views. With
+    --objective dino (Caron et al. 2021, arXiv:2104.14294), on small images as Gani et al. 2022, arXiv:2210.07240: 5e-4,
+    10 views.
+
+    Command: smallvit pretrain --arch vit --spt --lsa --data cifar100
+    Hardware, duration, accuracy: not yet measured.
+
+    Differs from the papers: colors keep their hue, and views are crops of the image in the size that training sees.
+    """
+    return {
+        "objective": "lejepa",
+        "epochs": 200,
+        "batch_size": 256,
+        "opt": "adamw",
+        "lr": 5e-4 if options.get("objective") == "dino" else 2e-3,
+        "sched": "cosine",
+        "min_lr": 1e-6,
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.05,
+        "dropout": 0.0,
+        "drop_path": 0.0,
+        "val_interval": 10,
+    }
+
+
+@recipe
+def finetune_ssl(**options: Any) -> dict[str, Any]:
+    """Train with labels from features that were pretrained without: the recipe `lee2021`, 100 epochs at 1e-3.
+
+    The length is that of Gani et al. 2022, arXiv:2210.07240; the rate is ours.
+
+    Command: smallvit train --recipe finetune-ssl --init RUN --data cifar100
+    Hardware, duration, accuracy: not yet measured.
+    """
+    return {**inspect.unwrap(lee2021)(**options), "epochs": 100, "lr": 1e-3}
+
+
+@recipe
 def binaryvit(**options: Any) -> dict[str, Any]:
     """Train as BinaryViT: from random weights, by a full-precision teacher's logits alone, 300 epochs.
 
@@ -391,5 +432,7 @@ RECIPES: dict[str, Callable[..., Config]] = {
     "best": best,
     "binaryvit": binaryvit,
     "finetune": finetune,
+    "pretrain": pretrain,
+    "finetune-ssl": finetune_ssl,
 }
 """All recipes by name: values of --recipe."""

@@ -9,24 +9,22 @@ Axes: n images, d features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sklearn
 import torch
-from jaxtyping import Float, Int64
 from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 
 from smallvit import datasets
 from smallvit.config.config import Config
-from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
+from smallvit.datasets.loader import evaluation_batches
+from smallvit.evaluation.features import Features, extract_features, neighbor_accuracy
 from smallvit.evaluation.predictor import check_test_split, create_predictor, read_model_info
 from smallvit.models import weights
 from smallvit.models.weights_info import WeightsInfo
@@ -40,14 +38,6 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 DEFAULT_STRENGTH = 1.0
 """C without validation images."""
 MAX_ITERATIONS = 1000
-NEIGHBORS = 20
-
-
-class Features(NamedTuple):
-    """The features and labels of a split's images."""
-
-    values: Float[np.ndarray, "n d"]
-    labels: Int64[np.ndarray, " n"]
 
 
 def probe(name: str, config: Config) -> dict[str, Any]:
@@ -109,22 +99,6 @@ def extract_splits(
     return features
 
 
-@torch.inference_mode()
-def extract_features(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
-) -> Features:
-    """Compute the features of batches of images, without those labeled `IGNORED_LABEL`."""
-    values, labels = [], []
-    model.eval()
-    for images, numbers in batches:
-        with hardware.autocast(device, dtype):
-            batch = weights.extract_features(model, images)
-        kept = numbers != IGNORED_LABEL
-        values.append(batch[kept].cpu().double())
-        labels.append(numbers[kept].cpu())
-    return Features(torch.cat(values).numpy(), torch.cat(labels).numpy())
-
-
 def fit_classifiers(splits: dict[str, Features], progress: Progress, *, balanced: bool = False) -> dict[str, Any]:
     """Fit both classifiers to train, choose C on val if there is one, and evaluate on test.
 
@@ -141,13 +115,12 @@ def fit_classifiers(splits: dict[str, Features], progress: Progress, *, balanced
         linear[c] = make_pipeline(StandardScaler(), regression).fit(*train)
         scores[c] = linear[c].score(*val) if val else None
     best = max(scores, key=scores.get)  # ties: the strongest regularization
-    k = max(1, min(NEIGHBORS, len(train.labels) // len(np.unique(train.labels))))
-    nearest = KNeighborsClassifier(k, weights="distance", metric="cosine").fit(*train)
+    knn_top1, k = neighbor_accuracy(train, test)
     return {
         "linear_top1": 100 * float(linear[best].score(*test)),
         "linear_val_top1": 100 * float(scores[best]) if val else None,
         "C": best,
-        "knn_top1": 100 * float(nearest.score(*test)),
+        "knn_top1": knn_top1,
         "k": k,
     }
 

@@ -164,7 +164,7 @@ class Run:
                 folder.rmdir()
 
 
-TITLES = {"top1": "top-1", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+TITLES = {"top1": "top-1", "map": "mAP", "knn_top1": "k-NN top-1", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 """Names of metrics in messages, if they are not those in files without underscores."""
 METRICS, ATTENTION = f"{Run.EVAL}/test/metrics.json", f"{Run.ATTEND}/attention.json"
 """Results of `smallvit eval` and `smallvit attend` in a run's folder."""
@@ -176,15 +176,24 @@ def is_follower() -> bool:
 
 
 def best_epoch(history: Sequence[dict[str, Any]], select_by: str) -> dict[str, Any] | None:
-    """Return the metrics of the first best epoch by a validation metric, then loss; None if none was validated."""
+    """Return the metrics of the first best epoch by a validation metric, then loss; None if none was validated.
+
+    By "last" it is the last epoch.
+    """
+    if select_by == "last":
+        return history[-1] if history else None
     validated = [line for line in history if None not in (line[f"val_{primary_metric(history)}"], line["val_loss"])]
     sign = -1 if select_by == "loss" else 1
     return max(validated, key=lambda line: (sign * line[f"val_{select_by}"], -line["val_loss"]), default=None)
 
 
 def primary_metric(records: Iterable[dict[str, Any]]) -> str:
-    """Return the main metric of a run's epochs or summary: map with several labels an image, else top1."""
-    return "map" if any("val_map" in each for each in records) else "top1"
+    """Return the main metric of a run's epochs or summary.
+
+    It is map with several labels an image, knn_top1 after pretraining without labels, else top1.
+    """
+    names = {name for each in records for name in each}
+    return next((metric for metric in ("map", "knn_top1") if f"val_{metric}" in names), "top1")
 
 
 def read_config(folder: Path) -> Config:

@@ -23,7 +23,9 @@ from smallvit.config.config import Config
 from smallvit.config.options import OptimConfig, RunConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
+from smallvit.datasets.views import ViewMaker
 from smallvit.evaluation.evaluate import evaluate
+from smallvit.evaluation.features import evaluate_features
 from smallvit.evaluation.multilabel import DEFAULT_THRESHOLD, evaluate_multilabel
 from smallvit.models import factory
 from smallvit.plugins.patch import describe
@@ -93,6 +95,11 @@ class Setup:
     world: World
     """This process among those of torchrun."""
 
+    @property
+    def seen_views(self) -> int:
+        """Number of views of an image that a step trains on."""
+        return self.batches.augment.count if isinstance(self.batches.augment, ViewMaker) else 1
+
     def augmentation_epoch(self, epoch: int) -> int:
         """Return the epoch whose augmentations an epoch uses: itself, unless --teacher-views repeats earlier ones."""
         return epoch % (self.config.distill.teacher_views or epoch + 1)
@@ -134,6 +141,8 @@ class Setup:
                 those that fit best.
             wrap: Function that the iterator of batches is passed through.
         """
+        if not self.config.pretrain.labels:
+            return evaluate_features(model or self.eval_model, self.dataset, split, self.device, self.dtype, wrap)
         if not len(getattr(self.dataset, split)):
             return None
         batches = wrap(self.evaluation_batches(split))
@@ -146,6 +155,8 @@ class Setup:
     @property
     def accuracies(self) -> tuple[str, ...]:
         """Metrics in percent of every evaluation, the main one first."""
+        if not self.config.pretrain.labels:
+            return ("knn_top1",)
         several = self.dataset.label_sets is not None
         return ("map", "macro_f1", "micro_f1") if several else ("top1", "macro_f1", "balanced_accuracy")
 
@@ -153,6 +164,8 @@ class Setup:
         """Return the metadata of a weights file with the metrics of its epoch."""
         data = {name: getattr(self.dataset, name) for name in ("name", "class_names", "mean", "std")}
         data["resize"] = self.config.data.resize
+        if not self.config.pretrain.labels:
+            data["class_names"] = ()
         data["gray_ranges"] = self.dataset.gray_ranges.to_json()
         data["training_data"] = self.dataset.describe_training_data(self.config.data)
         if self.dataset.label_sets is not None:
@@ -165,7 +178,8 @@ class Setup:
         """Print data, model, initial weights, teacher and device, in a few lines."""
         data, show = self.dataset, partial(print_indented, console)
         sizes = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in ("train", "val", "test"))
-        show(f"data   {data.name}: {len(data.class_names)} classes, {sizes}")
+        labels = f"{len(data.class_names)} classes, " if len(data.class_names) > 1 else ""
+        show(f"data   {data.name}: {labels}{sizes}")
         for note in (*data.notes, *self.warnings()):
             show(f"       {note}")
         arch, patch_size, fit = (self.spec[name] for name in ("arch", "patch_size", "fit"))
@@ -173,6 +187,8 @@ class Setup:
         show(f"       {describe(self.model)}".replace("\n", "\n       "))
         for note in self.initial.notes:
             show(f"init   {note}")
+        if isinstance(views := self.batches.augment, ViewMaker):
+            show(f"views  {views.describe()}")
         if data.label_sets is not None:
             smoothing = self.config.optim.label_smoothing
             show(f"loss   {self.config.optim.loss}" + (f", label smoothing {smoothing:g}" if smoothing else ""))
@@ -206,7 +222,7 @@ class Setup:
                     f"{count:,} of {len(data.test):,} test images are also in train, pixel by pixel, which raises the "
                     "accuracy; smallvit check lists duplicates"
                 )
-        if data.label_sets is None and 0 < (count := len(data.val)) < FEW_IMAGES:
+        if data.label_sets is None and self.config.pretrain.labels and 0 < (count := len(data.val)) < FEW_IMAGES:
             points = 100 * 1.96 * math.sqrt(0.25 / count)
             yield (
                 f"{count} validation images measure an accuracy to within {points:.0f} points: the best epoch is "
@@ -254,14 +270,11 @@ def create_setup(
     if not world.main:  # the main process downloads, decodes, checks and decides first
         config = config.replace(**world.send({}))
     factory.require_known(config.model.arch)  # before images are decoded
-    dataset = datasets.create_dataset(config.data)
+    dataset = datasets.create_dataset(config.data, labels=config.pretrain.labels)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
     multi_label = dataset.label_sets is not None
     config = _adapt_to_labels(config, dataset)
     streaming = "on" if dataset.train.on_disk else "off"
-    augment = Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
-    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
-    batches = create_train_loader(dataset, int(config.optim.batch_size), augment, config.run.seed, device, **part)
     if config.run.patience is not None and not len(dataset.val):
         raise InputError(f"--patience {config.run.patience}: needs validation images, and --val-fraction is 0")
     spec = _spec(config, dataset)
@@ -277,6 +290,9 @@ def create_setup(
     else:
         _initialize(model, config.init.weight_init)
         initial = InitialWeights()
+    augment = _augmentation(config, dataset, model)
+    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
+    batches = create_train_loader(dataset, int(config.optim.batch_size), augment, config.run.seed, device, **part)
     counted = count_operations(model, count_macs_by_layer(model, dataset.in_chans, dataset.img_size))
     _require_images(config, batches, model, world)
     dtype = choose_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
@@ -314,6 +330,10 @@ def create_setup(
     saving = TokenSaving(model, config, spec)
     model, average = _move_model(model, config, device, world)
     trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
+    if not config.pretrain.labels:
+        from smallvit.training.pretrain import create_embedding_model
+
+        trained, objective = create_embedding_model(model, config, dataset, world)
     replicated = distributed.replicate(trained, world, device)
 
     optimizer = optim.create_optimizer(model, config.optim, dtype)
@@ -351,12 +371,26 @@ def create_setup(
     )
 
 
+def _augmentation(config: Config, dataset: ImageDataset, model: nn.Module) -> Augment | ViewMaker:
+    """Return the augmentation of training images, or what makes their views for pretraining."""
+    if config.pretrain.labels:
+        return Augment.from_config(config.augment, dataset.img_size, dataset.flip, dataset.aug, dataset.policy)
+    from smallvit.training.pretrain import local_size
+
+    size = local_size(model, config, dataset.img_size)
+    return ViewMaker.from_config(config.pretrain, dataset.img_size, dataset.flip, size)
+
+
 def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
     """Return the configuration with the default loss and metric of images with several labels, if the data has such.
 
     Raises:
         InputError: An option cannot be used with several labels an image, or needs them.
     """
+    if not config.pretrain.labels:
+        from smallvit.training.pretrain import refuse_labels
+
+        return refuse_labels(config)
     metric, name = config.run.select_by, config.optim.loss
     several = dataset.label_sets is not None
     if metric in (("balanced_accuracy",) if several else ("map", "micro_f1")):
@@ -454,7 +488,7 @@ def _spec(config: Config, dataset: ImageDataset) -> dict[str, Any]:
         "arch": factory.resolve_arch(model.arch, dataset.img_size, fit=model.fit),
         "img_size": dataset.img_size,
         "in_chans": dataset.in_chans,
-        "num_classes": len(dataset.class_names),
+        "num_classes": len(dataset.class_names) if config.pretrain.labels else 0,
         "dist_token": model.dist_token or config.distill.distill == "token",
         "patch_size": model.patch_size or factory.default_patch_size(model.arch, dataset.img_size, fit=model.fit),
     }

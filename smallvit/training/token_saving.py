@@ -52,7 +52,7 @@ class TokenSaving:
         if optim.progressive_size:
             self.size = optim.progressive_size if share <= optim.progressive_ratio else None
             if isinstance(model, VisionTransformer):
-                _set_dynamic_size(model, self.size is not None)
+                set_dynamic_size(model, self.size is not None)
 
     def shrink(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c y x"]:
         """Return the images in the size of this step."""
@@ -61,7 +61,7 @@ class TokenSaving:
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _set_dynamic_size(model: nn.Module, dynamic: bool) -> None:
+def set_dynamic_size(model: nn.Module, dynamic: bool) -> None:
     """Let timm's `VisionTransformer` take images of other sizes and interpolate its position embeddings for them."""
     model.dynamic_img_size = dynamic
     embedding = model.patch_embed

@@ -39,6 +39,11 @@ MODEL_STREAM = 3
 """Random number stream of dropout and stochastic depth; 0 to 2 belong to the batches."""
 
 
+TRAINED = (("next", "smallvit eval RUN"), ("", "smallvit report RUN"), ("", "smallvit predict RUN IMAGES"))
+PRETRAINED = (("next", "smallvit train --init RUN --recipe finetune-ssl --data DIR"), ("", "smallvit probe RUN"))
+"""Commands for a finished run, with labels and without."""
+
+
 def train(config: Config) -> TrainResult:
     """Train a model and write its run folder; the best epoch is chosen on validation images, never on the test.
 
@@ -126,8 +131,9 @@ def fit(run: Run) -> TrainResult:
             if world.main:
                 from smallvit.runs.curves import plot_curves
 
-                name = setup.accuracies[0]
-                title = f"{run.folder.name}: test {TITLES[name]} {test[name]:.2f} %"
+                name, title = setup.accuracies[0], run.folder.name
+                if test[name] is not None:
+                    title += f": test {TITLES[name]} {test[name]:.2f} %"
                 plot_curves(state.history, run / Run.CURVES, title, config.run.select_by)
                 if budget is not None:
                     summary["elapsed_seconds"] = budget.elapsed
@@ -268,6 +274,7 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
         "val_loss": val and val["loss"],
         **{f"val_{name}": val and val[name] for name in setup.accuracies},
         **({"thresholds": val and val["thresholds"]} if setup.dataset.label_sets is not None else {}),
+        **({} if setup.config.pretrain.labels else {"rank": val and val["rank"]}),
         **({f"val_{setup.accuracies[0]}_raw": raw[setup.accuracies[0]]} if raw else {}),
         **learned_values(setup),
         **({"skipped_steps": setup.scaler.skipped} if setup.scaler.is_enabled() else {}),
@@ -318,6 +325,7 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         **({"max_seconds": budget.limit} if budget else {}),
         "train_seconds": state.seconds,
         "images_seen": seen,
+        **({} if setup.config.pretrain.labels else {"views": setup.seen_views, "rank": test["rank"]}),
         "images_per_second": seen / state.step_seconds,
         "parameters": setup.parameters,
         "macs": setup.operations.macs,
@@ -343,18 +351,21 @@ def print_result(result: TrainResult, console: Console) -> TrainResult:
     primary, epochs = primary_metric([summary]), summary["epochs"]
     name = summary.get("select_by", "top1")
     chosen = f"last of {epochs} epochs"
-    if (value := summary[f"val_{name}"]) is not None:
+    if (value := summary.get(f"val_{name}")) is not None:
         title = "" if name == primary else f"{TITLES.get(name, name.replace('_', ' '))} "
         figure = f"{value:.3f}" if name == "loss" else f"{value:.2f} %"
         chosen = f"validation {title}{figure}, best epoch {summary['best_epoch']} of {epochs}"
-    console.print(f"\ntest {TITLES[primary]} {summary[f'test_{primary}']:.2f} %  ({chosen})")
+    pretrained = "rank" in summary
+    if pretrained:
+        chosen = f"features use {summary['rank']:.1f} dimensions, last of {epochs} epochs"
+    score = summary[f"test_{primary}"]
+    console.print(f"\ntest {TITLES[primary]} " + (f"{score:.2f} %" if score is not None else "–") + f"  ({chosen})")
     if means := format_class_means(summary, "test_"):
         console.print(f"test {means}")
     console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")
     for label, line in (
         *(("weights", folder / Run.BEST), ("curves", folder / Run.CURVES), ("summary", folder / Run.SUMMARY)),
-        *(("next", f"smallvit eval {folder}"), ("", f"smallvit report {folder}")),
-        ("", f"smallvit predict {folder} IMAGES"),
+        *(PRETRAINED if pretrained else TRAINED),
     ):
-        console.print(f"{label:8} {line}", soft_wrap=True)  # in one line, to be copied
+        console.print(f"{label:8} {line}".replace("RUN", str(folder)), soft_wrap=True)  # in one line, to be copied
     return result

@@ -65,6 +65,10 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def differentiable_total(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes; in the backward pass, the sum of their gradients."""
+        return values if self.size == 1 else _Sum.apply(values)
+
     def gather(self, value: T) -> list[T]:
         """Return all processes' values."""
         values = [value] * self.size

@@ -129,13 +129,15 @@ class TrainingProgress(Progress):
     def epoch(self, figures: dict[str, Any]) -> None:
         """Print an epoch's metrics in one line."""
         done = figures["epoch"] * self.steps // self.epochs
-        name, title = ("val_map", "val mAP") if "val_map" in figures else ("val_top1", "val top-1")
-        validated = figures[name] is not None
-        self.accuracy = f"{title} {figures[name]:.2f} %  " if validated else ""
+        titles = {"val_map": "val mAP", "val_knn_top1": "val k-NN top-1", "val_top1": "val top-1"}
+        name = next(name for name in titles if name in figures)
+        value, loss = figures[name], figures["val_loss"]
+        self.accuracy = f"{titles[name]} {value:.2f} %  " if value is not None else ""
         label, _, left = self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(
             f"{label}  loss {figures['train_loss']:.3f}  "
-            + (f"val loss {figures['val_loss']:.3f}  {self.accuracy}" if validated else "")
+            + (f"val loss {loss:.3f}  " if loss is not None else "")
+            + self.accuracy
             + f"{figures['images_per_second']:,.0f} images/s"
             + ("" if self.console.is_terminal else left)  # the bar shows it
         )

@@ -81,12 +81,13 @@ def plot_training(history: list[dict[str, Any]], best: dict[str, Any] | None) ->
     names = ("train_loss", "val_loss", f"val_{metric}", "lr")
     training, validation, top1, rates = (finite_points(history, name) for name in names)
     charts: list[tuple[str, str, dict[str, Points]]] = [
-        ("Loss", "cross-entropy", {"training (augmented)": training, "validation": validation}),
+        ("Loss", "loss", {"training (augmented)": training, "validation": validation}),
         ("Validation accuracy", f"{TITLES[metric]} (%)", {"validation": top1}),
         ("Learning rate", "learning rate", {"learning rate": rates}),
         ("Learned temperatures (LSA)", "factor of the scores", _mean_temperatures(history)),
     ]
-    marked = {} if best is None else {"Validation accuracy": (best["epoch"], best[f"val_{metric}"])}
+    score = best and best.get(f"val_{metric}")
+    marked = {} if score is None else {"Validation accuracy": (best["epoch"], score)}
     return [plot_lines(*chart, marked.get(chart[0])) for chart in charts if any(chart[2].values())]
 
 
@@ -96,8 +97,9 @@ def plot_overlay(histories: dict[str, list[dict[str, Any]]]) -> list[Picture]:
     for name, title, ylabel in (
         ("val_map", "Validation mAP", "mAP (%)"),
         ("val_top1", "Validation accuracy", "top-1 (%)"),
-        ("val_loss", "Validation loss", "cross-entropy"),
-        ("train_loss", "Training loss", "cross-entropy"),
+        ("val_knn_top1", "Validation accuracy of nearest neighbors", "k-NN top-1 (%)"),
+        ("val_loss", "Validation loss", "loss"),
+        ("train_loss", "Training loss", "loss"),
     ):
         curves = {run: points for run, history in histories.items() if (points := finite_points(history, name))}
         if curves:

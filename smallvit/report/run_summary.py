@@ -121,10 +121,10 @@ class RunSummary:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the test accuracy in per cent; None for an unfinished run, or for several labels."""
-        if not self.summary or self.metric == "map":
+        if not self.summary or self.metric == "map" or self.score is None:
             return None
         count = self.summary["test_images"]
-        low, high = stats.accuracy_interval(round(self.summary["test_top1"] * count / 100), count)[0]
+        low, high = stats.accuracy_interval(round(self.score * count / 100), count)[0]
         return low, high
 
 

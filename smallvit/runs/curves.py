@@ -22,20 +22,22 @@ from rich.text import Text
 from smallvit.config.config import Config
 from smallvit.config.model import ARCH, added_plugins
 from smallvit.plugins import PLUGINS
-from smallvit.runs.run import TITLES, Run, best_epoch, primary_metric, read_config
+from smallvit.runs.run import PRIMARY, TITLES, Run, best_epoch, primary_metric, read_config
 from smallvit.utils.errors import InputError, format_duration
 
 POLL_SECONDS = 1.0
 MIN_WIDTH, MIN_HEIGHT, MAX_HEIGHT = 38, 7, 16
 """Columns and rows of a plot in the terminal; narrower plots are stacked."""
-SUMMARIES = ("test_top1", "test_map")
-"""Main metrics of a summary, which has one of them."""
 REQUIRED = ("epoch", "train_loss", "lr", "images_per_second", "seconds")
 VALIDATION = ("val_loss", "val_top1")
 """Numbers in a line of metrics.jsonl: those that are always there, and those that may be None."""
 PLOTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "loss": {"train_loss": ("training", "braille", "cyan"), "val_loss": ("validation", "•", "orange")},
-    "validation accuracy (%)": {"val_top1": ("", "braille", "orange"), "val_map": ("mAP", "braille", "orange")},
+    "validation accuracy (%)": {
+        "val_top1": ("", "braille", "orange"),
+        "val_map": ("mAP", "braille", "orange"),
+        "val_knn_top1": ("k-NN", "braille", "orange"),
+    },
     "learning rate": {"lr": ("", "braille", "green")},
 }
 """Curves of each plot by title: metric, label, marker and color."""
@@ -70,7 +72,12 @@ def read_run(folder: Path) -> RunView:
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     history = [_parse(line, REQUIRED, f"{metrics}: line {number} is") for number, line in enumerate(lines, 1)]
     text = summary.read_text(encoding="utf-8", errors="replace") if summary.exists() else None
-    return RunView(folder, config, history, None if text is None else _parse(text, (), f"{summary}:", SUMMARIES))
+    return RunView(
+        folder,
+        config,
+        history,
+        None if text is None else _parse(text, (), f"{summary}:", [f"test_{metric}" for metric in PRIMARY]),
+    )
 
 
 def _parse(text: str, required: tuple[str, ...], where: str, one_of: Collection[str] = ()) -> dict[str, Any]:
@@ -79,9 +86,10 @@ def _parse(text: str, required: tuple[str, ...], where: str, one_of: Collection[
         record = json.loads(text)
         if isinstance(record, dict):
             record = dict.fromkeys(VALIDATION) | record
-            required += tuple(name for name in one_of if name in record) or (*one_of,)[:1]
+            required += tuple(name for name in one_of if record.get(name) is not None)
+            complete = not one_of or any(name in record for name in one_of)
             numbers = all(isinstance(record.get(name), (int, float)) for name in required)
-            if numbers and all(isinstance(record[name], (int, float, NoneType)) for name in VALIDATION):
+            if complete and numbers and all(isinstance(record[name], (int, float, NoneType)) for name in VALIDATION):
                 return record
     raise InputError(f"{where} damaged; this does not affect the training")
 
@@ -110,7 +118,7 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str, select_by
             epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
             if points:
                 axes.plot(epochs, values, label=label, color=f"tab:{color}", **style)
-        if best is not None and primary in metrics:
+        if best is not None and best.get(primary) is not None and primary in metrics:
             axes.plot(best["epoch"], best[primary], "k*", label=f"best: {best[primary]:.2f} %")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -175,11 +183,13 @@ def format_headline(view: RunView) -> Text:
         return text.append("no epoch finished yet" if limit else f"no epoch of {epochs} finished yet")
     last, primary = history[-1], primary_metric(history)
     figures = [f"epoch {last['epoch']}" if limit else f"epoch {last['epoch']}/{epochs}"]
-    if (best := best_epoch(history, view.config.run.select_by)) is not None:
+    best = best_epoch(history, view.config.run.select_by)
+    if best is not None and best[f"val_{primary}"] is not None:
         figures.append(f"best val {best[f'val_{primary}']:.2f} % (epoch {best['epoch']})")
     figures.append(f"{last['images_per_second']:,.0f} images/s")
     if view.summary is not None:
-        figures.append(f"test {TITLES[primary]} {view.summary[f'test_{primary}']:.2f} %")
+        score = view.summary[f"test_{primary}"]
+        figures.append(f"test {TITLES[primary]} {score:.2f} %" if score is not None else "finished")
     else:
         left = last["seconds"] / max(1, last["epoch"]) * (epochs - last["epoch"])
         figures.append(f"{format_duration(max(0, limit - last['seconds']) if limit else left)} left")

@@ -126,7 +126,7 @@ class Run:
             return None
         with suppress(ValueError):
             summary = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(summary, dict) and summary.keys() & {"test_top1", "test_map"}:
+            if isinstance(summary, dict) and any(f"test_{metric}" in summary for metric in PRIMARY):
                 return summary
         raise InputError(f"{file}: damaged; evaluate its weights with smallvit eval {self.folder}, or train it again")
 
@@ -166,6 +166,8 @@ class Run:
 
 TITLES = {"top1": "top-1", "map": "mAP", "knn_top1": "k-NN top-1", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 """Names of metrics in messages, if they are not those in files without underscores."""
+PRIMARY = ("map", "knn_top1", "top1")
+"""Main metrics; a run has one of them."""
 METRICS, ATTENTION = f"{Run.EVAL}/test/metrics.json", f"{Run.ATTEND}/attention.json"
 """Results of `smallvit eval` and `smallvit attend` in a run's folder."""
 
@@ -193,7 +195,7 @@ def primary_metric(records: Iterable[dict[str, Any]]) -> str:
     It is map with several labels an image, knn_top1 after pretraining without labels, else top1.
     """
     names = {name for each in records for name in each}
-    return next((metric for metric in ("map", "knn_top1") if f"val_{metric}" in names), "top1")
+    return next((metric for metric in PRIMARY if f"val_{metric}" in names), "top1")
 
 
 def read_config(folder: Path) -> Config:

@@ -44,7 +44,9 @@ def draw_directions(k: int, seed: int) -> Float[Tensor, "k m"]:
 
 
 def sigreg(
-    z: Float[Tensor, "b v k"], directions: Float[Tensor, "k m"], world: World = World()  # noqa: B008, it is frozen
+    z: Float[Tensor, "b v k"],
+    directions: Float[Tensor, "k m"],
+    world: World = World(),  # noqa: B008, it is frozen
 ) -> Float[Tensor, ""]:
     """Return the mean over views and directions of the statistic of the images' embeddings.
 

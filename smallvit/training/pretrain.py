@@ -8,7 +8,6 @@ Axes: b images, v views, c channels, h w pixels, d features, k dimensions of an 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from smallvit.config.config import Config
 from smallvit.datasets.dataset import ImageDataset
 from smallvit.datasets.views import Views
 from smallvit.models.weights import extract_features
-from smallvit.training import lejepa
+from smallvit.training import dino, lejepa
 from smallvit.training.token_saving import set_dynamic_size
 from smallvit.utils import distributed
 from smallvit.utils.distributed import World
@@ -57,15 +56,41 @@ def view_features(model: nn.Module, views: Float[Tensor, "b v c h w"]) -> Float[
     return extract_features(model, views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeJEPA:
-    """The loss of LeJEPA; takes the place of `losses.Objective`."""
+class TeacherModel(EmbeddingModel):
+    """A model and its head, next to their moving average, which is the teacher.
 
-    weight: float
-    """Weight λ of SIGReg."""
-    world: World
+    Args:
+        k: Number of the head's outputs.
+    """
+
+    def __init__(self, model: nn.Module, projections: nn.Module, k: int) -> None:
+        super().__init__(model, projections)
+        self.teacher = dino.Teacher(EmbeddingModel(model, projections), k)
+
+    def forward(self, *groups: Float[Tensor, "b _ c _ _"]) -> tuple[Float[Tensor, "b v k"], Float[Tensor, "b g k"]]:
+        """Return the outputs for all views, and the teacher's for the global ones."""
+        with torch.no_grad():
+            expected = self.teacher.model(groups[0])
+        return super().forward(*groups), expected
+
+
+class LeJEPA:
+    """The loss of LeJEPA; takes the place of `losses.Objective`.
+
+    Args:
+        weight: Weight λ of SIGReg.
+    """
 
     class_weights = None
+
+    def __init__(self, weight: float, world: World) -> None:
+        self.weight, self.world = weight, world
+
+    def begin_step(self, share: float) -> None:
+        """Do nothing: the loss is the same in all steps."""
+
+    def end_step(self) -> None:
+        """Do nothing: there is no teacher."""
 
     def __call__(
         self, model: Callable[..., Any], views: Views, targets: object = None, teacher_outputs: object = None
@@ -77,16 +102,54 @@ class LeJEPA:
         return {"loss": self.weight * regularization + (1 - self.weight) * lejepa.invariance(z)}
 
 
-def create_embedding_model(
+class DINO:
+    """The loss of DINO; takes the place of `losses.Objective`.
+
+    Args:
+        trained: The student and the teacher, which is updated after each step.
+    """
+
+    class_weights = None
+
+    def __init__(self, trained: TeacherModel, world: World) -> None:
+        self.trained, self.world = trained, world
+        self.share = 0.0
+        """Share of all steps up to the end of this one."""
+
+    def begin_step(self, share: float) -> None:
+        """Set the place of a step in the schedules of the teacher."""
+        self.share = share
+
+    def end_step(self) -> None:
+        """Update the teacher after the student's step."""
+        self.trained.teacher.update(EmbeddingModel(self.trained.model, self.trained.projections), self.share)
+
+    def __call__(
+        self, model: Callable[..., Any], views: Views, targets: object = None, teacher_outputs: object = None
+    ) -> dict[str, Tensor]:
+        """Return the loss of a batch's views; move the center towards the teacher's outputs."""
+        student, expected = model(*views.groups)
+        teacher, temperature = self.trained.teacher, dino.teacher_temperature(self.share)
+        loss = dino.dino_loss(student, expected, teacher.center.clone(), temperature)
+        outputs = expected.detach().float().flatten(0, 1)
+        sums = self.world.total(torch.cat([outputs.sum(dim=0), outputs.new_tensor([len(outputs)])]))
+        teacher.move_center(sums[:-1] / sums[-1])
+        return {"loss": loss}
+
+
+def create_pretraining(
     model: nn.Module, config: Config, dataset: ImageDataset, world: World
-) -> tuple[EmbeddingModel, LeJEPA]:
-    """Return the model within its projector, and the loss of its embeddings."""
+) -> tuple[EmbeddingModel, LeJEPA | DINO]:
+    """Return the model within the layers that only its pretraining needs, and the loss of its embeddings."""
     pretrain, device = config.pretrain, next(model.parameters()).device
-    k = pretrain.embed_dim or EMBED_DIM[pretrain.objective]
-    projector = lejepa.Projector(_count_features(model, dataset), k).to(device)
+    k, dim = pretrain.embed_dim or EMBED_DIM[pretrain.objective], _count_features(model, dataset)
+    if pretrain.objective == "dino":
+        trained = TeacherModel(model, dino.Head(dim, k).to(device), k).to(device)
+        return trained, DINO(trained, world)
+    projector = lejepa.Projector(dim, k).to(device)
     if world.size > 1:
         projector = distributed.convert_sync_bn(projector, world, device)
-    return EmbeddingModel(model, projector), LeJEPA(weight=pretrain.sigreg_weight, world=world)
+    return EmbeddingModel(model, projector), LeJEPA(pretrain.sigreg_weight, world)
 
 
 @torch.no_grad()

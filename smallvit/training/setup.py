@@ -89,7 +89,7 @@ class Setup:
     teacher: Teacher | None
     """The model to distill from."""
     objective: Objective
-    """The loss of labels, and of the teacher's outputs if there is a teacher."""
+    """The loss of labels, and of the teacher's outputs if there is a teacher; or that of views without labels."""
     budget: TimeBudget | None
     """Progress of a run that is limited by --max-time."""
     world: World
@@ -331,9 +331,9 @@ def create_setup(
     model, average = _move_model(model, config, device, world)
     trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
     if not config.pretrain.labels:
-        from smallvit.training.pretrain import create_embedding_model
+        from smallvit.training.pretrain import create_pretraining
 
-        trained, objective = create_embedding_model(model, config, dataset, world)
+        trained, objective = create_pretraining(model, config, dataset, world)
     replicated = distributed.replicate(trained, world, device)
 
     optimizer = optim.create_optimizer(model, config.optim, dtype)

@@ -27,14 +27,12 @@ HIDDEN = 2048
 """Width of the projector."""
 
 
-class Projector(nn.Sequential):
-    """Map features (n, dim) to embeddings (n, k)."""
-
-    def __init__(self, dim: int, k: int) -> None:
-        layers: list[nn.Module] = []
-        for before, after in ((dim, HIDDEN), (HIDDEN, HIDDEN)):
-            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.GELU()]
-        super().__init__(*layers, nn.Linear(HIDDEN, k))
+def create_projector(dim: int, k: int) -> nn.Sequential:
+    """Return an MLP that maps features (n, dim) to embeddings (n, k)."""
+    layers: list[nn.Module] = []
+    for before, after in ((dim, HIDDEN), (HIDDEN, HIDDEN)):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, k))
 
 
 def draw_directions(k: int, seed: int) -> Float[Tensor, "k m"]:

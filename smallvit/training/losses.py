@@ -297,6 +297,12 @@ class Objective:
         """Weights of the classes in the labels' term."""
         return self.options["weight"].tolist() if "weight" in self.options else None
 
+    def begin_step(self, share: float) -> None:
+        """Do nothing: the loss is the same in all steps."""
+
+    def end_step(self) -> None:
+        """Do nothing: the loss has no state."""
+
     def __call__(
         self,
         model: Callable[..., Any],

@@ -146,7 +146,7 @@ def create_pretraining(
     if pretrain.objective == "dino":
         trained = TeacherModel(model, dino.Head(dim, k).to(device), k).to(device)
         return trained, DINO(trained, world)
-    projector = lejepa.Projector(dim, k).to(device)
+    projector = lejepa.create_projector(dim, k).to(device)
     if world.size > 1:
         projector = distributed.convert_sync_bn(projector, world, device)
     return EmbeddingModel(model, projector), LeJEPA(pretrain.sigreg_weight, world)

@@ -210,8 +210,7 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     set_strength(setup, model, strength)
     setup.schedule.step_update(at - start)
     setup.saving.step(at / setup.steps)
-    if not config.pretrain.labels:
-        setup.objective.begin_step(at / setup.steps)
+    setup.objective.begin_step(at / setup.steps)
     for norm in setup.frozen_norms:
         norm.eval()
     torch.manual_seed(_seed(config.run.seed, MODEL_STREAM, epoch, step, setup.world.rank))
@@ -223,7 +222,7 @@ def train_step(setup: Setup, epoch: int, step: int, images: Tensor, targets: Ten
     if config.optim.clip_grad is not None:
         nn.utils.clip_grad_norm_(setup.trained.parameters(), config.optim.clip_grad)
     applied = setup.scaler.step(optimizer)
-    if applied and not config.pretrain.labels:
+    if applied:
         setup.objective.end_step()
     if setup.average is not None:
         if applied:

@@ -1,0 +1,182 @@
+"""Test pretraining without labels: through the loop of training, resumed, shared by processes, and fine-tuned."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import smallvit as package
+from smallvit import Config, InputError
+from smallvit.evaluation.features import effective_rank
+from smallvit.models import checkpoint
+from smallvit.models.factory import create_model
+from smallvit.runs.curves import read_run
+from smallvit.runs.run import Run
+from smallvit.training import train
+from smallvit.training.setup import Setup, create_setup
+
+TINY = {"arch": "vit96", "epochs": 1, "batch_size": 32, "train_fraction": 0.1, "patch_size": 4, "amp": "off"}
+OBJECTIVES = ("lejepa", "dino")
+Command = Callable[..., tuple[int, str, str]]
+
+
+def setup_of(out: Path, **options: object) -> Setup:
+    return create_setup(Config.build(**TINY | options, out=str(out)))
+
+
+def step(setup: Setup, number: int = 0) -> torch.Tensor:
+    images, targets = list(setup.batches.epoch(0))[number]
+    return train.train_step(setup, 0, number, images, targets)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_trains_model_and_head_whatever_the_labels_are(objective: str, tmp_path: Path) -> None:
+    states = []
+    for shift in (0, 3):
+        setup = setup_of(tmp_path, objective=objective)
+        before = copy.deepcopy(setup.trained.state_dict())
+        for number in range(2):  # the first step has a learning rate near 0
+            images, targets = list(setup.batches.epoch(0))[number]
+            assert train.train_step(setup, 0, number, images, (targets + shift) % 10).isfinite()
+        states.append(setup.trained.state_dict())
+        for part in ("model.blocks.0.attn.qkv.weight", "projections."):
+            assert any(not torch.equal(before[name], value) for name, value in states[-1].items() if part in name)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_dinos_teacher_and_center_follow_the_student(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, objective="dino")
+    teacher = setup.trained.teacher
+    student = setup.model.blocks[0].mlp.fc1.weight
+    before = teacher.model.model.blocks[0].mlp.fc1.weight.clone()
+    assert torch.equal(before, student)
+    step(setup)
+    assert not torch.equal(before, student)
+    share = 1 / setup.steps
+    momentum = 1 - 0.004 * (np.cos(np.pi * share) + 1) / 2
+    expected = momentum * before + (1 - momentum) * student
+    torch.testing.assert_close(teacher.model.model.blocks[0].mlp.fc1.weight, expected)
+    assert teacher.center.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights_files_hold_the_model_alone_and_a_resumed_run_gives_the_same_bytes(
+    objective: str, tmp_path: Path, interrupted: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    options = TINY | {"objective": objective, "epochs": 2, "ema_decay": 0.9, "grad_accum_steps": 2}
+    whole = train.train(Config.build(out=str(tmp_path / "whole"), **options))
+    weights, _ = checkpoint.load_weights(whole.folder / Run.LAST)
+    plain = create_model("vit96", img_size=8, in_chans=1, num_classes=0, patch_size=4)
+    assert weights.keys() == plain.state_dict().keys()
+    with interrupted(5):
+        train.train(Config.build(out=str(tmp_path / "broken"), **options))
+    resumed = train.train(Config.build(resume=str(tmp_path / "broken")))
+    assert (resumed.folder / Run.LAST).read_bytes() == (whole.folder / Run.LAST).read_bytes()
+    assert (resumed.folder / Run.BEST).read_bytes() == (whole.folder / Run.BEST).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretrain for an epoch on the digits."""
+    return train.train(Config.build(**TINY, objective="lejepa", out=str(tmp_path_factory.mktemp("pretrained")))).folder
+
+
+def test_runs_record_neighbors_and_rank(pretrained: Path) -> None:
+    summary = json.loads((pretrained / Run.SUMMARY).read_text())
+    assert 0 <= summary["test_knn_top1"] <= 100
+    assert 1 <= summary["rank"] <= 96
+    assert summary["views"] == 4
+    (line,) = read_run(pretrained).history
+    assert line["val_knn_top1"] is not None
+    assert line["rank"] > 1
+
+
+def test_training_starts_from_the_features(pretrained: Path, tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, init=str(pretrained))
+    weights, _ = checkpoint.load_weights(pretrained / Run.BEST)
+    state = setup.model.state_dict()
+    assert {*state} - {*weights} == {"head.weight", "head.bias"}
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert "new heads for 10 classes" in setup.initial.notes[0]
+
+
+def test_verbs_that_need_a_classifier_say_so(pretrained: Path, smallvit: Command) -> None:
+    for verb in ("eval", "predict"):
+        code, _, err = smallvit(verb, pretrained, *(["x.png"] if verb == "predict" else []))
+        assert code == 2
+        assert "these weights have no classifier; smallvit probe evaluates their features" in err
+    assert package.load_model(pretrained)(torch.zeros(1, 1, 8, 8)).shape == (1, 96)
+
+
+def write_images(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 256, (16 + index % 3, 20, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+
+
+def test_loose_and_nested_images_need_no_labels(tmp_path: Path, smallvit: Command) -> None:
+    folder = tmp_path / "photos"
+    write_images(folder, 10)
+    write_images(folder / "more" / "of them", 3)
+    (folder / "broken.jpg").write_text("no image")
+    options = ("--arch", "vit96", "--img-size", "16", "--epochs", "1", "--batch-size", "8", "--device", "cpu")
+    command = ("pretrain", "--data", folder, *options, "--out", tmp_path / "run")
+    code, _, err = smallvit(*command)
+    assert code == 2
+    assert "broken.jpg" in err
+    code, out, _ = smallvit(*command, "--skip-corrupt")
+    assert code == 0
+    assert "13 train, 0 val, 0 test" in out
+    summary = json.loads((tmp_path / "run" / Run.SUMMARY).read_text())
+    assert summary["test_knn_top1"] is None
+    assert summary["rank"] > 0
+    assert "smallvit train --init" in out
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path: Path, smallvit: Command) -> None:
+    for arguments, message in (
+        (("--objective", "supervised"), "--objective supervised: needs labels; use smallvit train"),
+        (("--class-weights", "balanced"), "--class-weights cannot be combined with --objective lejepa"),
+        (("--arch", "swin", "--img-size", "32", "--local-size", "16"), "swin takes images of 32 pixels only"),
+        (("--arch", "vit96", "--local-size", "5"), "--local-size 5: expected a multiple of the patch size 2"),
+        (("--local-views", "0", "--global-views", "1"), "expected at least 2 views"),
+        (("--data", tmp_path), "expected at least 2 class folders with images, found none"),
+    ):
+        code, _, err = smallvit("pretrain", *arguments, "--out", tmp_path / "run", "--device", "cpu")
+        assert code == 2, arguments
+        assert message in err, err
+
+
+@pytest.mark.slow
+def test_all_families_pretrain(tmp_path: Path) -> None:
+    failed = []
+    for arch in ("vit96+stem+lsa+ffn", "deit_tiny_patch16_224", "cait", "pit+spt", "swin+spt+lsa", "t2t", "resnet20"):
+        setup = setup_of(tmp_path, arch=arch, patch_size=None, objective="lejepa", train_fraction=0.05, batch_size=16)
+        if not step(setup).isfinite():
+            failed.append(arch)
+    assert not failed
+
+
+def test_effective_rank_counts_dimensions() -> None:
+    rng = np.random.default_rng(0)
+    line = np.outer(rng.normal(size=50), rng.normal(size=8))
+    assert effective_rank(line) == pytest.approx(1)
+    assert effective_rank(np.ones((50, 8))) == 0
+    orthogonal = np.linalg.qr(rng.normal(size=(50, 5)) - 0)[0]
+    centered = np.linalg.qr(orthogonal - orthogonal.mean(axis=0))[0]
+    assert effective_rank(centered @ np.eye(5, 8) + 3) == pytest.approx(5)
+
+
+def test_supervised_options_are_refused_by_the_python_interface(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--teacher cannot be combined with --objective lejepa"):
+        setup_of(tmp_path, objective="lejepa", teacher="runs/none")

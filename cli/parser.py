@@ -217,6 +217,7 @@ def options_parser(
     own: Callable[[Parser], None] | None = None,
     help_texts: Mapping[str, str] = MappingProxyType({}),
     details: str = "",
+    shown: str = "",
 ) -> Parser:
     """Create a parser with a flag for every option of the configuration; --help shows the common ones.
 
@@ -225,6 +226,7 @@ def options_parser(
         own: Function that adds arguments that are not options.
         help_texts: Help of options that mean something else here.
         details: Lines that only --help-all shows.
+        shown: Group of options that --help shows too.
     """
     parser = Parser(prog, description, details)
     if own is not None:
@@ -240,7 +242,10 @@ def options_parser(
     for group, group_class in get_type_hints(Config).items():
         chosen = [o for o in fields(group_class) if only is None or f"{group}.*" in only or o.name in only]
         _add_options(common, group_class, [o for o in chosen if "common" in o.metadata], help_texts)
-        if rest := [o for o in chosen if "common" not in o.metadata]:
+        if group == shown:
+            section = parser.add_argument_group(group, group_class.__doc__)
+            _add_options(section, group_class, chosen, help_texts)
+        elif rest := [o for o in chosen if "common" not in o.metadata]:
             parser.rest.append(parser.add_argument_group(group, group_class.__doc__))
             _add_options(parser.rest[-1], group_class, rest, help_texts)
     return parser

@@ -20,6 +20,9 @@ it. Labels are not used, and not needed.
 If DIR has class folders, the splits are those of smallvit train, and the
 accuracy of nearest neighbors on validation images is shown after each
 --val-interval epochs. Else all images are trained on.
+
+Without --recipe, the recipe pretrain replaces defaults below: lejepa, 200
+epochs, batches of 256, learning rate 2e-3.
 """
 DETAILS = """
 The run folder is --out, by default a new one, as smallvit train writes it, with
@@ -32,7 +35,7 @@ See also: smallvit train, probe; docs/pretraining.md.
 
 def parser() -> Parser:
     """Return the argument parser."""
-    return options_parser("smallvit pretrain", DESCRIPTION, details=DETAILS)
+    return options_parser("smallvit pretrain", DESCRIPTION, details=DETAILS, shown="pretrain")
 
 
 def main(argv: list[str]) -> int:

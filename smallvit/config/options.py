@@ -325,7 +325,7 @@ class DistillConfig(Options):
 class PretrainConfig(Options):
     """Pretraining without labels (smallvit pretrain)."""
 
-    objective: Literal["supervised", "lejepa", "dino"] = option("supervised", "common")
+    objective: Literal["supervised", "lejepa", "dino"] = option("supervised")
     """What is trained: supervised (labels), or features of views of unlabeled images: lejepa, dino."""
     global_views: int = option(2, ge=1)
     """Views of each image that show most of it."""
@@ -339,7 +339,7 @@ class PretrainConfig(Options):
     """Maximum share in local views; by default 0.5 up to 32 pixels, 0.4 up to 64, else 0.3."""
     local_size: int | None = option(None, ge=1)
     """Size of local views in pixels; by default half of the image's where the model takes such images, else all."""
-    embed_dim: int | None = option(None, ge=2)
+    proj_dim: int | None = option(None, ge=2)
     """Dimensions of the embeddings that the loss compares; by default 16 for lejepa, 1024 for dino."""
     sigreg_weight: float = option(0.02, ge=0, le=1)
     """Weight of LeJEPA's regularization; the distance between views has the rest."""
@@ -357,7 +357,7 @@ LOGGERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Options):
-    """Hardware and speed; only rounding and --sync-bn affect results."""
+    """Hardware, precision and speed."""
 
     device: str = option("auto", "common", "resumable", "evaluation", "shared", "local")
     """auto (a GPU if available), cpu, cuda, cuda:1, mps."""

@@ -323,7 +323,7 @@ def pretrain(**options: Any) -> dict[str, Any]:
     --objective dino (Caron et al. 2021, arXiv:2104.14294), on small images as Gani et al. 2022, arXiv:2210.07240: 5e-4,
     10 views.
 
-    Command: smallvit pretrain --arch vit --spt --lsa --data cifar100
+    Command: smallvit pretrain --recipe pretrain --arch vit --spt --lsa --data cifar100
     Hardware, duration, accuracy: not yet measured.
 
     Differs from the papers: colors keep their hue, and views are crops of the image in the size that training sees.

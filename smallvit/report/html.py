@@ -34,6 +34,14 @@ MAX_CONFUSIONS = 8
 """Pairs of classes in the table of frequent confusions."""
 
 
+METRIC_TITLES = {
+    "map": "mAP (mean average precision)",
+    "knn_top1": "accuracy of nearest neighbors",
+    "top1": "accuracy (top-1)",
+}
+"""Main metrics in headlines."""
+
+
 def write_crossval(record: dict[str, Any], scores: list[list[str]], classes: list[list[str]], path: Path) -> None:
     """Write the page of a cross-validation.
 
@@ -145,6 +153,8 @@ def _describe(run: RunSummary) -> dict[str, Any]:
         **{name: getattr(run, name) for name in ("folder", "title", "arch", "spec", "summary", "best", "interval")},
         "score": run.score,
         "several": run.metric == "map",
+        "metric": run.metric,
+        "metric_title": METRIC_TITLES[run.metric],
         "takes_arrays": run.takes_arrays,
         "notes": run.notes,
         "metrics": metrics,

@@ -60,7 +60,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, share: float) -> None:
-        """Move the weights towards the student's, after a share of all steps; copy its buffers."""
+        """Move the weights toward the student's, after a share of all steps; copy its buffers."""
         momentum = 1 - (1 - MOMENTUM) * (math.cos(math.pi * share) + 1) / 2
         own, others = ([*each.parameters()] for each in (self.model, student))
         torch._foreach_lerp_(own, others, 1 - momentum)
@@ -69,7 +69,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def move_center(self, mean: Float[Tensor, " k"]) -> None:
-        """Move the center towards the mean of a batch's outputs."""
+        """Move the center toward the mean of a batch's outputs."""
         self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
 
 

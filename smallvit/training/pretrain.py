@@ -27,8 +27,8 @@ from smallvit.utils.errors import InputError, flag
 from smallvit.utils.hardware import is_convolutional
 from smallvit.utils.sizes import ImageSize, height_width
 
-EMBED_DIM = {"lejepa": 16, "dino": 1024}
-"""Default of --embed-dim by objective."""
+PROJ_DIM = {"lejepa": 16, "dino": 1024}
+"""Default of --proj-dim by objective."""
 SUPERVISED_ONLY = ("class_weights", "logit_adjustment", "balanced", "teacher", "dist_token", "patch_drop_rate")
 SUPERVISED_ONLY += ("progressive_size", "max_time", "patience", "mixup_prob", "auto_augment", "random_erasing")
 """Options that cannot be combined with an objective without labels."""
@@ -127,7 +127,7 @@ class DINO:
     def __call__(
         self, model: Callable[..., Any], views: Views, targets: object = None, teacher_outputs: object = None
     ) -> dict[str, Tensor]:
-        """Return the loss of a batch's views; move the center towards the teacher's outputs."""
+        """Return the loss of a batch's views; move the center toward the teacher's outputs."""
         student, expected = model(*views.groups)
         teacher, temperature = self.trained.teacher, dino.teacher_temperature(self.share)
         loss = dino.dino_loss(student, expected, teacher.center.clone(), temperature)
@@ -142,7 +142,7 @@ def create_pretraining(
 ) -> tuple[EmbeddingModel, LeJEPA | DINO]:
     """Return the model within the layers that only its pretraining needs, and the loss of its embeddings."""
     pretrain, device = config.pretrain, next(model.parameters()).device
-    k, dim = pretrain.embed_dim or EMBED_DIM[pretrain.objective], _count_features(model, dataset)
+    k, dim = pretrain.proj_dim or PROJ_DIM[pretrain.objective], _count_features(model, dataset)
     if pretrain.objective == "dino":
         trained = TeacherModel(model, dino.Head(dim, k).to(device), k).to(device)
         return trained, DINO(trained, world)

@@ -38,7 +38,7 @@ def extract_features(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> Features:
     """Compute the features of batches of images, without those labeled `IGNORED_LABEL`."""
-    values, labels = [], []
+    values, labels, training = [], [], model.training
     model.eval()
     for images, numbers in batches:
         with hardware.autocast(device, dtype):
@@ -46,6 +46,7 @@ def extract_features(
         kept = numbers != IGNORED_LABEL
         values.append(batch[kept].cpu().double())
         labels.append(numbers[kept].cpu())
+    model.train(training)
     return Features(torch.cat(values).numpy(), torch.cat(labels).numpy())
 
 

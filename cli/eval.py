@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from smallvit.cli.parser import Parser, evaluation_config, evaluation_parser, parse
+from smallvit.cli.parser import EVALUATION_OPTIONS, Parser, evaluation_config, evaluation_parser, parse
 
 DESCRIPTION = """\
 Evaluate a trained model: accuracy with confidence interval, per-class metrics,
@@ -33,7 +33,8 @@ OWN = ("split", "flip", "robustness", "compare", "out", "overwrite")
 
 def parser() -> Parser:
     """Create the argument parser."""
-    return evaluation_parser("smallvit eval", DESCRIPTION, _add_arguments)
+    only = (*EVALUATION_OPTIONS, "eval_batch_size")
+    return evaluation_parser("smallvit eval", DESCRIPTION, _add_arguments, only)
 
 
 def main(argv: list[str]) -> int:

@@ -25,7 +25,7 @@ model, with or without a tag, in a weights file of another program. Accuracies
 are top-1 in percent. Nothing is written unless --out is given, a JSON file.
 See also: smallvit eval, smallvit train --init; docs/probing.md.
 """
-OPTIONS = (*EVALUATION_OPTIONS, "balanced", "out", "overwrite")
+OPTIONS = (*EVALUATION_OPTIONS, "eval_batch_size", "balanced", "out", "overwrite")
 HELP = {"out": "Output file (.json).", "overwrite": "Replace --out."}
 
 

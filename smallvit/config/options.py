@@ -365,6 +365,8 @@ class ComputeConfig(Options):
     """Mixed precision: auto uses bf16 where it is faster, else fp16 on CUDA GPUs."""
     compile: Literal["auto", "on", "graphs", "off"] = option("auto", "resumable", "shared")
     """Compile the model by torch.compile; graphs also records CUDA graphs; auto: if the run is long enough to pay."""
+    eval_batch_size: int | Literal["auto"] = option("auto", "resumable", "shared", ge=1)
+    """Images per batch and device in evaluation; halved if memory runs out; auto: 1,024 on GPUs, 128 on CPUs."""
     grad_checkpointing: bool = option(False, "resumable")
     """Recompute activations in the backward pass: less memory, a third more computation."""
     fsdp: bool = option(False, "resumable")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def embed_images(
 @torch.inference_mode()
 def _compute(model: Predictor, images: Float[Tensor, "b c h w"]) -> Float[np.ndarray, "b d"]:
     with autocast(model.device, model.dtype):
-        features = weights.extract_features(model.model, images).float().cpu()
+        features = model.parts.compute(partial(weights.extract_features, model.model), images).float().cpu()
     if not features.isfinite().all():
         raise model.info.error("the features are not finite, so these weights are unusable")
     return features.numpy()

@@ -286,9 +286,10 @@ def create_tasks(name: str, infos: list[WeightsInfo], config: Config, split: str
     if differing := sorted({*matches[0][1]} ^ {*matches[-1][1]}):
         which = "only it has" if differing[0] in matches[-1][1] else "it lacks"
         raise infos[-1].error(f"the models have different classes ({which} {differing[0]!r}) and cannot be compared")
+    compute = config.compute
     return [
         EvaluationTask(
-            predictor=create_predictor(info, size, config.compute.device, config.compute.amp).fused(),
+            predictor=create_predictor(info, size, compute.device, compute.amp, compute.eval_batch_size).fused(),
             dataset=dataset,
             splits=splits,
             class_indices=indices,

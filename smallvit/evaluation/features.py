@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from smallvit.datasets.dataset import ImageDataset
 from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
+from smallvit.evaluation.evaluate import BatchParts
 from smallvit.models import weights
 from smallvit.utils import hardware
-from smallvit.utils.hardware import batch_size
+from smallvit.utils.distributed import is_sharded
 
 NEIGHBORS = 20
 MAX_IMAGES = 10_000
@@ -35,14 +37,30 @@ class Features(NamedTuple):
 
 @torch.inference_mode()
 def extract_features(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: BatchParts | None = None,
 ) -> Features:
-    """Compute the features of batches of images, without those labeled `IGNORED_LABEL`."""
+    """Compute the features of batches of images, without those labeled `IGNORED_LABEL`.
+
+    Args:
+        model: The model.
+        batches: Normalized images (b, c, h, w) and labels (b,).
+        device: The model's device.
+        dtype: Precision of matrix products.
+        parts: Divides batches that do not fit into memory.
+
+    Raises:
+        TrainingError: Memory is exhausted.
+    """
+    parts, divisible = parts or BatchParts(), not is_sharded(model)
     values, labels, training = [], [], model.training
     model.eval()
     for images, numbers in batches:
         with hardware.autocast(device, dtype):
-            batch = weights.extract_features(model, images)
+            batch = parts.compute(partial(weights.extract_features, model), images, divisible=divisible)
         kept = numbers != IGNORED_LABEL
         values.append(batch[kept].cpu().double())
         labels.append(numbers[kept].cpu())
@@ -57,6 +75,9 @@ def evaluate_features(
     device: torch.device,
     dtype: torch.dtype,
     wrap: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+    *,
+    batch_size: int,
+    parts: BatchParts | None = None,
 ) -> dict[str, Any]:
     """Return the accuracy of nearest neighbors (%) on a split, and the effective rank of the training features.
 
@@ -64,8 +85,8 @@ def evaluate_features(
     """
 
     def features_of(part: str, images: ImageDataset) -> Features:
-        batches = evaluation_batches(images, part, device, batch_size(device))
-        return extract_features(model, wrap(batches), device, dtype)
+        batches = evaluation_batches(images, part, device, batch_size)
+        return extract_features(model, wrap(batches), device, dtype, parts)
 
     count = len(dataset.train)
     chosen = np.linspace(0, count - 1, min(count, MAX_IMAGES)).round().astype(int)

@@ -20,8 +20,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from smallvit.datasets.loader import IGNORED_LABEL
-from smallvit.evaluation.evaluate import compute_logits
-from smallvit.utils.distributed import is_sharded
+from smallvit.evaluation.evaluate import BatchParts, predict_batches
 from smallvit.utils.errors import InputError
 
 MEANS, CLASS_SCORES = ("map", "macro_f1", "micro_f1"), ("ap", "precision", "recall", "f1")
@@ -55,7 +54,7 @@ class LabelOutputs:
 
 
 def evaluate_multilabel(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     label_sets: Float[Tensor, "s k"],
     device: torch.device,
@@ -64,46 +63,49 @@ def evaluate_multilabel(
     flip: bool = False,
     thresholds: Sequence[float] | None = None,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
-) -> dict[str, Any]:
-    """Compute mean average precision, F1 and mean binary cross-entropy over batches.
+    parts: BatchParts | None = None,
+) -> list[dict[str, Any]]:
+    """Compute mean average precision, F1 and mean binary cross-entropy of models over batches.
 
     Args:
-        model: The model.
+        models: Models of the same classes; each batch is read once for all of them.
         batches: Normalized images (b, c, h, w) and labels (b,); images labeled `IGNORED_LABEL` are not counted.
         label_sets: Classes of each label as 0 and 1.
-        device: The model's device.
+        device: The models' device.
         dtype: Precision of matrix products.
         flip: Average the probabilities over each image and its mirror image.
         thresholds: Probability of each class from which it is predicted; by default those with the highest F1 here.
         gather: Returns the values of torchrun's processes.
+        parts: Divides batches that do not fit into memory.
 
     Returns:
-        `map`, `macro_f1`, `micro_f1`, `loss`, the number of `images`, and the `thresholds`.
+        `map`, `macro_f1`, `micro_f1`, `loss`, the number of `images`, and the `thresholds`, of each model.
 
     Raises:
         InputError: There are no images.
+        TrainingError: Memory is exhausted.
     """
-    training, parts = model.training, []
-    model.eval()
-    without_gradients = torch.no_grad if is_sharded(model) else torch.inference_mode  # FSDP keeps gathered weights
-    for images, labels in batches:
-        with without_gradients():
-            logits = compute_logits(model, images, device, dtype, flip=flip, multi_label=True)
-            counted = labels != IGNORED_LABEL
-            parts.append((logits[counted].cpu(), labels[counted].cpu()))
-    model.train(training)
-    logits, labels = (
-        torch.cat(each) for each in zip(*(part for parts in gather(parts) for part in parts), strict=True)
+    seen = []
+    for labels, outputs in predict_batches(models, batches, device, dtype, flip=flip, multi_label=True, parts=parts):
+        counted = labels != IGNORED_LABEL
+        seen.append((labels[counted].cpu(), *(logits[counted].cpu() for logits in outputs)))
+    labels, *outputs = (
+        torch.cat(each) for each in zip(*(batch for batches in gather(seen) for batch in batches), strict=True)
     )
     if not len(labels):
         raise InputError("none of the images can be decoded")
-    targets, logits = label_sets[labels].double(), logits.double()
+    return [_evaluate_logits(logits.double(), label_sets[labels].double(), thresholds) for logits in outputs]
+
+
+def _evaluate_logits(
+    logits: Float[Tensor, "n k"], targets: Float[Tensor, "n k"], thresholds: Sequence[float] | None
+) -> dict[str, Any]:
+    """Return what `evaluate_multilabel` does of one model."""
     scores = compute_scores(targets.bool().numpy(), logits.sigmoid().numpy(), thresholds)
-    loss = F.binary_cross_entropy_with_logits(logits, targets).item()
     return {
         **{name: scores[name] for name in MEANS},
-        "loss": loss,
-        "images": len(labels),
+        "loss": F.binary_cross_entropy_with_logits(logits, targets).item(),
+        "images": len(targets),
         "thresholds": scores["thresholds"],
     }
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import mod
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +21,7 @@ from smallvit.config.config import option_names
 from smallvit.config.options import Amp, DataConfig
 from smallvit.datasets.augment import normalize
 from smallvit.datasets.dataset import ImageDataset
-from smallvit.evaluation.evaluate import compute_logits
+from smallvit.evaluation.evaluate import BatchParts, compute_logits
 from smallvit.models import weights, weights_info
 from smallvit.models.factory import fuse_for_inference, prepare_for_inference
 from smallvit.models.weights_info import WeightsInfo
@@ -41,6 +43,8 @@ class Predictor:
     device: torch.device
     dtype: torch.dtype
     """Precision of matrix products: bfloat16 or float16 under mixed precision."""
+    parts: BatchParts = field(default_factory=BatchParts)
+    """Parts of batches that fit into memory."""
 
     @property
     def in_chans(self) -> int:
@@ -54,8 +58,8 @@ class Predictor:
 
     @property
     def batch_size(self) -> int:
-        """A batch size that is fast on the device."""
-        return batch_size(self.device)
+        """A batch size that is fast on the device, or that fits into its memory."""
+        return self.parts.size or batch_size(self.device)
 
     @property
     def precision(self) -> str:
@@ -74,8 +78,9 @@ class Predictor:
     @torch.inference_mode()
     def predict_logits(self, images: Float[Tensor, "b c h w"], *, flip: bool = False) -> Float[Tensor, "b k"]:
         """Compute logits of normalized images in fp32; with `flip`, average over each image and its mirror image."""
-        several = self.info.multi_label
-        return compute_logits(self.model, images, self.device, self.dtype, flip=flip, multi_label=several)
+        options = {"flip": flip, "multi_label": self.info.multi_label}
+        function = partial(compute_logits, self.model, device=self.device, dtype=self.dtype, **options)
+        return self.parts.compute(function, images)
 
     def probabilities(self, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         """Return the probabilities of the classes: a softmax, or sigmoids if images have several labels."""
@@ -125,8 +130,17 @@ def read_model_info(name: str, option: str, arch: str | None) -> WeightsInfo:
     return weights.describe_file(info, arch)
 
 
-def create_predictor(info: WeightsInfo, img_size: ImageSize, device: str, amp: Amp) -> Predictor:
+def create_predictor(
+    info: WeightsInfo, img_size: ImageSize, device: str, amp: Amp, batch_size: int | Literal["auto"] = "auto"
+) -> Predictor:
     """Load a model for inference.
+
+    Args:
+        info: The weights and their metadata.
+        img_size: Image size in pixels, or height and width.
+        device: auto, cpu, cuda, cuda:1, mps.
+        amp: Mixed precision: auto, bf16, fp16 or off.
+        batch_size: Images of a batch; auto is fast on the device.
 
     Raises:
         InputError: There is no such device, or the model cannot take images of this size.
@@ -135,7 +149,8 @@ def create_predictor(info: WeightsInfo, img_size: ImageSize, device: str, amp: A
     model = _load_resized(info, img_size)
     dtype = choose_dtype(target, amp, model, info.spec["in_chans"], img_size)
     model = prepare_for_inference(model, target, dtype)
-    return Predictor(info=info, model=model, img_size=img_size, device=target, dtype=dtype)
+    parts = BatchParts(None if batch_size == "auto" else batch_size)
+    return Predictor(info=info, model=model, img_size=img_size, device=target, dtype=dtype, parts=parts)
 
 
 def _load_resized(info: WeightsInfo, size: ImageSize) -> nn.Module:

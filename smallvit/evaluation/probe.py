@@ -14,23 +14,20 @@ from typing import Any
 
 import numpy as np
 import sklearn
-import torch
 from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from smallvit import datasets
 from smallvit.config.config import Config
 from smallvit.datasets.loader import evaluation_batches
 from smallvit.evaluation.features import Features, extract_features, neighbor_accuracy
-from smallvit.evaluation.predictor import check_test_split, create_predictor, read_model_info
+from smallvit.evaluation.predictor import Predictor, check_test_split, create_predictor, read_model_info
 from smallvit.models import weights
 from smallvit.models.weights_info import WeightsInfo
 from smallvit.utils import hardware
 from smallvit.utils.errors import InputError
-from smallvit.utils.hardware import batch_size
 from smallvit.utils.terminal import create_console, create_progress
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -63,12 +60,11 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     console = create_console(stderr=True)
     for warning in check_test_split(info, dataset, config.data):
         console.print(warning)
-    predictor = create_predictor(info, size, config.compute.device, config.compute.amp)
-    device, dtype = predictor.device, predictor.dtype
+    compute = config.compute
+    predictor = create_predictor(info, size, compute.device, compute.amp, compute.eval_batch_size)
+    device = predictor.device
     with create_progress(console) as progress:
-        splits = extract_splits(
-            predictor.model, replace(dataset, mean=info.mean, std=info.std), device, dtype, progress
-        )
+        splits = extract_splits(predictor, replace(dataset, mean=info.mean, std=info.std), progress)
         _check_features(info, splits)
         results = fit_classifiers(splits, progress, balanced=config.data.balanced)
     return {
@@ -85,16 +81,16 @@ def probe(name: str, config: Config) -> dict[str, Any]:
     }
 
 
-def extract_splits(
-    model: nn.Module, dataset: datasets.ImageDataset, device: torch.device, dtype: torch.dtype, progress: Progress
-) -> dict[str, Features]:
+def extract_splits(predictor: Predictor, dataset: datasets.ImageDataset, progress: Progress) -> dict[str, Features]:
     """Compute the features of train, val (if there are any) and test."""
-    size, features = batch_size(device), {}
+    features = {}
     for split in ("train", "val", "test"):
+        size = predictor.batch_size
         if count := -(-len(getattr(dataset, split)) // size):
-            batches = evaluation_batches(dataset, split, device, size)
+            batches = evaluation_batches(dataset, split, predictor.device, size)
+            tracked = progress.track(batches, count, description=f"features of {split}")
             features[split] = extract_features(
-                model, progress.track(batches, count, description=f"features of {split}"), device, dtype
+                predictor.model, tracked, predictor.device, predictor.dtype, predictor.parts
             )
     return features
 

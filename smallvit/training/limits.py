@@ -14,7 +14,7 @@ from smallvit.config.config import Config
 from smallvit.datasets.loader import create_train_loader
 from smallvit.utils.distributed import World
 from smallvit.utils.errors import InputError
-from smallvit.utils.hardware import pick_device
+from smallvit.utils.hardware import is_out_of_memory, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,8 +169,8 @@ def fit_batch_size(
     while size <= largest:
         try:
             _try_steps(setup, size, train_step)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             break
         finally:

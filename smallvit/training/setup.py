@@ -24,7 +24,7 @@ from smallvit.config.options import OptimConfig, RunConfig
 from smallvit.datasets.augment import Augment
 from smallvit.datasets.loader import TrainLoader, create_train_loader, evaluation_batches, rank_slice
 from smallvit.datasets.views import ViewMaker
-from smallvit.evaluation.evaluate import evaluate
+from smallvit.evaluation.evaluate import BatchParts, evaluate_models
 from smallvit.evaluation.features import evaluate_features
 from smallvit.evaluation.multilabel import DEFAULT_THRESHOLD, evaluate_multilabel
 from smallvit.models import factory
@@ -94,6 +94,10 @@ class Setup:
     """Progress of a run that is limited by --max-time."""
     world: World
     """This process among those of torchrun."""
+    parts: BatchParts
+    """Parts of evaluation batches that fit into memory."""
+    peaks: hardware.PeakMemory
+    """The most memory in use by training and by evaluation."""
 
     @property
     def seen_views(self) -> int:
@@ -116,24 +120,35 @@ class Setup:
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Return batches of this process's share of val or test, without augmentation."""
-        size = batch_size(self.device)
+        size = self.eval_batch_size
         return evaluation_batches(self.dataset, split, self.device, size, self.world.rank, self.world.size)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Number of images of this process in an evaluation batch."""
+        asked = self.config.compute.eval_batch_size
+        return batch_size(self.device) if asked == "auto" else int(asked)
 
     @property
     def eval_model(self) -> nn.Module:
         """The model that is evaluated and saved: the moving average if there is one."""
         return self.model if self.average is None else self.average.module
 
-    def evaluate(
+    def evaluate(self, split: str, **options: Any) -> dict[str, Any] | None:
+        """Evaluate `eval_model` as `evaluate_models` does; return None if the split has no images."""
+        results = self.evaluate_models(split, [self.eval_model], **options)
+        return results[0] if results else None
+
+    def evaluate_models(
         self,
         split: str,
+        models: Sequence[nn.Module],
         *,
-        model: nn.Module | None = None,
         flip: bool = False,
         thresholds: Sequence[float] | None = None,
         wrap: Callable[[Iterable[Any]], Iterator[Any]] = iter,
-    ) -> dict[str, Any] | None:
-        """Evaluate a model (`eval_model`) on val or test; return None if the split has no images.
+    ) -> list[dict[str, Any]]:
+        """Evaluate models in one pass over val or test; return no results if the split has no images.
 
         Args:
             flip: Average over each image and its mirror image.
@@ -142,15 +157,22 @@ class Setup:
             wrap: Function that the iterator of batches is passed through.
         """
         if not self.config.pretrain.labels:
-            return evaluate_features(model or self.eval_model, self.dataset, split, self.device, self.dtype, wrap)
+            options = {"wrap": wrap, "batch_size": self.eval_batch_size, "parts": self.parts}
+            with self.peaks.evaluating():
+                return [
+                    evaluate_features(model, self.dataset, split, self.device, self.dtype, **options)
+                    for model in models
+                ]
         if not len(getattr(self.dataset, split)):
-            return None
+            return []
         batches = wrap(self.evaluation_batches(split))
-        model, sets, world = model or self.eval_model, self.dataset.label_sets, self.world
-        if sets is not None:
-            chosen = {"flip": flip, "thresholds": thresholds, "gather": world.gather}
-            return evaluate_multilabel(model, batches, sets, self.device, self.dtype, **chosen)
-        return evaluate(model, batches, self.device, self.dtype, flip=flip, total=world.total)
+        sets, world = self.dataset.label_sets, self.world
+        options = {"flip": flip, "parts": self.parts}
+        with self.peaks.evaluating():
+            if sets is not None:
+                options |= {"thresholds": thresholds, "gather": world.gather}
+                return evaluate_multilabel(models, batches, sets, self.device, self.dtype, **options)
+            return evaluate_models(models, batches, self.device, self.dtype, total=world.total, **options)
 
     @property
     def accuracies(self) -> tuple[str, ...]:
@@ -368,6 +390,8 @@ def create_setup(
         objective=objective,
         budget=budget,
         world=world,
+        parts=BatchParts(),
+        peaks=hardware.PeakMemory(device),
     )
 
 

@@ -268,9 +268,10 @@ def evaluate_epoch(setup: Setup, checkpointer: Checkpointer) -> dict[str, Any]:
     if budget is not None:
         skipped = bool(setup.world.agree(int(budget.skips_validation)))
         due = budget.finished or (epoch % optim.val_interval == 0 and not skipped)
-    evaluate = partial(setup.evaluate, "val", wrap=checkpointer.stop_on_signal) if due else lambda **_: None
-    val = evaluate()
-    raw = evaluate(model=model) if setup.average is not None else None
+    models = [setup.eval_model] if setup.average is None else [setup.eval_model, model]
+    results = setup.evaluate_models("val", models, wrap=checkpointer.stop_on_signal) if due else []
+    val = results[0] if results else None
+    raw = results[1] if len(results) > 1 else None
     metrics = {
         "epoch": state.epoch + 1,
         "train_loss": train_loss,
@@ -336,7 +337,8 @@ def summarize(setup: Setup, state: RunState, chosen: dict[str, Any], test: dict[
         "ops": setup.operations.ops,
         "packed_bytes": count_packed_bytes(setup.model),
         "float_bytes": count_float_bytes(setup.model),
-        "peak_memory_bytes": hardware.peak_memory_bytes(setup.device),
+        "peak_memory_bytes": setup.peaks.training,
+        "eval_peak_memory_bytes": setup.peaks.evaluation,
         "device": str(setup.device),
         "processes": setup.world.size,
         "compile": setup.compilation.how,

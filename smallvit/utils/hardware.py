@@ -130,13 +130,50 @@ def explain_out_of_memory(batch_size: int, img_size: ImageSize) -> Iterator[None
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory in steps of {batch_size} images of {img_size} pixels: try --grad-accum-steps 2 (or 4, 8: "
             "the same result), --grad-checkpointing, a smaller --batch-size, or --amp bf16"
         ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device's memory is exhausted."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class PeakMemory:
+    """Measure the most memory in use by training and by evaluation, which GPUs count apart.
+
+    On a CPU the process has one peak, which is counted as training's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._training = 0
+        self.evaluation: int | None = None
+        """Bytes in use by evaluation; None before the first one, and on CPUs."""
+
+    @property
+    def training(self) -> int:
+        """Bytes in use by everything else so far."""
+        return max(self._training, peak_memory_bytes(self.device))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count what is allocated within the context as evaluation's."""
+        if self.device.type != "cuda":
+            yield
+            return
+        self._training = self.training
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield
+        finally:
+            self.evaluation = max(self.evaluation or 0, peak_memory_bytes(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -110,7 +110,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Let a step take one second, and the evaluation of an image a fiftieth."""
     clock = Clock(monkeypatch)
     monkeypatch.setattr(engine, "train_step", clock.after(engine.train_step, lambda _: 1.0))
-    monkeypatch.setattr(setup, "evaluate", clock.after(setup.evaluate, lambda result: result["images"] / 50))
+    evaluated = clock.after(setup.evaluate_models, lambda results: sum(each["images"] for each in results) / 50)
+    monkeypatch.setattr(setup, "evaluate_models", evaluated)
     return clock
 
 
@@ -153,13 +154,13 @@ def test_training_stops_when_the_selected_metric_no_longer_improves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = iter([10.0, 30.0, 20.0, 30.0, 29.0, *[50.0] * 9])
-    original = setup.Setup.evaluate
+    original = setup.Setup.evaluate_models
 
-    def evaluate(self: setup.Setup, split: str, **options: Any) -> dict[str, float] | None:
-        result = original(self, split, **options)
-        return result if split == "test" else result | {"macro_f1": next(values), "loss": 1.0}
+    def evaluate(self: setup.Setup, split: str, models: Any, **options: Any) -> list[dict[str, float]]:
+        (result,) = original(self, split, models, **options)
+        return [result if split == "test" else result | {"macro_f1": next(values), "loss": 1.0}]
 
-    monkeypatch.setattr(setup.Setup, "evaluate", evaluate)
+    monkeypatch.setattr(setup.Setup, "evaluate_models", evaluate)
     config = Config.build(**TINY, out=str(tmp_path / "run"), epochs=9, patience=3, select_by="macro_f1")
     summary = engine.train(config).summary
     assert (summary["epochs"], summary["best_epoch"], summary["val_macro_f1"]) == (5, 2, 30)

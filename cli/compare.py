@@ -56,7 +56,7 @@ def _add_arguments(parser: Parser) -> None:
     group.add_argument("--seeds", type=int, default=1, metavar="N", help="Runs per row, starting at --seed. [1]")
     group.add_argument("--recipe", dest="common", metavar="NAME", help="Recipe of all rows that name none.")
     group.add_argument("--images-seen", type=int, metavar="N", help="Budget in images, instead of --epochs.")
-    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [on CPUs one per thread, else 1]")
+    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [one per GPU, or per CPU thread]")
     group.add_argument("--no-speed", action="store_false", dest="speed", help="Do not measure the speed of inference.")
 
 

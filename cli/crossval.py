@@ -66,7 +66,7 @@ def _add_arguments(parser: Parser) -> None:
     group.add_argument("--repeats", type=int, default=1, metavar="N", help="Divisions into folds. [1]")
     group.add_argument("--compare", metavar="OTHER", help=f"Another model, {spec.SPEC_FORM}, or crossval folder.")
     group.add_argument("--recipe", dest="recipe_name", metavar="NAME", help="Defaults of a recipe, for both models.")
-    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [on CPUs one per thread, else 1]")
+    group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [one per GPU, or per CPU thread]")
 
 
 def main(argv: list[str]) -> int:

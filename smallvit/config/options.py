@@ -363,6 +363,8 @@ class ComputeConfig(Options):
     """auto (a GPU if available), cpu, cuda, cuda:1, mps."""
     amp: Literal["auto", "bf16", "fp16", "off"] = option("auto", "evaluation", "shared")
     """Mixed precision: auto uses bf16 where it is faster, else fp16 on CUDA GPUs."""
+    tf32: bool = option(True, "shared")
+    """Multiply fp32 matrices in TF32 where the GPU has it (with --amp off); summary.json records the precision."""
     compile: Literal["auto", "on", "graphs", "off"] = option("auto", "resumable", "shared")
     """Compile the model by torch.compile; graphs also records CUDA graphs; auto: if the run is long enough to pay."""
     eval_batch_size: int | Literal["auto"] = option("auto", "resumable", "shared", ge=1)

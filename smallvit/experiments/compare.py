@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any, TypeVar
@@ -139,7 +141,25 @@ class PlannedRun:
             state = self.folder / Run.STATE
             saved = weights_info.read_progress(state) if state.exists() else None
             create_setup(resolve(Config.build(**self.options)), saved=saved)
-        torch.cuda.empty_cache()
+
+
+def check_runs(runs: Sequence[PlannedRun], device: str) -> None:
+    """Check runs before the first one is trained; on a GPU in another process, so that this one takes none of it.
+
+    Raises:
+        InputError: A file or option does not fit, or there is no such device.
+    """
+    if hardware.device_type(device) == "cpu":
+        _check_each(runs, device)
+    else:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_check_each, runs, device).result()
+
+
+def _check_each(runs: Sequence[PlannedRun], device: str) -> None:
+    hardware.pick_device(device)
+    for run in runs:
+        run.check()
 
 
 def plan_runs(grid: Grid) -> list[PlannedRun]:
@@ -205,11 +225,19 @@ class Trainings(SignalHandler):
     """Train runs in separate processes, `jobs` at a time, and forward SIGINT and SIGTERM to them.
 
     A terminal sends its signals to the processes too, which count twice as one.
+
+    Args:
+        jobs: Number of processes at a time.
+        console: Where to print.
+        gpus: GPUs that the processes share in turns, as CUDA_VISIBLE_DEVICES names them; none to leave the choice.
     """
 
-    def __init__(self, jobs: int, console: Console) -> None:
+    def __init__(self, jobs: int, console: Console, gpus: Sequence[str] = ()) -> None:
         self.jobs, self.console = jobs, console
         self.processes: set[subprocess.Popen[str]] = set()
+        self.gpus: SimpleQueue[str | None] = SimpleQueue()
+        for job in range(jobs):
+            self.gpus.put(gpus[job % len(gpus)] if gpus and jobs > 1 else None)
 
     def map(self, work: Callable[[R], T], runs: Sequence[R]) -> list[T]:
         """Return the results of `work` for all runs, which start in this order.
@@ -239,7 +267,8 @@ class Trainings(SignalHandler):
         Raises:
             SignalInterrupt: A signal stopped the run; it has been saved.
         """
-        process = self.start(command)
+        gpu = self.gpus.get()
+        process = self.start(command, gpu)
         self.processes.add(process)
         if self.received:
             process.send_signal(self.received)
@@ -248,17 +277,20 @@ class Trainings(SignalHandler):
                 self.console.print(f"{title} {line.rstrip()}", highlight=False, markup=False)
         code = process.wait()
         self.processes.discard(process)
+        self.gpus.put(gpu)
         if code in (130, 143) and not self.received:
             raise SignalInterrupt(code - 128)
         self.check()
         return code
 
-    def start(self, command: list[str]) -> subprocess.Popen[str]:
-        """Start a process, with its share of the threads."""
+    def start(self, command: list[str], gpu: str | None = None) -> subprocess.Popen[str]:
+        """Start a process, with its share of the threads, which sees this GPU only."""
         if self.jobs == 1:
             return subprocess.Popen(command, text=True)
         threads = str(max(1, torch.get_num_threads() // self.jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         return subprocess.Popen(command, text=True, errors="replace", stdout=subprocess.PIPE, env=environment)
 
     def check(self) -> None:
@@ -274,13 +306,14 @@ class Trainings(SignalHandler):
 
 
 def choose_jobs(jobs: int | None, device: str, runs: int) -> int:
-    """Return how many runs train at a time: as asked for, or on a CPU one per thread as far as memory allows.
+    """Return how many runs train at a time: as asked for, one per GPU, or one per thread as far as memory allows.
 
     A small model trains faster in one thread per run than with all threads, run after run.
     """
-    if jobs is None:
-        fitting = hardware.free_memory() // RUN_BYTES
-        jobs = min(torch.get_num_threads(), fitting) if hardware.pick_device(device).type == "cpu" else 1
+    if jobs is None and hardware.device_type(device) == "cpu":
+        jobs = min(torch.get_num_threads(), hardware.free_memory() // RUN_BYTES)
+    elif jobs is None:
+        jobs = len(hardware.list_gpus(device))
     return max(1, min(jobs, runs))
 
 
@@ -326,14 +359,13 @@ def train_grid(grid: Grid, device: str) -> tuple[list[PlannedRun], list[PlannedR
         InputError: Rows or data are invalid, or a folder holds another run; nothing has been trained.
         KeyboardInterrupt: A signal stopped a run, which has been saved.
     """
-    hardware.pick_device(device)
+    hardware.device_type(device)
     planned = plan_runs(grid)
-    for run in {run.row.label: run for run in planned if not run.is_finished}.values():
-        run.check()
+    check_runs([*{run.row.label: run for run in planned if not run.is_finished}.values()], device)
     for run in {run.options["fold"]: run for run in planned if "fold" in run.options}.values():
         datasets.create_dataset(Config.build(**run.options).data)  # a fold may lack a class
     jobs = choose_jobs(grid.jobs, device, sum(not run.is_finished for run in planned))
-    with Trainings(jobs, create_console()) as trainings:
+    with Trainings(jobs, create_console(), hardware.list_gpus(device)) as trainings:
         numbered = [(f"[{number}/{len(planned)}]", run) for number, run in enumerate(planned, 1)]
         finished = trainings.map(lambda each: each[1].train(each[0], trainings), numbered)
     return planned, [run for run, done in zip(planned, finished, strict=True) if not done]

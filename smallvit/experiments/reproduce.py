@@ -16,7 +16,7 @@ from smallvit.config.spec import run_folder_name
 from smallvit.datasets.catalog import DATASETS
 from smallvit.experiments import records, tables
 from smallvit.experiments.catalog import Experiment, Trial, get_experiment
-from smallvit.experiments.compare import PlannedRun, Trainings, choose_jobs
+from smallvit.experiments.compare import PlannedRun, Trainings, check_runs, choose_jobs
 from smallvit.runs.aggregate import read_finished_run
 from smallvit.runs.run import Run
 from smallvit.utils import hardware
@@ -111,8 +111,9 @@ def reproduce(plan: Plan, console: Console) -> bool:
         finally:
             ended[each.trial.label, each.seed].set()
 
-    jobs = choose_jobs(plan.jobs, plan.flags.get("device", "auto"), len(missing))
-    with Trainings(jobs, console) as trainings:
+    device = plan.flags.get("device", "auto")
+    jobs = choose_jobs(plan.jobs, device, len(missing))
+    with Trainings(jobs, console, hardware.list_gpus(device)) as trainings:
         finished = trainings.map(work, runs)
     labels = [trial.label for trial in plan.trials]
     tables.print_results(plan.name, plan.budget, labels, plan.known_records(), console)
@@ -148,11 +149,11 @@ def _select_missing(runs: Sequence[TrialRun], plan: Plan) -> list[TrialRun]:
 
 def _check(plan: Plan, missing: Sequence[TrialRun]) -> None:
     """Check device, data, folders and record files before anything is trained."""
-    hardware.pick_device(plan.flags.get("device", "auto"))
+    device = plan.flags.get("device", "auto")
+    hardware.device_type(device)
     _check_data(plan)
-    for each in {each.trial.label: each for each in missing if not each.is_finished}.values():
-        if not each.lacks_teacher:
-            each.check()
+    unfinished = {each.trial.label: each for each in missing if not each.is_finished}.values()
+    check_runs([each for each in unfinished if not each.lacks_teacher], device)
     for file in plan.files:
         records.check_writable(file)
 

@@ -37,9 +37,15 @@ MAX_REASON = 200
 """Maximum length of an error message of torch, in characters."""
 
 
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """Copy a module's state to the CPU, gathered if it is sharded over several devices."""
-    return {name: _gather(value).clone() for name, value in module.state_dict().items()}
+def snapshot(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Copy a module's state to the CPU, gathered if it is sharded over several devices.
+
+    Args:
+        module: The module.
+        keep: Whether this process keeps the copy; else it only takes part in gathering, and returns nothing.
+    """
+    gathered = ((name, _gather(value, keep)) for name, value in module.state_dict().items())
+    return {name: value.clone() for name, value in gathered if value is not None}
 
 
 def load_tensors(module: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -147,23 +153,29 @@ def to_pretrained_cfg(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEmaV3 | None, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gather the weights, their average and the optimizer's state to resume from.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        average: The moving average of the weights.
+        keep: Whether this process keeps the tensors; see `snapshot`.
 
     Returns:
         The tensors, and the optimizer's plain numbers.
     """
-    tensors = {f"model.{name}": value for name, value in snapshot(model).items()}
+    tensors = {f"model.{name}": value for name, value in snapshot(model, keep=keep).items()}
     if average is not None:
-        tensors |= {f"average.{name}": value for name, value in snapshot(average.module).items()}
+        tensors |= {f"average.{name}": value for name, value in snapshot(average.module, keep=keep).items()}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = _gather(value)
-            else:
+            if not isinstance(value, Tensor):
                 numbers[f"{index}.{name}"] = value
+            elif (gathered := _gather(value, keep)) is not None:
+                tensors[f"optimizer.{index}.{name}"] = gathered
     groups = [
         {
             name: value.item() if isinstance(value, Tensor) else value
@@ -227,9 +239,10 @@ def _is_number(value: object) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
 
 
-def _gather(value: Tensor) -> Tensor:
-    """Return a full, contiguous tensor on the CPU."""
-    return full_tensor(value.detach()).cpu().contiguous()
+def _gather(value: Tensor, keep: bool) -> Tensor | None:
+    """Return a full, contiguous tensor on the CPU; None if this process does not keep it."""
+    full = full_tensor(value.detach())
+    return full.cpu().contiguous() if keep else None
 
 
 def _select(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

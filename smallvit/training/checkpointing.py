@@ -186,7 +186,7 @@ class Checkpointer:
         """Record an epoch's metrics, and write a checkpoint unless the last one is recent."""
         state = self.state
         if best:
-            self.best = checkpoint.snapshot(self.setup.eval_model)
+            self.best = checkpoint.snapshot(self.setup.eval_model, keep=self.setup.world.main)
         state.history.append(metrics)
         state.omitted_steps = len(self.losses) - state.step
         state.epoch, state.step = state.epoch + 1, 0
@@ -251,8 +251,9 @@ class Checkpointer:
         if setup.budget is not None:
             state.progress, state.elapsed = setup.budget.progress, setup.budget.elapsed
         state.losses = setup.world.total(self.losses[: state.step]).tolist()
-        weights = checkpoint.snapshot(setup.eval_model) if not state.step else None
-        gathered = checkpoint.gather_state(setup.trained, setup.optimizer, setup.average)
+        keep = setup.world.main
+        weights = checkpoint.snapshot(setup.eval_model, keep=keep) if not state.step else None
+        gathered = checkpoint.gather_state(setup.trained, setup.optimizer, setup.average, keep=keep)
         if setup.world.main:
             if self.best is not None:
                 metadata = setup.metadata(state.best_epoch, state.history[state.best_epoch - 1])

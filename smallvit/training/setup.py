@@ -287,6 +287,7 @@ def create_setup(
 
     config = resolve(config) if config.model.arch is None else apply_regularization(config)  # for a direct call
     device = world.device(hardware.pick_device(config.compute.device))
+    hardware.allow_tf32(config.compute.tf32)
     required = config.compute.compile != "auto"
 
     if not world.main:  # the main process downloads, decodes, checks and decides first
@@ -350,7 +351,7 @@ def create_setup(
         model.set_distilled_training(config.distill.distill == "token")
     set_fused_attention(model, device.type, dtype)
     saving = TokenSaving(model, config, spec)
-    model, average = _move_model(model, config, device, world)
+    model, average = _move_model(model, config, device, dtype, world)
     trained = model if teacher is None or not teacher.channels else _guide(model, config, dataset, teacher)
     if not config.pretrain.labels:
         from smallvit.training.pretrain import create_pretraining
@@ -476,7 +477,7 @@ def _require_same(
 
 
 def _move_model(
-    model: nn.Module, config: Config, device: torch.device, world: World
+    model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype, world: World
 ) -> tuple[nn.Module, ModelEmaV3 | None]:
     """Move the model to its device or shard it; return it and its moving average."""
     compute = config.compute
@@ -484,6 +485,7 @@ def _move_model(
         model.to(device)
         if hardware.is_convolutional(model):
             model.to(memory_format=torch.channels_last)
+    hardware.tune_convolutions(model, device)
     if compute.grad_checkpointing:
         factory.enable_grad_checkpointing(model, config.model.arch)
     if compute.sync_bn or (compute.processes != "1" and world.size > 1):
@@ -491,7 +493,7 @@ def _move_model(
     average = optim.create_average(model, config.optim)
     if compute.fsdp:
         for each in [model] if average is None else [model, average.module]:
-            distributed.shard(each, world, device)
+            distributed.shard(each, world, device, dtype)
     return model, average
 
 

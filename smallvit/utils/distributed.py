@@ -6,6 +6,7 @@ Without torchrun there is one process, and these functions do nothing.
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,16 +22,24 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from smallvit.utils.errors import InputError, PeerExitedError, first_line
+from smallvit.utils.errors import InputError, PeerExitedError, TrainingError, first_line
 
 T = TypeVar("T")
 MEETING_SECONDS = 1800
-"""Maximum wait for the first process."""
+"""Maximum wait for the first process at the start, and for any process later."""
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # since and before PyTorch 2.14
+    if name in signature(DistributedDataParallel).parameters
+)
+"""DDP's argument for broadcasting buffers before each forward pass."""
+REPORT_SECONDS = 5.0
+"""Time in which the processes that have lost another one report to each other."""
 
 
 @dataclass(frozen=True)
@@ -106,34 +116,85 @@ def init_distributed() -> Iterator[World]:
     """Initialize torch.distributed under torchrun.
 
     Raises:
-        PeerExitedError: Another process has exited.
+        InputError: Other machines cannot reach this one.
+        TrainingError: Another process has exited or hangs; `PeerExitedError` in all processes but one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    ours = not dist.is_initialized()
-    if ours:
-        _init_process_group()
+    store = None if dist.is_initialized() else _init_process_group()
+    world = World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        yield world
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = first_line(error).split(". ")[0]  # the rest is advice
-        raise PeerExitedError(f"another of torchrun's processes has exited or hangs ({reason})") from None
-    if ours:
+        missing = {} if store is None else find_missing(store, world)
+        named = " and ".join(f"process {rank} of {world.size} on {host}" for rank, host in missing.items())
+        reports = world.rank == min({*range(world.size)} - missing.keys())
+        kind = TrainingError if missing and reports else PeerExitedError
+        raise kind(f"{named or 'another process'} of torchrun has exited or hangs ({reason})") from None
+    if store is not None:
         dist.destroy_process_group()  # not after an error: the others may be waiting
 
 
-def _init_process_group() -> None:
-    """Initialize the process group of this start; torchrun's store still holds the addresses of earlier ones."""
+def _init_process_group() -> dist.Store:
+    """Initialize the process group of this start, and return its store; torchrun's still holds earlier addresses."""
     local_rank = int(os.environ["LOCAL_RANK"])
+    device = None
     if local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # before anything is put on a GPU
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)  # before anything is put on a GPU
     store, rank, size = next(dist.rendezvous("env://"))
     start = dist.PrefixStore(_agree_on_start(store, rank, size), store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
-    dist.init_process_group(backend, store=start, rank=rank, world_size=size)
+    require_reachable(start, World(rank, size, local_rank))
+    backend = "cpu:gloo,cuda:nccl" if device is not None else "cpu:gloo"
+    dist.init_process_group(
+        backend,
+        store=start,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=MEETING_SECONDS),
+        device_id=device,  # NCCL connects to it now, and not to the first GPU
+    )
+    return start
+
+
+def require_reachable(store: dist.Store, world: World) -> None:
+    """Check that the other machines, if there are any, can reach this one through gloo.
+
+    gloo listens on the address of the machine's name, which many systems resolve to 127.0.1.1.
+
+    Raises:
+        InputError: This machine's name has a local address; `PeerExitedError` in all its processes but one.
+    """
+    name = socket.gethostname()
+    store.set(f"host/{world.rank}", name)
+    ends = {store.get(f"host/{rank}").decode() for rank in (0, world.size - 1)}
+    if len(ends) == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    with suppress(OSError):
+        if (address := socket.gethostbyname(name)).startswith("127."):
+            raise (PeerExitedError if world.local_rank else InputError)(
+                f"the name {name} of this machine has the address {address}, where other machines do not reach it: set "
+                "GLOO_SOCKET_IFNAME to the network interface, e.g. GLOO_SOCKET_IFNAME=eth0 (see ip addr)"
+            )
+
+
+def find_missing(store: dist.Store, world: World) -> dict[int, str]:
+    """Return the processes that do not report in time that they have lost another one, with their machines."""
+    missing: dict[int, str] = {}
+    deadline = time.monotonic() + REPORT_SECONDS
+    with suppress(dist.DistError):  # the store may be gone, too
+        store.set(f"lost/{world.rank}", "")
+        for rank in range(world.size):
+            left = max(0.1, deadline - time.monotonic())
+            try:
+                store.wait([f"lost/{rank}"], timedelta(seconds=left))
+            except dist.DistStoreError:
+                missing[rank] = store.get(f"host/{rank}").decode()
+    return missing
 
 
 def _agree_on_start(store: dist.Store, rank: int, size: int) -> str:
@@ -159,19 +220,28 @@ def _agree_on_start(store: dist.Store, rank: int, size: int) -> str:
     raise PeerExitedError("torchrun's first process does not respond")
 
 
-def shard(model: nn.Module, world: World, device: torch.device) -> None:
+def shard(model: nn.Module, world: World, device: torch.device, dtype: torch.dtype) -> None:
     """Shard weights over all processes' devices; each block is gathered when it is computed (FSDP2).
+
+    Weights are gathered in the dtype of mixed precision, which halves the traffic. Their shards, and the averages of
+    gradients, are in fp32.
 
     Raises:
         InputError: There is only one process.
     """
-    if world.size == 1:
+    if not dist.is_initialized():
         raise InputError("--fsdp: there is only one process; start it with torchrun --nproc-per-node N -m smallvit")
     mesh = init_device_mesh(device.type, (world.size,))
     blocks = [module for module in model.modules() if type(module).__name__.endswith("Block")]
+    mixed = dtype != torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        cast_forward_inputs=False,  # autocast does, where it is exact enough
+    )
     for block in reversed(blocks):  # inner blocks first
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -180,12 +250,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Return the model with gradients averaged over all processes (DDP), unless it is sharded."""
-    if world.size == 1 or is_sharded(model):
+    """Return the model with gradients averaged over all processes (DDP), unless it is sharded.
+
+    Each step begins with the first process's statistics of batch norm. Other buffers do not differ.
+    """
+    if not dist.is_initialized() or is_sharded(model):
         return model
     ids = [device.index] if device.type == "cuda" else None
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # depthwise convolutions
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{SYNC_BUFFERS: normed})
 
 
 def convert_sync_bn(model: nn.Module, world: World, device: torch.device) -> nn.Module:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smallvit
-from smallvit.utils.errors import DivergedError, InputError, TrainingError, first_line
+from smallvit.utils.errors import DivergedError, InputError, TrainingError, first_line, warn
 from smallvit.utils.sizes import ImageSize, height_width
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -37,7 +38,13 @@ def pick_device(name: str) -> torch.device:
         InputError: No such device on this machine.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line says more
+            available = torch.accelerator.is_available()
+        if available:
+            return torch.accelerator.current_accelerator()
+        warn_of_old_driver()
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -47,16 +54,57 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@cache
+def warn_of_old_driver() -> None:
+    """Warn if the machine has an NVIDIA GPU whose driver is too old for this build of torch."""
+    if torch.version.cuda is None:
+        return
+    try:
+        torch.cuda.init()
+    except Exception as error:  # also without a GPU
+        if "driver" in str(error) and "too old" in str(error):
+            warn(
+                f"the NVIDIA driver is too old for torch {torch.__version__}, so the CPU is used: update the driver, "
+                "or install a torch for an older CUDA (https://pytorch.org/get-started)"
+            )
+
+
+def device_type(name: str) -> str:
+    """Return the type of the device that --device names, such as cpu or cuda, without using it.
+
+    Raises:
+        InputError: No such type of device.
+    """
+    try:
+        return (pick_device(name) if name == "auto" else torch.device(name)).type
+    except RuntimeError:
+        return pick_device(name).type
+
+
+def list_gpus(name: str) -> list[str]:
+    """Return the GPUs among which --device leaves the choice, as CUDA_VISIBLE_DEVICES names them, without using one."""
+    if name not in ("auto", "cuda"):
+        return []
+    named = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    return (named or [str(index) for index in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
 def pick_dtype(device: torch.device, amp: str) -> torch.dtype:
     """Return the dtype of autocast that --amp names; for auto the best that the device supports natively.
 
     This is bfloat16 (on CPUs only if it is faster), else float16 on CUDA GPUs (before Ampere), else float32. Elsewhere,
     such as on Apple's GPUs, mixed precision has not been measured.
+
+    Raises:
+        InputError: bf16 on a GPU that emulates it, which is slower than fp32.
     """
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if amp == "bf16" and not native:
+        raise InputError("--amp bf16: this GPU has no bfloat16 and emulates it slowly; give --amp fp16 or off")
     if amp != "auto":
         return DTYPES[amp]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if native else torch.float16
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
     return torch.float32
@@ -93,11 +141,16 @@ def amp_name(dtype: torch.dtype) -> str:
     return next(name for name, each in DTYPES.items() if each == dtype)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in this process, in matrix products and in cuDNN's convolutions (--tf32)."""
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def has_tf32(device: torch.device) -> bool:
-    """Return whether a device multiplies float32 matrices in TF32: NVIDIA's GPUs since Ampere."""
-    return (
-        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Return whether float32 products are computed in TF32: on NVIDIA's GPUs since Ampere, unless it is forbidden."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.backends.cudnn.allow_tf32:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager
@@ -345,6 +398,11 @@ def is_convolutional(model: nn.Module) -> bool:
     convolutions = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     inside = sum(parameter.numel() for layer in convolutions for parameter in layer.parameters(recurse=False))
     return 2 * inside > sum(parameter.numel() for parameter in model.parameters())
+
+
+def tune_convolutions(model: nn.Module, device: torch.device) -> None:
+    """Let cuDNN time its algorithms for each shape of a convolutional network, and use the fastest; not for others."""
+    torch.backends.cudnn.benchmark = device.type == "cuda" and is_convolutional(model)
 
 
 TOLERANCE = 0.1

@@ -194,7 +194,7 @@ with distributed.init_distributed() as world:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
         if sharded:
-            distributed.shard(model, world, CPU)
+            distributed.shard(model, world, CPU, torch.float32)
         replicated = distributed.replicate(model, world, CPU)
         optimizer = optim.create_optimizer(model, OptimConfig(opt=opt, weight_decay=0.05))
         scaler = LossScaler(CPU, torch.float16)

@@ -28,6 +28,18 @@ TRAINED_RUN = ["--arch", "vit", "--spt", "--lsa", "--data", "digits", "--epochs"
 ON_CPU = ["--aug", "none", "--amp", "off", "--device", "cpu"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu on machines without one."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALLVIT_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -521,6 +521,45 @@ def test_as_many_trainings_as_threads_and_memory_allow(monkeypatch: pytest.Monke
         assert CHOOSE_JOBS(jobs, device, runs) == expected
 
 
+def test_a_run_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "device_type", lambda name: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [CHOOSE_JOBS(None, device, 20) for device in ("auto", "cuda", "cuda:2")] == [3, 3, 1]
+    assert CHOOSE_JOBS(None, "cuda", 2) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "seen"), [(2, ["4", "6"], {"4", "6"}), (3, ["4", "6"], {"4", "6"}), (1, ["4", "6"], {"none"})]
+)
+def test_each_training_sees_one_gpu_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, gpus: list[str], seen: set[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))"
+    with compare.Trainings(jobs, create_console(), gpus) as trainings:
+        held = trainings.gpus.qsize()
+        files = [tmp_path / str(number) for number in range(4)]
+        trainings.map(lambda file: trainings.run([sys.executable, "-c", code, str(file)], "run"), files)
+        assert trainings.gpus.qsize() == held == jobs
+    assert {file.read_text() for file in files} <= seen
+
+
+@pytest.mark.slow
+def test_runs_on_a_gpu_are_checked_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = parse_spec("vit")
+    options = {"arch": "vit", "device": "cpu", "data": "digits"}
+    good, bad = (
+        compare.PlannedRun(row=row, seed=0, folder=tmp_path / "run", recipe=None, options=options | more)
+        for more in ({}, {"opt": "nosuch"})
+    )
+    monkeypatch.setattr(hardware, "device_type", lambda name: "cuda")
+    monkeypatch.setattr(compare, "create_setup", lambda *_, **__: pytest.fail("not in this process"))
+    compare.check_runs([good], "cpu")
+    with pytest.raises(InputError, match="row vit: --opt nosuch: no such optimizer"):
+        compare.check_runs([good, bad], "cpu")
+
+
 class Slow(nn.Module):
     """Linear in the images, after so many seconds of `clock`."""
 

@@ -21,6 +21,7 @@ import timm
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 import smallvit as package
 from smallvit import datasets
@@ -527,3 +528,19 @@ def test_weights_of_another_program_are_exported_to_timm(tmp_path: Path, smallvi
     with torch.no_grad():
         assert_same(loaded(images), model(images))
     assert preprocessing(loaded) == preprocessing(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "plugins"),
+    [("vit", ("spt", "lsa")), ("cait", ("spt", "lsa")), ("pit", ("lsa",)), ("swin", ("lsa",)), ("t2t", ("lsa",))],
+)
+def test_programs_move_to_another_device_whole(tmp_path: Path, arch: str, plugins: tuple[str, ...]) -> None:
+    """Check that no constant stays on the CPU: torch refuses tensors of two devices, also of the device meta."""
+    model = create_model(arch, img_size=32, num_classes=10, plugins=dict.fromkeys(plugins, True)).eval()
+    spec = {"arch": arch, "img_size": 32, "in_chans": 3, "num_classes": 10}
+    info = WeightsInfo(name=arch, option="export", path=None, spec=spec, class_names=(), mean=(0.5,), std=(0.5,))
+    predictor = Predictor(info=info, model=model, img_size=32, device=torch.device("cpu"), dtype=torch.float32)
+    exporting.write_pt2(predictor, tmp_path / "model.pt2")
+    program = move_to_device_pass(torch.export.load(tmp_path / "model.pt2"), "meta")
+    assert program.module()(torch.empty(3, 3, 32, 32, device="meta")).shape == (3, 10)

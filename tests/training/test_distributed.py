@@ -59,8 +59,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def torchrun(out: Path, options: dict[str, object], *more: str) -> subprocess.Popen[str]:
-    """Start two processes that train on the CPU."""
+def torchrun(out: Path, options: dict[str, object], *more: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Start processes that train on the CPU."""
     command = [
         sys.executable,
         "-m",
@@ -68,7 +68,7 @@ def torchrun(out: Path, options: dict[str, object], *more: str) -> subprocess.Po
         "--master-port",
         free_port(),
         "--nproc-per-node",
-        "2",
+        str(processes),
         *more,
     ]
     return subprocess.Popen(
@@ -123,6 +123,26 @@ def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
     finish(torchrun(tmp_path / "two", RICH | {"epochs": 20, "overwrite": True}))
     assert_alike(tmp_path / "two", alone)
     assert json.loads((tmp_path / "two" / Run.SUMMARY).read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+def test_eight_processes_follow_one_also_killed_and_resumed_by_three(tmp_path: Path) -> None:
+    options = RICH | {"epochs": 8, "grad_accum_steps": 2, "keep": 1}
+    one = train.train(Config.build(**options, out=str(tmp_path / "one"))).folder
+    out = tmp_path / "eight"
+    process = torchrun(out, options, processes=8)
+    wait_for(out / Run.STATE, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[5]), signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode
+    assert not (out / Run.SUMMARY).exists()
+    done = len(metrics(out))
+    assert 0 < done < 8
+    assert "resume after epoch" in finish(torchrun(out, options | {"auto_resume": True}, processes=3))
+    assert_alike(out, one)
+    assert json.loads((out / Run.SUMMARY).read_text())["processes"] == 3
 
 
 @pytest.mark.slow

@@ -116,8 +116,8 @@ CUDA, MPS = torch.device("cuda"), torch.device("mps")
 def test_cuda_gpus_without_bf16_take_fp16(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert pick_dtype(CUDA, "auto") == dtype
-    chosen = [pick_dtype(CUDA, amp) for amp in ("bf16", "fp16", "off")]
-    assert chosen == [torch.bfloat16, torch.float16, torch.float32]
+    chosen = [pick_dtype(CUDA, amp) for amp in (*["bf16"] * native, "fp16", "off")]
+    assert chosen == [*[torch.bfloat16] * native, torch.float16, torch.float32]
 
 
 def test_other_devices_take_half_precision_only_if_asked_for() -> None:
@@ -246,3 +246,29 @@ def test_logits_that_overflow_fp16_are_refused() -> None:
     assert evaluate.compute_logits(layer, images, CPU, torch.float32).isfinite().all()
     with pytest.raises(InputError, match="--amp off"):
         evaluate.compute_logits(layer, images, CPU, torch.float16)
+
+
+def test_emulated_bf16_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(InputError, match="--amp bf16: this GPU has no bfloat16 and emulates it slowly"):
+        pick_dtype(CUDA, "bf16")
+
+
+def test_tf32_can_be_forbidden_and_the_precision_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for allowed, name, precision_ in ((False, "fp32", "highest"), (True, "tf32", "high")):
+        create_setup(Config.build(arch="vit", amp="off", tf32=allowed, device="cpu", out=str(tmp_path)))
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert hardware.precision_name(CUDA, torch.float32) == name
+        with hardware.tf32(CUDA, torch.float32):
+            assert torch.get_float32_matmul_precision() == precision_
+    assert Config.build(tf32=False).to_dict()["tf32"] is False
+
+
+def test_cudnn_times_its_algorithms_for_cnns_on_gpus_only() -> None:
+    convolutional, other = nn.Conv2d(3, 8, 3), nn.Linear(3, 8)
+    for model, device, expected in ((convolutional, CUDA, True), (convolutional, CPU, False), (other, CUDA, False)):
+        hardware.tune_convolutions(model, device)
+        assert torch.backends.cudnn.benchmark == expected
+    hardware.tune_convolutions(other, CPU)

@@ -160,3 +160,31 @@ def test_launches_are_those_that_pytorch_dispatches(
     augmentation, copies, model, optimizer, step = (int(cell) for cell in row.split("│")[2:7])
     assert step == augmentation + model + optimizer
     assert copies < augmentation
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu, train_step = _module("gpu", monkeypatch), _module("train_step", monkeypatch)
+    monkeypatch.setattr(train_step, "SQUARES", {"cpu": (256,)})
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu, "run_part", lambda command, *_: commands.append(command) or "passed")
+    small = ["--device", "cpu", "--batch-size", "2", "--rounds", "1", "--steps", "1", "--minutes", "60"]
+    assert gpu.main([*small, "--track", "digits", "--seeds", "2"]) == 0
+    printed = capsys.readouterr().out
+    for arch in gpu.LEE2021:
+        assert sum(f" {arch} " in line and " eager " in line and "%" in line for line in printed.splitlines()) == 1
+    assert "tests: passed" in printed
+    assert commands[0][1:3] == ["-m", "pytest"]
+    assert commands[1][1:] == ["benchmarks/speedrun/run.py", "digits", "--seeds", "2", "--device", "cpu"]
+
+
+def test_parts_of_the_gpu_script_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = _module("gpu", monkeypatch)
+    console = gpu.wide_console()
+    for code, expected in (
+        ("print('done')", "passed"),
+        ("raise SystemExit(3)", "failed (exit code 3)"),
+        ("import time; time.sleep(600)", "not finished in time"),
+    ):
+        limit = gpu.time.monotonic() + (1.0 if "sleep" in code else 600.0)
+        assert gpu.run_part([gpu.sys.executable, "-c", code], limit, console) == expected

@@ -252,7 +252,7 @@ def is_sharded(model: nn.Module) -> bool:
 def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Return the model with gradients averaged over all processes (DDP), unless it is sharded.
 
-    Each step begins with the first process's statistics of batch norm. Other buffers do not differ.
+    Before each step, batch norm's statistics of the first process are sent to all. Other buffers do not differ.
     """
     if not dist.is_initialized() or is_sharded(model):
         return model

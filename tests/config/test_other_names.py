@@ -25,7 +25,7 @@ model-ema-force-cpu model-ema-steps model-kwargs momentum multi-scale no-prefetc
 num-classes num-heads num-nodes opt-betas opt-eps opt-kwargs overfit-batches patch patience-epochs
 per-device-eval-batch-size pin-mem plots pose print-freq ra-magnitude ra-sampler rank ratio recount recovery-interval
 rect remode resplit run-name save save-freq save-images save-json save-period save-steps save-total-limit scale shear
-single-cls source split split-bn start-epoch std strategy teacher-path test-only tf32 time torchscript
+single-cls source split split-bn start-epoch std strategy teacher-path test-only time torchscript
 train-interpolation train-split translate transformer-embedding-decay tta unscale-lr val val-check-interval
 val-crop-size val-resize-size val-split validation-batch-size verbose vflip wandb-project warmup-bias-lr warmup-lr
 warmup-momentum weight-decay-end worker-seeding world-size

@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "epochs": ("max_epochs", "num_epochs", "num_train_epochs"),
     "batch_size": ("b", "batch"),
     "batch_size, over all devices": ("per_device_train_batch_size",),
+    "eval_batch_size": ("per_device_eval_batch_size", "validation_batch_size"),
     "grad_accum_steps, the parts of a batch": ("accum_iter", "accumulate_grad_batches", "gradient_accumulation_steps"),
     "loss=bce": ("bce_loss",),
     "loss=focal": ("focal_loss",),

@@ -23,11 +23,11 @@ logging-dir logging-steps lr-base lr-cycle-decay lr-gamma lr-k-decay lr-noise lr
 lr-warmup-method lrf mask-ratio max-steps mean min-epochs mixup-off-epoch mixup-switch-prob mlp-ratio
 model-ema-force-cpu model-ema-steps model-kwargs momentum multi-scale no-prefetcher no-resume-opt norm-weight-decay
 num-classes num-heads num-nodes opt-betas opt-eps opt-kwargs overfit-batches patch patience-epochs
-per-device-eval-batch-size pin-mem plots pose print-freq ra-magnitude ra-sampler rank ratio recount recovery-interval
+pin-mem plots pose print-freq ra-magnitude ra-sampler rank ratio recount recovery-interval
 rect remode resplit run-name save save-freq save-images save-json save-period save-steps save-total-limit scale shear
 single-cls source split split-bn start-epoch std strategy teacher-path test-only time torchscript
 train-interpolation train-split translate transformer-embedding-decay tta unscale-lr val val-check-interval
-val-crop-size val-resize-size val-split validation-batch-size verbose vflip wandb-project warmup-bias-lr warmup-lr
+val-crop-size val-resize-size val-split verbose vflip wandb-project warmup-bias-lr warmup-lr
 warmup-momentum weight-decay-end worker-seeding world-size
 """
 """Flags of timm, torchvision, DeiT, MAE, the Hugging Face Trainer, Lightning and Ultralytics without an equivalent."""

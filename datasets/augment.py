@@ -83,6 +83,48 @@ class Boxes:
 
 
 @dataclass(frozen=True)
+class RectangleDraws:
+    """Random numbers in [0, 1) that a rectangle per image follows from, for images of any size."""
+
+    area: Float[np.ndarray, "b attempts"]
+    ratio: Float[np.ndarray, "b attempts"]
+    top: Float[np.ndarray, " b"]
+    left: Float[np.ndarray, " b"]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, b: int) -> RectangleDraws:
+        """Draw the numbers for b images."""
+        return cls(rng.random((b, ATTEMPTS)), rng.random((b, ATTEMPTS)), rng.random(b), rng.random(b))
+
+    def part(self, chosen: slice | np.ndarray) -> RectangleDraws:
+        """Return the numbers of some of the images."""
+        return RectangleDraws(self.area[chosen], self.ratio[chosen], self.top[chosen], self.left[chosen])
+
+    def sides(
+        self,
+        h: int,
+        w: int,
+        area: tuple[float, float],
+        ratio: tuple[float, float],
+        shape: float,
+        smaller: bool,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return heights and widths, and whether they fit; `ratio`, symmetric in its logarithm, is that to `shape`."""
+        least, most = np.log(ratio)
+        pixels = (area[0] + (area[1] - area[0]) * self.area) * h * w
+        slant = shape * np.exp(least + (most - least) * self.ratio)
+        height, width = np.round(np.sqrt(pixels * slant)), np.round(np.sqrt(pixels / slant))
+        fits = (height < h) & (width < w) if smaller else (height <= h) & (width <= w) & (height > 0) & (width > 0)
+        first = (np.arange(len(fits)), fits.argmax(axis=1))
+        return height[first], width[first], fits.any(axis=1)
+
+    def place(self, height: np.ndarray, width: np.ndarray, h: int, w: int) -> Boxes:
+        """Return rectangles with these sides within images of h × w pixels."""
+        top, left = np.floor(self.top * (h - height + 1)), np.floor(self.left * (w - width + 1))
+        return _integer_boxes(top, left, top + height, left + width)
+
+
+@dataclass(frozen=True)
 class Mix:
     """Parameters of Mixup and CutMix for each image of a batch."""
 
@@ -218,7 +260,7 @@ class Augment:
     def draw(self, rng: np.random.Generator, b: int, h: int, w: int, flip: np.ndarray | None = None) -> Draws:
         """Draw parameters for `b` images of `h` × `w` pixels; `flip` replaces random flips."""
         if self.crop == "resized":
-            crop = crop_boxes(rng, b, h, w, (self.crop_scale, self.crop_scale_max), h / w)
+            crop = crop_boxes(RectangleDraws.draw(rng, b), h, w, (self.crop_scale, self.crop_scale_max), h / w)
         else:
             top, left = rng.integers(0, 2 * self.padding + 1, (2, b))
             crop = Boxes(top, left, top + h, left + w)
@@ -382,21 +424,20 @@ def swap_pairs(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
 
 def erasing_boxes(rng: np.random.Generator, chosen: np.ndarray, h: int, w: int, area: tuple[float, float]) -> Boxes:
     """Draw rectangles as torchvision's RandomErasing: area uniform, ratio log-uniform, the first of 10 that fits."""
-    height, width, fits = _draw_sides(rng, len(chosen), h, w, area, (0.3, 1 / 0.3), 1.0, smaller=True)
+    draws = RectangleDraws.draw(rng, len(chosen))
+    height, width, fits = draws.sides(h, w, area, (0.3, 1 / 0.3), 1.0, smaller=True)
     happens = chosen & fits
-    return _draw_positions(rng, height * happens, width * happens, h, w)
+    return draws.place(height * happens, width * happens, h, w)
 
 
-def crop_boxes(
-    rng: np.random.Generator, b: int, h: int, w: int, area: tuple[float, float], shape: float = 1.0
-) -> Boxes:
-    """Draw rectangles as torchvision's RandomResizedCrop: as for erasing, from 3:4 to 4:3, or else the whole image.
+def crop_boxes(draws: RectangleDraws, h: int, w: int, area: tuple[float, float], shape: float = 1.0) -> Boxes:
+    """Return rectangles as torchvision's RandomResizedCrop: as for erasing, from 3:4 to 4:3, or else the whole image.
 
     Args:
         shape: Height divided by width of the result, to which these ratios are relative.
     """
-    height, width, fits = _draw_sides(rng, b, h, w, area, (3 / 4, 4 / 3), shape, smaller=False)
-    return _draw_positions(rng, np.where(fits, height, h), np.where(fits, width, w), h, w)
+    height, width, fits = draws.sides(h, w, area, (3 / 4, 4 / 3), shape, smaller=False)
+    return draws.place(np.where(fits, height, h), np.where(fits, width, w), h, w)
 
 
 def cutmix_boxes(rng: np.random.Generator, chosen: np.ndarray, kept: np.ndarray, h: int, w: int) -> Boxes:
@@ -407,31 +448,6 @@ def cutmix_boxes(rng: np.random.Generator, chosen: np.ndarray, kept: np.ndarray,
     top, bottom = np.clip(y - height // 2, 0, h), np.clip(y - height // 2 + height, 0, h)
     left, right = np.clip(x - width // 2, 0, w), np.clip(x - width // 2 + width, 0, w)
     return _integer_boxes(top, left, np.where(chosen, bottom, top), right)
-
-
-def _draw_sides(
-    rng: np.random.Generator,
-    b: int,
-    h: int,
-    w: int,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    shape: float,
-    smaller: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw heights and widths, and return whether they fit; `ratio`, symmetric in its logarithm, is that to `shape`."""
-    pixels = rng.uniform(*area, (b, ATTEMPTS)) * h * w
-    slant = shape * np.exp(rng.uniform(*np.log(ratio), (b, ATTEMPTS)))
-    height, width = np.round(np.sqrt(pixels * slant)), np.round(np.sqrt(pixels / slant))
-    fits = (height < h) & (width < w) if smaller else (height <= h) & (width <= w) & (height > 0) & (width > 0)
-    first = (np.arange(b), fits.argmax(axis=1))
-    return height[first], width[first], fits.any(axis=1)
-
-
-def _draw_positions(rng: np.random.Generator, height: np.ndarray, width: np.ndarray, h: int, w: int) -> Boxes:
-    top = np.floor(rng.random(len(height)) * (h - height + 1))
-    left = np.floor(rng.random(len(width)) * (w - width + 1))
-    return _integer_boxes(top, left, top + height, left + width)
 
 
 def _integer_boxes(*edges: np.ndarray) -> Boxes:

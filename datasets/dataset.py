@@ -10,8 +10,8 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from smallvit.datasets.listing import Listing
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import require_memory
 from smallvit.utils.sizes import ImageSize, fit_sides, height_width, image_size
+
+if TYPE_CHECKING:
+    from smallvit.datasets.streaming import DecodingPool
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,14 @@ class ImageDataset:
     def in_chans(self) -> int:
         """Number of channels: 1 gray, 3 color, others of arrays."""
         return self.train.channels
+
+    @cached_property
+    def decoding_pool(self) -> DecodingPool:
+        """Worker processes that decode the splits on disk."""
+        from smallvit.datasets.streaming import DecodingPool
+
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return DecodingPool({name: split for name, split in splits.items() if isinstance(split, Files)})
 
     @property
     def class_counts(self) -> Int64[Tensor, " k"]:

@@ -10,6 +10,7 @@ Warnings of Pillow are harmless or followed by an error, so they are silenced.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,10 +26,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from smallvit.config.options import MAX_MEGAPIXELS
 from smallvit.datasets.channels import order_axes, read_channels, scale_channels, view_channels
@@ -45,6 +47,8 @@ CACHE_VERSION = 7
 """Increased when decoding changes, so that older caches are not used."""
 Image.MAX_IMAGE_PIXELS = int(1e6 * MAX_MEGAPIXELS)  # Pillow opens images of up to twice this size
 NO_RANGES = GrayRanges()
+JPEG_FORMATS = ("JPEG", "MPO")
+"""Pillow's names of JPEG files; MPO has several images."""
 GRAY = 128
 """Level of the border that --resize pad adds."""
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, for all threads and worker processes
@@ -141,7 +145,7 @@ def convert_image(
     """Convert an image of any mode and orientation to RGB and resize it."""
     least = 2 * max(height_width(size))  # either side, as the image may have to be rotated
     image.draft("RGB", (least, least))  # large JPEGs: decode at a fraction of the size; at less it is too sharp
-    rgb = to_rgb(ImageOps.exif_transpose(image), ranges)
+    rgb = to_rgb(upright(image), ranges)
     return np.asarray(resize(rgb, size, crop_mode=crop_mode)).transpose(2, 0, 1)
 
 
@@ -191,7 +195,31 @@ def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_rgb(image: Image.Image, stream: io.BytesIO, ranges: GrayRanges = NO_RANGES) -> UInt8[Tensor, "3 h w"]:
+    """Return the upright RGB pixels of an image that was opened from `stream`; errors on damaged files pass through.
+
+    JPEG files that need no conversion are decoded by torchvision, which returns the same pixels as Pillow and is
+    faster.
+    """
+    if image.format in JPEG_FORMATS and image.mode in ("L", "RGB") and not orientation(image):
+        with suppress(RuntimeError):  # Pillow decides whether the file is damaged
+            return decode_jpeg(torch.frombuffer(stream.getbuffer(), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return torch.from_numpy(np.array(to_rgb(upright(image), ranges))).permute(2, 0, 1)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 2 to 8; 0 for images that are upright."""
+    value = image.getexif().get(ExifTags.Base.Orientation)
+    return value if value in range(2, 9) else 0
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image with its EXIF orientation applied, itself if it is upright."""
+    image.load()  # TIFF files are transposed here
+    return ImageOps.exif_transpose(image) if orientation(image) else image
 
 
 def describe_decode_error(error: Exception, path: str) -> str:
@@ -202,13 +230,25 @@ def describe_decode_error(error: Exception, path: str) -> str:
     return re.sub(r"<_io\.BytesIO.*?>", "", first_line(error).replace(repr(path), "")).strip()
 
 
-def median_side(files: Listing, sample: int = 512) -> int | None:
-    """Return the median shorter side of the images in pixels, from the headers of at most `sample` files."""
+def median_side(files: Listing) -> int | None:
+    """Return the median shorter side of the images in pixels, from the headers of some files."""
+    sides = [min(sides) for sides in _sample_sides(files)]
+    return int(np.median(sides)) if sides else None
+
+
+def is_reduced(files: Listing, size: ImageSize) -> bool:
+    """Return whether images lose pixels when they are resized to `size` and cropped, from the headers of some files."""
+    h, w = height_width(size)
+    return any(height > h or width > w or height * w != width * h for height, width in _sample_sides(files))
+
+
+def _sample_sides(files: Listing, sample: int = 512) -> list[tuple[int, int]]:
+    """Return height and width of at most `sample` images, without their EXIF orientation."""
     sides = []
     for index in np.linspace(0, len(files) - 1, min(sample, len(files))).astype(int):
         with suppress(Exception), open_image(files.open(index), math.inf) as image:  # damaged: decoding reports it
-            sides.append(min(image.size))
-    return int(np.median(sides)) if sides else None
+            sides.append((image.height, image.width))
+    return sides
 
 
 def detect_channels(files: Listing) -> int:
@@ -259,7 +299,7 @@ def decode_cached(
     Raises:
         InputError: files cannot be decoded and `skip_corrupt` is off, or the images do not fit into memory.
     """
-    require_memory(len(files), channels, size)
+    require_memory(len(files), channels, size, "choose a smaller --img-size, or add --streaming on")
     heif = "".join(sorted(HEIF_SUFFIXES & image_suffixes()))  # their errors are cached, too
     key = f"{CACHE_VERSION}-{files.fingerprint}-{max_megapixels:g}-{ranges.to_json()}{heif}-{channels}"
     identity = f"{files.root.resolve()}\0{size}" + f"\0{crop_mode}" * (crop_mode != "center")

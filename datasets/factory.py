@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smallvit.config.options import CROP_MODES, DataConfig
+from smallvit.config.options import CROP_MODES, AugmentConfig, DataConfig
 from smallvit.datasets import readers
 from smallvit.datasets.catalog import DATASETS, DatasetInfo, is_hub_source, is_manifest, require_data
 from smallvit.datasets.dataset import (
@@ -32,19 +33,21 @@ from smallvit.datasets.decode import (
     default_size,
     describe_errors,
     detect_channels,
+    is_reduced,
     median_side,
 )
 from smallvit.datasets.gray import GrayRanges
 from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing, group_by_path
 from smallvit.datasets.manifest import read_manifest
+from smallvit.datasets.presets import preset
 from smallvit.utils.errors import InputError
-from smallvit.utils.hardware import fits_memory
+from smallvit.utils.sizes import ImageSize, height_width
 
 UNKNOWN = {"flip": True, "aug": "mix", "policy": "imagenet"}
 """Augmentation defaults for images that are not in the catalog."""
-IN_MEMORY = 0.5
-"""Share of the free memory that decoded images may use; larger data sets are streamed."""
+MAX_IN_MEMORY = 4 * 2**30
+"""Size in bytes up to which decoded images are kept in memory, on any machine; larger data sets are streamed."""
 
 
 def data_folder(config: DataConfig) -> Path:
@@ -54,7 +57,12 @@ def data_folder(config: DataConfig) -> Path:
 
 
 def create_dataset(
-    config: DataConfig, *, draw: bool = True, ranges: GrayRanges | None = None, labels: bool = True
+    config: DataConfig,
+    *,
+    draw: bool = True,
+    ranges: GrayRanges | None = None,
+    labels: bool = True,
+    augment: AugmentConfig | None = None,
 ) -> ImageDataset:
     """Read, split and describe the data set that `config` names; download it first if necessary.
 
@@ -63,6 +71,7 @@ def create_dataset(
         ranges: Ranges of gray values of more than 8 bits of a trained model; missing ones are measured on the training
             images.
         labels: Whether labels are needed. If not, a folder that has no class folders is one class without test images.
+        augment: Augmentation of training; random crops of whole files require that the images stay on disk.
 
     Raises:
         InputError: the data set is unknown or unusable, images cannot be decoded, or the download failed.
@@ -79,7 +88,7 @@ def create_dataset(
     images = read_source(config, 2 if draw else 1, labels=labels)
     draw = draw and len(images.class_names) > 1
     if isinstance(images, Listing):
-        return _load_files(config, images, draw, info, None if info else ranges)
+        return _load_files(config, images, draw, info, None if info else ranges, augment)
     size, crop_mode = config.img_size or info.img_size, CROP_MODES[config.resize]
     splits = {split: part.resize(size, crop_mode) for split, part in images.splits.items()}
     return assemble(config, splits, images.class_names, [], info, draw=draw)
@@ -115,9 +124,14 @@ def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDatase
 
 
 def _load_files(
-    config: DataConfig, files: Listing, draw: bool, info: DatasetInfo | None = None, ranges: GrayRanges | None = None
+    config: DataConfig,
+    files: Listing,
+    draw: bool,
+    info: DatasetInfo | None = None,
+    ranges: GrayRanges | None = None,
+    augment: AugmentConfig | None = None,
 ) -> ImageDataset:
-    """Decode a listing's images into memory, or leave them on disk if they do not fit."""
+    """Decode a listing's images into memory, or leave them on disk if they are too large."""
     if config.group_by is not None:
         files = group_by_path(files, config.group_by)
     side = None if config.img_size or info else median_side(files)
@@ -147,8 +161,11 @@ def _load_files(
         measured = train.gray_ranges()
         ranges = ranges.filled(measured)
         notes += ranges.describe() if measured else []
-    too_large = config.streaming == "auto" and not fits_memory(len(files), channels, size, IN_MEMORY)
-    if config.streaming == "on" or too_large:
+    crops_files = augment is not None and _crops_files(config, augment, files, size, info)
+    if crops_files and config.streaming == "off":
+        raise InputError("--streaming off: --crop resized crops the whole files; remove it, or give --crop pad")
+    too_large = len(files) * channels * math.prod(height_width(size)) > MAX_IN_MEMORY
+    if config.streaming == "on" or crops_files or (config.streaming == "auto" and too_large):
         parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
         notes.append("streaming: worker processes decode the images in every epoch")
     else:
@@ -163,6 +180,15 @@ def _load_files(
     digest = None if info else hashlib.sha256(content.encode()).hexdigest()
     described = {"content": digest, "ranges": ranges, "label_sets": label_sets}
     return assemble(config, parts, files.class_names, notes, info, draw=draw, **described)
+
+
+def _crops_files(
+    config: DataConfig, augment: AugmentConfig, files: Listing, size: ImageSize, info: DatasetInfo | None
+) -> bool:
+    """Return whether random crops of the files differ from those of images in memory, which have lost pixels."""
+    aug = (info.aug if info else UNKNOWN["aug"]) if augment.aug == "auto" else augment.aug
+    crop = preset(aug, size)["crop"] if augment.crop == "auto" else augment.crop
+    return crop == "resized" and CROP_MODES[config.resize] == "center" and is_reduced(files, size)
 
 
 def assemble(

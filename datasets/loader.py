@@ -93,7 +93,7 @@ class Sampling:
         rng = np.random.default_rng((self.seed, ORDER, epoch))
         draw = balanced_order if self.balanced else _random_order
         parts = np.split(draw(self.labels, self.views // self.aug_repeats, rng), len(self))
-        return [np.tile(part, self.aug_repeats) for part in parts]  # copies lie apart: neighbors are mixed
+        return [repeat_pairs(part, self.aug_repeats) for part in parts]
 
     def alternate_flips(self, indices: np.ndarray, epoch: int) -> np.ndarray:
         """Return which images are mirrored: at random in the first epoch, then in every other epoch.
@@ -203,10 +203,9 @@ def evaluation_batches(
     mean, std = dataset.statistics(device)
     parts = evaluation_parts(len(images), batch_size, rank, world)
     if images.on_disk:
-        from smallvit.datasets.streaming import Decoder, load_batches
+        from smallvit.datasets.streaming import load_split
 
-        requests = ([(index, 0, index) for index in part or range(1)] for part in parts)
-        batches = load_batches(Decoder(images), requests, device)
+        batches = load_split(dataset, split, [part or range(1) for part in parts], device)
     else:
         chosen = (slice(part.start, part.stop) if part else slice(1) for part in parts)
         batches = ((images.pixels[each].to(device), images.labels[each].to(device)) for each in chosen)
@@ -214,6 +213,17 @@ def evaluation_batches(
         if not part or not len(labels):  # no share of this batch, or no image that can be decoded
             pixels, labels = pixels.new_zeros(1, *pixels.shape[1:]), labels.new_full((1,), IGNORED_LABEL)
         yield normalize(pixels, mean, std), labels
+
+
+def repeat_pairs(indices: np.ndarray, repeats: int) -> np.ndarray:
+    """Repeat images within blocks of two, and the last three if their number is odd.
+
+    So a worker decodes an image once for its views, also where devices share the batch, while neighbors, which are
+    mixed, differ.
+    """
+    rest = len(indices) % 2 and min(3, len(indices))
+    pairs, last = np.split(indices, [len(indices) - rest])
+    return np.concatenate([np.tile(pairs.reshape(-1, 2), (1, repeats)).ravel(), np.tile(last, repeats)])
 
 
 def _random_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

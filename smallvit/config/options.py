@@ -88,9 +88,10 @@ class DataConfig(Options):
     """Channels of the images; auto: 3, or those of the first file if it is a NumPy array (.npy) or a TIFF file of
     several bands; 1 converts color to gray."""
     streaming: Literal["auto", "on", "off"] = option("auto", "evaluation", "shared")
-    """Decode images in worker processes every epoch instead of keeping them in memory; auto: if they do not fit."""
+    """Decode images in worker processes every epoch instead of keeping them in memory; auto: above 4 GiB of pixels, or
+    for --crop resized of larger images."""
     workers: int | None = option(None, "resumable", "evaluation", "shared", ge=0)
-    """Number of worker processes for streaming; by default one per CPU core, at most 16."""
+    """Number of worker processes for streaming; by default one per CPU core."""
     train_fraction: float = option(1.0, "evaluation", "shared", "affects_test", gt=0, le=1)
     """Share of each class's training images to train on; smaller shares are subsets of larger ones."""
     balanced: bool = option(False, "shared")

@@ -4,15 +4,18 @@
     smallvit train --recipe lee2021 --arch vit --spt --lsa --data cifar100
 
 Lengths that papers give in epochs, such as warmup, are shares of the steps here, so that shorter runs keep the
-proportions. Batch sizes of 1024 and more apply to `data="imagenet"`; other datasets use 128. `lr_base_size` scales the
-learning rate if the paper does.
+proportions. Batch sizes of 1024 and more apply to ImageNet (`data="imagenet"`, or a folder of its 1,000 classes); other
+datasets use 128. `lr_base_size` scales the learning rate if the paper does.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from smallvit.config.config import Config
@@ -21,6 +24,18 @@ from smallvit.utils.errors import InputError, suggest
 
 SMALL_BATCH = 128
 """Batch size for datasets other than ImageNet."""
+
+
+def _is_imagenet(options: dict[str, Any]) -> bool:
+    """Return whether the data is ImageNet: by name, or a folder with the 1,000 classes, in train/ or not."""
+    data = options.get("data")
+    if data == "imagenet" or not data:
+        return data == "imagenet"
+    root = Path(os.path.expanduser(data))
+    return any(
+        folder.is_dir() and sum(re.fullmatch(r"n\d{8}", name) is not None for name in os.listdir(folder)) == 1000
+        for folder in (root / "train", root)
+    )
 
 
 def recipe(values: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
@@ -95,7 +110,7 @@ def deit(**options: Any) -> dict[str, Any]:
     """
     return {
         "epochs": 300,
-        "batch_size": 1024 if options.get("data") == "imagenet" else SMALL_BATCH,
+        "batch_size": 1024 if _is_imagenet(options) else SMALL_BATCH,
         "loss": "ce",
         "opt": "adamw",
         "lr": 5e-4,
@@ -123,7 +138,7 @@ def deit3(**options: Any) -> dict[str, Any]:
     """
     return {
         "epochs": 800,
-        "batch_size": 2048 if options.get("data") == "imagenet" else SMALL_BATCH,
+        "batch_size": 2048 if _is_imagenet(options) else SMALL_BATCH,
         "loss": "bce",
         "opt": "lamb",
         "lr": 4e-3,
@@ -154,7 +169,7 @@ def augreg(**options: Any) -> dict[str, Any]:
     """
     return {
         "epochs": 300,
-        "batch_size": 4096 if options.get("data") == "imagenet" else SMALL_BATCH,
+        "batch_size": 4096 if _is_imagenet(options) else SMALL_BATCH,
         "loss": "bce",
         "opt": "adamw",
         "lr": 1e-3,
@@ -246,7 +261,7 @@ def cnn(**options: Any) -> dict[str, Any]:
     where that of Wide ResNets is mirrored; a tenth of the training images is held out to choose the epoch, unless
     --val-fraction 0.
     """
-    large = options.get("data") == "imagenet"
+    large = _is_imagenet(options)
     epochs = 90 if large else 200
     return {
         "epochs": epochs,
@@ -371,7 +386,7 @@ def binaryvit(**options: Any) -> dict[str, Any]:
     Differs from the code: images of up to 64 pixels are cropped after padding, since a crop of 8 % of a small image is
     a few pixels.
     """
-    large = options.get("data") == "imagenet"
+    large = _is_imagenet(options)
     taught = {"distill": "soft", "distill_weight": 1.0, "distill_temperature": 1.0} if options.get("teacher") else {}
     own = {} if options.get("arch") or options.get("init") else {"arch": "binaryvit" if large else "binaryvit_tiny"}
     return {

@@ -1,4 +1,4 @@
-"""Count the CPU cores that this process may use, and set up OpenMP for them. Needs no torch."""
+"""Count the CPU cores and the memory that this process may use, and set up OpenMP. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user chooses the number of threads."""
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables by which a user chooses how idle threads wait."""
+
+MEMORY_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Files with limit and usage of memory in bytes, and the key in memory.stat of cached files that were not used
+recently; of control groups v2 and v1, by controller."""
 
 
 def set_openmp_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -35,6 +42,11 @@ def usable_cores() -> int:
     return _limited(len(_affinity()))
 
 
+def local_processes() -> int:
+    """Return the number of torchrun's processes on this machine, 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _limited(cores: int) -> int:
     """Return at most the quota of the control groups, rounded up."""
     return max(1, math.ceil(min(cores, cpu_quota())))
@@ -50,12 +62,35 @@ def cpu_quota() -> float:
 
 
 def _quotas() -> Iterator[float]:
-    own = next((line[3:] for line in _read("proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    group = Path("sys/fs/cgroup", own.strip("/"))
-    for folder in (group, *group.parents):
+    for folder in _groups(""):
         with suppress(ValueError):  # no such file, or "max"
             quota, period = _read(f"{folder}/cpu.max").split()
             yield int(quota) / int(period)
+
+
+def free_group_memory() -> float:
+    """Return the free bytes within the memory limits of this process's control groups and those around it (v1, v2).
+
+    Cached files count as free where they were not used recently.
+    """
+    return min(_free_in_groups(), default=math.inf)
+
+
+def _free_in_groups() -> Iterator[float]:
+    for controller, (limit, usage, cached) in MEMORY_FILES.items():
+        for folder in _groups(controller):
+            with suppress(ValueError):  # no such file, or "max"
+                free = int(_read(f"{folder}/{limit}")) - int(_read(f"{folder}/{usage}"))
+                stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
+                yield max(0, free + int(stat.get(cached, 0)))
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control group and those around it; of v2 for the controller ""."""
+    lines = [line.split(":", 2) for line in _read("proc/self/cgroup").splitlines()]
+    own = next((group for _, controllers, group in lines if controller in controllers.split(",")), "/")
+    group = Path("sys/fs/cgroup", controller, own.strip("/"))
+    yield from (group, *group.parents)
 
 
 def _read(file: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smallvit
+from smallvit.utils.cores import free_group_memory, local_processes
 from smallvit.utils.errors import DivergedError, InputError, TrainingError, first_line, warn
 from smallvit.utils.sizes import ImageSize, height_width
 
@@ -516,31 +516,23 @@ COPIES = 2.5
 """Peak memory of loading and splitting images, in multiples of their size (2.3 measured)."""
 
 
-def fits_memory(count: int, channels: int, size: ImageSize, share: float = 1.0) -> bool:
-    """Return whether `count` images of `size` pixels fit into a share of the free memory."""
-    return COPIES * count * channels * math.prod(height_width(size)) <= share * free_memory()
-
-
 def free_memory() -> int:
     """Return the free memory of the machine or container, in bytes."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or no limit
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, limit - used))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of torchrun's processes holds all images
+    free = int(min(psutil.virtual_memory().available, free_group_memory()))
+    return free // local_processes()  # each of torchrun's processes holds all images
 
 
-def require_memory(count: int, channels: int, size: ImageSize) -> None:
+def require_memory(count: int, channels: int, size: ImageSize, remedy: str = "choose a smaller --img-size") -> None:
     """Check that `count` images fit into memory while they are loaded and split.
 
     Raises:
         InputError: They do not.
     """
-    if not fits_memory(count, channels, size):
-        needed, available = COPIES * count * channels * math.prod(height_width(size)), free_memory()
+    needed, available = COPIES * count * channels * math.prod(height_width(size)), free_memory()
+    if needed > available:
         raise InputError(
             f"{count:,} images of {size} px need {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are free: choose a smaller --img-size"
+            f"{available / 2**30:.1f} GiB are free: {remedy}"
         )
 
 

@@ -21,12 +21,12 @@ from timm.models import adapt_input_conv
 import smallvit as package
 from smallvit import datasets
 from smallvit.config.options import AugmentConfig, DataConfig
-from smallvit.datasets.augment import Augment
+from smallvit.datasets.augment import Augment, RectangleDraws
 from smallvit.datasets.channels import read_channels, view_channels
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.functional import apply_operations, corrupt
 from smallvit.datasets.gray import GrayRanges
-from smallvit.datasets.streaming import decode_crop
+from smallvit.datasets.streaming import Crops, decode_crops
 from smallvit.evaluation.predictor import read_model_info
 from smallvit.models.checkpoint import load_model
 from smallvit.models.weights import load_trained_model
@@ -124,8 +124,9 @@ def test_streamed_crops_of_arrays_use_the_ranges_of_the_data(tmp_path: Path) -> 
     Image.fromarray(np.ascontiguousarray(levels[..., :3])).save(tmp_path / "color.png")
     np.save(tmp_path / "color.npy", levels[..., :3] / 5 + np.arange(3))
     np.save(tmp_path / "five.npy", levels / 5 + np.arange(CHANNELS))
+    crops = Crops(RectangleDraws.draw(np.random.default_rng(3), 1), 0.3)
     color, array, five = (
-        decode_crop(str(tmp_path / name), 16, np.random.default_rng(3), 0.3, ranges=own, channels=count)
+        decode_crops(str(tmp_path / name), 16, crops, ranges=own, channels=count)[0].numpy()
         for name, own, count in (
             ("color.png", GrayRanges(), 3),
             ("color.npy", GrayRanges(channels=ranges.channels[:3]), 3),

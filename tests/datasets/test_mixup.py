@@ -12,7 +12,16 @@ from timm.data.mixup import rand_bbox
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from smallvit.datasets.augment import Boxes, Mix, Mixing, crop_boxes, cutmix_boxes, erasing_boxes, mix_pairs
+from smallvit.datasets.augment import (
+    Boxes,
+    Mix,
+    Mixing,
+    RectangleDraws,
+    crop_boxes,
+    cutmix_boxes,
+    erasing_boxes,
+    mix_pairs,
+)
 from smallvit.datasets.functional import normal_noise
 from tests.sweep import sweep
 
@@ -200,7 +209,7 @@ def test_rectangles_contain_the_pixels_between_their_edges() -> None:
 
 
 def test_rectangles_are_cut_and_repeated_as_the_images_are() -> None:
-    boxes = crop_boxes(rng(), 6, 32, 32, (0.1, 1.0))
+    boxes = crop_boxes(RectangleDraws.draw(rng(), 6), 32, 32, (0.1, 1.0))
     for name in ("top", "left", "bottom", "right"):
         values = getattr(boxes, name).tolist()
         assert getattr(boxes.part(slice(2, 4)), name).tolist() == values[2:4]
@@ -226,7 +235,7 @@ def test_erased_rectangles_are_distributed_as_torchvisions(h: int, w: int, most:
 @sweep("least", [0.05, 0.08, 0.5])
 def test_crops_are_distributed_as_torchvisions(h: int, w: int, least: float) -> None:
     n = 4000
-    boxes = crop_boxes(rng(), n, h, w, (least, 1.0))
+    boxes = crop_boxes(RectangleDraws.draw(rng(), n), h, w, (least, 1.0))
     torch.manual_seed(0)
     image = torch.zeros(1, h, w)
     theirs = np.array([RandomResizedCrop.get_params(image, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
@@ -248,13 +257,13 @@ def assert_alike(boxes: Boxes, theirs: np.ndarray) -> None:
 
 
 def test_crops_that_fit_nowhere_are_the_whole_image() -> None:
-    boxes = crop_boxes(rng(), 50, 10, 40, (0.99, 1.0))
+    boxes = crop_boxes(RectangleDraws.draw(rng(), 50), 10, 40, (0.99, 1.0))
     assert (boxes.bottom - boxes.top == 10).all()
     assert (boxes.right - boxes.left == 40).all()
 
 
 def test_crops_of_tiny_images_keep_a_pixel() -> None:
-    boxes = crop_boxes(rng(), 2000, 2, 2, (0.05, 1.0))
+    boxes = crop_boxes(RectangleDraws.draw(rng(), 2000), 2, 2, (0.05, 1.0))
     assert (boxes.bottom - boxes.top).min() == 1
     assert (boxes.right - boxes.left).min() == 1
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,11 +25,11 @@ from torchvision.transforms.v2 import functional as TF
 from smallvit import datasets
 from smallvit.config.options import AugmentConfig, DataConfig
 from smallvit.datasets import factory
-from smallvit.datasets.augment import Augment, crop_boxes
+from smallvit.datasets.augment import Augment, RectangleDraws, crop_boxes
 from smallvit.datasets.dataset import Files, ImageDataset, Images
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.loader import IGNORED_LABEL, InMemoryLoader, evaluation_batches
-from smallvit.datasets.streaming import StreamingLoader, decode_crop
+from smallvit.datasets.streaming import Crops, StreamingLoader, decode_crops
 from smallvit.utils.errors import InputError
 from tests.sweep import sweep
 
@@ -69,7 +72,7 @@ def workers_alive() -> list[psutil.Process]:
 
 
 def wait_for_workers_to_end(before: list[psutil.Process]) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 20
     while set(workers_alive()) - set(before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not set(workers_alive()) - set(before)
@@ -97,15 +100,23 @@ def save(image: Image.Image, path: Path, orientation: int = 1, **options: object
 
 def rectangle(width: int, height: int, seed: int, least_area: float) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what is cut out of an image of this size."""
-    box = crop_boxes(np.random.default_rng(seed), 1, height, width, (least_area, 1.0))
+    box = crop_boxes(RectangleDraws.draw(np.random.default_rng(seed), 1), height, width, (least_area, 1.0))
     return tuple(int(edge[0]) for edge in (box.left, box.top, box.right, box.bottom))
+
+
+def decode_crop(
+    file: str | io.BytesIO, size: int, rng: np.random.Generator, least_area: float, resampling: str = "BILINEAR"
+) -> np.ndarray:
+    """Decode one random crop of an image."""
+    crops = Crops(RectangleDraws.draw(rng, 1), least_area, Image.Resampling[resampling])
+    return decode_crops(file, size, crops)[0].numpy()
 
 
 def difference(ours: np.ndarray, expected: Image.Image) -> np.ndarray:
     return np.abs(ours.transpose(1, 2, 0).astype(int) - np.asarray(expected.convert("RGB")).astype(int))
 
 
-def test_images_stay_on_disk_when_asked_or_when_they_do_not_fit(
+def test_images_stay_on_disk_when_asked_or_when_they_are_large(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forms(streaming: str) -> set[type]:
@@ -116,9 +127,28 @@ def test_images_stay_on_disk_when_asked_or_when_they_do_not_fit(
 
     assert forms("on") == {Files}
     assert forms("auto") == {Images}
-    monkeypatch.setattr(factory, "fits_memory", lambda *arguments: False)
+    monkeypatch.setattr(factory, "MAX_IN_MEMORY", 60 * 3 * 16 * 16 - 1)
     assert forms("auto") == {Files}
     assert forms("off") == {Images}
+
+
+def test_crops_of_files_are_the_same_wherever_images_are_kept(tmp_path: Path) -> None:
+    def kept(shape: tuple[int, int], streaming: str = "auto", **options: object) -> type:
+        folder = tmp_path / f"{shape[0]}x{shape[1]}"
+        for index in range(0 if folder.exists() else 12):
+            (folder / f"{index % 2}").mkdir(parents=True, exist_ok=True)
+            picture(*shape, index).save(folder / f"{index % 2}" / f"{index}.png")
+        config = DataConfig(data=str(folder), img_size=16, streaming=streaming)
+        return type(datasets.create_dataset(config, augment=AugmentConfig(**options)).train)
+
+    for shape in ((24, 16), (16, 24), (32, 32)):  # pixels are lost in memory
+        assert kept(shape, crop="resized") is Files
+        assert kept(shape, aug="deit") is Images  # which pads images of 16 px
+        with pytest.raises(InputError, match="--streaming off: --crop resized"):
+            kept(shape, "off", crop="resized")
+        assert kept(shape, "off") is Images
+    for shape in ((16, 16), (8, 8)):
+        assert kept(shape, crop="resized") is Images
 
 
 def test_streaming_splits_as_memory_does(image_folder: Path) -> None:
@@ -213,7 +243,7 @@ def test_workers_resample_as_the_preset_does(image_folder: Path) -> None:
         ("augreg-medium1", "BILINEAR"),
         ("mix", "BILINEAR"),
     ):
-        assert batches(data, aug, crop="resized").decoder.resampling.name == expected
+        assert batches(data, aug, crop="resized").resampling.name == expected
 
 
 @sweep("least_area", [0.08, 0.5])
@@ -228,9 +258,8 @@ def test_crops_are_those_of_pillow_and_torchvision(tmp_path: Path, shape: tuple[
         assert difference(ours, expected).max() <= 2
         theirs = TF.resized_crop(image, top, left, bottom - top, right - left, [16, 16])
         assert difference(ours, theirs).max() <= 2
-        bicubic = Image.Resampling.BICUBIC
-        ours = decode_crop(file, 16, np.random.default_rng(seed), least_area, bicubic)
-        expected = image.crop((left, top, right, bottom)).resize((16, 16), bicubic)
+        ours = decode_crop(file, 16, np.random.default_rng(seed), least_area, "BICUBIC")
+        expected = image.crop((left, top, right, bottom)).resize((16, 16), Image.Resampling.BICUBIC)
         assert difference(ours, expected).max() <= 2
 
 
@@ -374,6 +403,8 @@ def test_a_broken_image_stops_the_run_with_its_name(numbered: Path, workers: int
     assert "--skip-corrupt" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert " at 0x" not in str(caught.value)
+    del caught
+    gc.collect()
     wait_for_workers_to_end(before)
 
 
@@ -439,23 +470,82 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(numbered: Path) -> Non
         stream(numbered, val_fraction=0, skip_corrupt=True)
 
 
-def test_workers_do_not_outlive_an_iterator_that_is_abandoned(image_folder: Path) -> None:
+def new_workers(before: list[psutil.Process]) -> set[psutil.Process]:
+    return set(workers_alive()) - set(before)
+
+
+def test_workers_are_kept_for_later_passes_and_end_with_the_data(image_folder: Path) -> None:
     before = workers_alive()
     data = stream(image_folder, 2)
-    for begin in (lambda: batches(data, batch_size=4).epoch(0), lambda: evaluation_batches(data, "test", CPU, 2)):
-        iterator = begin()
-        next(iterator)
-        assert len(set(workers_alive()) - set(before)) == 2
-        del iterator
-        gc.collect()
-        wait_for_workers_to_end(before)
-
-
-def test_workers_end_with_their_epoch(image_folder: Path) -> None:
-    before = workers_alive()
-    assert len(list(batches(stream(image_folder, 2)).epoch(0))) == 3
+    loader = batches(data, batch_size=4)
+    assert not new_workers(before)
+    next(loader.epoch(0))  # abandoned
+    first = new_workers(before)
+    assert len(first) == 2
+    expected = list(batches(stream(image_folder), batch_size=4).epoch(1))
+    for _ in range(2):
+        assert_same(loader.epoch(1), iter(expected))
+        list(evaluation_batches(data, "val", CPU, 5))
+        next(evaluation_batches(data, "test", CPU, 2))
+        assert new_workers(before) == first
+    del data, loader
     gc.collect()
     wait_for_workers_to_end(before)
+
+
+def test_passes_at_the_same_time_do_not_mix(image_folder: Path) -> None:
+    before = workers_alive()
+    data, other = stream(image_folder, 2), stream(image_folder)
+    passes = (
+        lambda each: batches(each, batch_size=4).epoch(0),
+        lambda each: batches(each, batch_size=4).epoch(1),
+        lambda each: evaluation_batches(each, "test", CPU, 3),
+    )
+    together = itertools.zip_longest(*(start(data) for start in passes))
+    expected = itertools.zip_longest(*(start(other) for start in passes))
+    for ours, theirs in zip(together, expected, strict=True):
+        for each, target in zip(ours, theirs, strict=True):
+            assert (each is None) == (target is None)
+            assert each is None or all(map(torch.equal, each, target))
+    gc.collect()
+    assert len(new_workers(before)) == 2  # those of the passes that had none are gone
+    del data
+    gc.collect()
+    wait_for_workers_to_end(before)
+
+
+ENDS = """
+import os, signal, sys
+from smallvit import datasets
+from smallvit.config.options import DataConfig
+from smallvit.datasets.loader import evaluation_batches
+import psutil, torch
+for end in sys.argv[2:]:
+    if os.fork():
+        os.wait()
+        continue
+    data = datasets.create_dataset(DataConfig(data=sys.argv[1], streaming="on", workers=2))
+    cycle = [data]
+    cycle.append(cycle)
+    batches = evaluation_batches(data, "test", torch.device("cpu"), 2)
+    next(batches)
+    print(*[child.pid for child in psutil.Process().children()], flush=True)
+    exec(end)
+    break
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_program(image_folder: Path) -> None:
+    ends = ["pass", "sys.exit(3)", "raise ValueError", "os.kill(os.getpid(), signal.SIGINT)", "os._exit(1)"]
+    command = [sys.executable, "-c", ENDS, str(image_folder), *ends]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in ended.stdout.split()]
+    assert len(pids) == 2 * len(ends), ended.stderr
+    deadline = time.monotonic() + 60  # of a process that is killed, they notice the end after seconds
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, pids))
 
 
 def test_zero_workers_start_no_process(image_folder: Path) -> None:

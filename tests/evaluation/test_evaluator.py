@@ -299,11 +299,12 @@ def test_outputs_are_compared_image_by_image() -> None:
     assert (comparison["images"], comparison["only_one"], comparison["only_other"]) == (3, 1, 1)  # of 0, 1 and 4
 
 
-def test_both_models_are_streamed_if_the_larger_images_do_not_fit_memory(
+def test_both_models_are_streamed_if_the_larger_images_are(
     levels: Path, images: Path, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (images / "dark" / "000.png").write_bytes(b"no image")  # skipped before splits are drawn in memory
-    monkeypatch.setattr("smallvit.datasets.factory.fits_memory", lambda count, channels, size, share: size < 20)
+    files = sum(path.is_file() for path in images.rglob("*.png"))
+    monkeypatch.setattr("smallvit.datasets.factory.MAX_IN_MEMORY", files * 3 * 20 * 20)
     large = save_level_model(tmp_path / "large.safetensors", ("dark", "gray", "light"), 24)
     evaluated = []
     compute_outputs = EvaluationTask.compute_outputs

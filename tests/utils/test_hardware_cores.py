@@ -49,6 +49,37 @@ def test_quotas_are_read_from_the_process_s_own_control_groups(
     assert environment == {"OMP_NUM_THREADS": str(cores.usable_cores()), "OMP_WAIT_POLICY": "passive"}
 
 
+GIB = 2**30
+V1, UNLIMITED = "sys/fs/cgroup/memory", 9223372036854771712
+MEMORY = {
+    "v2, the job around it": ("0::/slurm/job_1/step_0", {STEP: ("max", GIB, 0), JOB: (4 * GIB, 3 * GIB, 0)}, GIB),
+    "v2, a container's namespace": ("0::/", {"sys/fs/cgroup": (2 * GIB, GIB // 2, GIB // 4)}, 1.75 * GIB),
+    "v2, used up": ("0::/", {"sys/fs/cgroup": (GIB, 2 * GIB, 0)}, 0),
+    "v2, without a limit": ("0::/", {"sys/fs/cgroup": ("max", GIB, 0)}, math.inf),
+    "v1, the job": ("4:cpu,memory:/job\n0::/", {f"{V1}/job": (3 * GIB, GIB, 0), V1: (UNLIMITED, GIB, 0)}, 2 * GIB),
+    "v1, a container that sees its host's name": ("4:memory:/docker/1f", {V1: (5 * GIB, 2 * GIB, GIB)}, 4 * GIB),
+    "no control groups": ("", {}, math.inf),
+}
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+def test_memory_limits_are_those_of_the_process_s_own_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    groups, limits, expected = MEMORY[layout]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/\n{groups}\n")
+    v1 = "v1" in layout
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+    for folder, (limit, used, cached) in limits.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, used), strict=True):
+            (tmp_path / folder / name).write_text(f"{value}\n")
+        (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{'total_' * v1}inactive_file {cached}\n")
+    monkeypatch.setattr(cores, "ROOT", tmp_path)
+    assert cores.free_group_memory() == expected
+
+
 def test_no_proc_means_no_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "ROOT", tmp_path)
     assert cores.cpu_quota() == math.inf

@@ -87,7 +87,7 @@ def _free_in_groups() -> Iterator[float]:
 
 def _groups(controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control group and those around it; of v2 for the controller ""."""
-    lines = [line.split(":", 2) for line in _read("proc/self/cgroup").splitlines()]
+    lines = [line.split(":", 2) for line in _read("proc/self/cgroup").splitlines() if line]
     own = next((group for _, controllers, group in lines if controller in controllers.split(",")), "/")
     group = Path("sys/fs/cgroup", controller, own.strip("/"))
     yield from (group, *group.parents)

@@ -18,9 +18,9 @@ import math
 import signal
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -161,7 +161,8 @@ def decode_crops(
     JPEG files are decoded at a fraction of their size if a rectangle remains at least as large as the result. The other
     rectangles are resized by torch, whose levels differ from Pillow's by one at most.
     """
-    stream = io.BytesIO(Path(file).read_bytes() if isinstance(file, str) else file.read())
+    with open(file, "rb") if isinstance(file, str) else nullcontext(file) as source:
+        stream = io.BytesIO(source.read())
     if (levels := read_levels(stream, ranges, channels, max_megapixels)) is not None:
         pixels = torch.from_numpy(np.ascontiguousarray(levels))
         return _crop(pixels, crops.edges(*levels.shape[1:], size), size, crops.resampling)
@@ -173,14 +174,10 @@ def decode_crops(
             w, h = reversed(image.size) if orientation(image) >= 5 else image.size
             edges = crops.edges(h, w, size)
             scales = _draft_scales(edges, size)
-            views = torch.empty(len(edges), 3, *height_width(size), dtype=torch.uint8)
-            if (whole := scales == 1).any():
-                views[whole] = _crop(decode_rgb(image, stream, ranges), edges[whole], size, crops.resampling)
-            for scale in np.unique(scales[~whole]).tolist():
-                rgb = _decode_draft(stream, scale)
-                for view in np.flatnonzero(scales == scale).tolist():
-                    box = edges[view] * np.tile([rgb.width / w, rgb.height / h], 2)
-                    views[view] = _resize_box(rgb, box, size, crops.resampling)
+            if (scales == 1).all():
+                views = _crop(decode_rgb(image, stream, ranges), edges, size, crops.resampling)
+            else:
+                views = _crop_drafts(image, stream, edges, scales, size, crops.resampling)
     return views if channels == 3 else torch.from_numpy(np.stack([select_channels(v.numpy(), channels) for v in views]))
 
 
@@ -190,22 +187,39 @@ def _crop(
     """Resize rectangles of whole pixels."""
     options = {"size": height_width(size), "mode": resampling.name.lower(), "antialias": True}
     rectangles = (pixels[None, :, top:bottom, left:right] for left, top, right, bottom in edges.astype(int).tolist())
-    return torch.cat([F.interpolate(rectangle, **options) for rectangle in rectangles])
+    views = [F.interpolate(rectangle, **options) for rectangle in rectangles]
+    return views[0] if len(views) == 1 else torch.cat(views)
 
 
 def _draft_scales(edges: Float[np.ndarray, "v 4"], size: ImageSize) -> Int64[np.ndarray, " v"]:
     """Return the largest factor by which a JPEG may be reduced for each rectangle without enlarging it afterwards."""
     height, width = height_width(size)
     most = np.minimum((edges[:, 2] - edges[:, 0]) // width, (edges[:, 3] - edges[:, 1]) // height)
-    return np.select([most >= scale for scale in DRAFT_SCALES], DRAFT_SCALES, 1)
+    return np.array([next(scale for scale in (*DRAFT_SCALES, 1) if scale <= max(1, ratio)) for ratio in most.tolist()])
 
 
-def _decode_draft(stream: io.BytesIO, scale: int) -> Image.Image:
-    """Return the upright RGB image of a JPEG file, decoded at a fraction of its size."""
-    stream.seek(0)
-    with Image.open(stream) as image:
-        image.draft("RGB", (image.width // scale, image.height // scale))
-        return to_rgb(upright(image))
+def _crop_drafts(
+    image: Image.Image,
+    stream: io.BytesIO,
+    edges: Float[np.ndarray, "v 4"],
+    scales: Int64[np.ndarray, " v"],
+    size: ImageSize,
+    resampling: Image.Resampling,
+) -> UInt8[Tensor, "v 3 h w"]:
+    """Resize rectangles of a JPEG file, each of the image decoded at the fraction that its scale allows."""
+    views = torch.empty(len(edges), 3, *height_width(size), dtype=torch.uint8)
+    if (whole := scales == 1).any():
+        views[whole] = _crop(decode_rgb(image, stream), edges[whole], size, resampling)
+    for scale in np.unique(scales[~whole]).tolist():
+        stream.seek(0)
+        with Image.open(stream) as reduced:
+            w, h = reversed(reduced.size) if orientation(reduced) >= 5 else reduced.size
+            reduced.draft("RGB", (reduced.width // scale, reduced.height // scale))
+            rgb = to_rgb(upright(reduced))
+        for view in np.flatnonzero(scales == scale).tolist():
+            box = edges[view] * np.tile([rgb.width / w, rgb.height / h], 2)
+            views[view] = _resize_box(rgb, box, size, resampling)
+    return views
 
 
 def _resize_box(

@@ -120,6 +120,16 @@ def test_batches_are_small_where_the_data_is_not_imagenet(name: str, peak: float
     assert RECIPES[name](data="imagenet", batch_size=512).optim.batch_size == 512
 
 
+@pytest.mark.parametrize("top", ["train", ""])
+def test_a_folder_of_imagenet_has_the_batches_of_imagenet(tmp_path: Path, top: str) -> None:
+    for number in range(1000):
+        assert number % 333 or RECIPES["deit"](data=str(tmp_path)).optim.batch_size == 128
+        (tmp_path / top / f"n{number:08}").mkdir(parents=True)
+    for name, batch_size in (("deit", 1024), ("deit3", 2048), ("augreg", 4096), ("cnn", 256), ("binaryvit", 512)):
+        assert RECIPES[name](data=str(tmp_path)).optim.batch_size == batch_size
+        assert RECIPES[name](data=str(tmp_path), batch_size=64).optim.batch_size == 64
+
+
 @pytest.mark.parametrize(("arch", "data"), [(arch, data) for arch in DATA for data in DATA[arch]])
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_configuration_that_json_holds(name: str, arch: str, data: str) -> None:

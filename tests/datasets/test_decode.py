@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from smallvit import datasets
 from smallvit.config.options import DataConfig
+from smallvit.datasets import decode
 from smallvit.datasets.decode import decode_image
 from smallvit.datasets.loader import evaluation_batches
+from tests.sweep import sweep
 
 CPU = torch.device("cpu")
 Command = Callable[..., tuple[int, str, str]]
@@ -107,3 +109,63 @@ def test_heic_files_are_trained_on_and_predicted(tmp_path: Path, smallvit: Comma
     assert smallvit("eval", run, "--data", folder, "--split", "all")[0] == 0
     assert smallvit("attend", run, folder / "dark" / "0.heic", "--out", tmp_path / "maps")[0] == 0
     assert smallvit("show", "--data", folder, "--out", tmp_path / "sheet.png")[0] == 0
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def decode_whole(content: bytes) -> np.ndarray:
+    stream = io.BytesIO(content)
+    with decode.open_image(stream, 1) as image:
+        return decode.decode_rgb(image, stream).permute(1, 2, 0).numpy()
+
+
+JPEGS = {
+    "plain": {"quality": 90},
+    "full colors": {"subsampling": 0},
+    "half colors": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "RGB without conversion": {"keep_rgb": True},
+}
+
+
+@sweep("name", JPEGS)
+@sweep("mode", ["RGB", "L", "CMYK"])
+@sweep("shape", [(61, 47), (16, 16), (1, 1)])
+def test_jpegs_are_decoded_to_the_pixels_of_pillow(name: str, mode: str, shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(shape, Image.Resampling.BICUBIC).convert(mode)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encode(image, exif=exif, **JPEGS[name])
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        np.testing.assert_array_equal(decode_whole(content), expected)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "decode_jpeg", lambda *_, **__: calls.append(1) or torch.zeros(3, 1, 1))
+        decode_whole(encode(image, **JPEGS[name]))
+    assert bool(calls) == (mode != "CMYK")
+
+
+def test_damaged_jpegs_fail_as_in_pillow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(pixels), quality=90)
+    for length in (*range(0, len(whole), 97), len(whole) - 2):
+        with pytest.raises((OSError, SyntaxError)):
+            decode_whole(whole[:length])
+    np.testing.assert_array_equal(decode_whole(whole + b"more"), Image.open(io.BytesIO(whole)))
+    for seed in range(20):
+        content, rng = bytearray(whole), np.random.default_rng(seed)
+        content[int(rng.integers(len(whole) // 3, len(whole)))] ^= int(rng.integers(1, 256))
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        except (OSError, SyntaxError):
+            with pytest.raises((OSError, SyntaxError)):
+                decode_whole(bytes(content))
+        else:
+            np.testing.assert_array_equal(decode_whole(bytes(content)), expected)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from smallvit.datasets.loader import Sampling, rank_slice
+from smallvit.datasets.loader import Sampling, rank_slice, repeat_pairs
 from tests.sweep import sweep
 
 SIZES = [(1, 1), (2, 1), (7, 3), (10, 10), (10, 11), (64, 8), (101, 25), (103, 1000)]
@@ -98,6 +98,16 @@ def test_views_of_an_image_are_never_neighbors(n: int, batch_size: int, repeats:
             assert (batch[0:even:2] != batch[1:even:2]).all()
             compared += even
     assert compared > n / 2
+
+
+@sweep("repeats", [1, 2, 3, 5])
+@sweep("n", range(1, 12))
+def test_views_of_an_image_lie_in_one_block(n: int, repeats: int) -> None:
+    repeated = repeat_pairs(np.arange(n), repeats)
+    assert sorted(repeated) == sorted([*range(n)] * repeats)
+    for image in range(n):
+        places = np.flatnonzero(repeated == image)
+        assert places[-1] - places[0] < (3 if n % 2 else 2) * repeats
 
 
 @sweep("repeats", [1, 2, 3, 5])

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from smallvit.config.options import MAX_MEGAPIXELS
 from smallvit.datasets.augment import Augment, RectangleDraws, crop_boxes
@@ -165,11 +166,12 @@ def decode_crops(
         stream = io.BytesIO(source.read())
     if (levels := read_levels(stream, ranges, channels, max_megapixels)) is not None:
         pixels = torch.from_numpy(np.ascontiguousarray(levels))
-        return _crop(pixels, crops.edges(*levels.shape[1:], size), size, crops.resampling)
+        return _crop(pixels, crops.edges(pixels.shape[1], pixels.shape[2], size), size, crops.resampling)
     with open_image(stream, max_megapixels) as image:
         if image.format not in JPEG_FORMATS:
             pixels = decode_rgb(image, stream, ranges)
-            views = _crop(pixels, crops.edges(*pixels.shape[1:], size), size, crops.resampling)
+            edges = crops.edges(pixels.shape[1], pixels.shape[2], size)
+            views = _crop(pixels, edges, size, crops.resampling)
         else:
             w, h = reversed(image.size) if orientation(image) >= 5 else image.size
             edges = crops.edges(h, w, size)
@@ -269,7 +271,8 @@ class DecodingPool:
     def close(self) -> None:
         """End the worker processes."""
         loader, self.loader = self.loader, None
-        if loader is not None and (iterator := loader._iterator) is not None:
+        iterator = None if loader is None else loader._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
 
     def _create_loader(self, device: torch.device) -> DataLoader:
@@ -281,8 +284,7 @@ class DecodingPool:
             workers = min(parts, max(1, usable_cores() // local_processes()))
         ahead = min(MAX_PARTS_AHEAD, PREFETCH_BYTES // (local_processes() * part_bytes))
         if workers:
-            pool = weakref.ref(self)
-            atexit.register(lambda: (alive := pool()) and alive.close())
+            atexit.register(_close, weakref.ref(self))
         return DataLoader(
             self.decoder,
             batch_size=None,
@@ -294,6 +296,12 @@ class DecodingPool:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # so that nothing is drawn from the global one
         )
+
+
+def _close(pool: weakref.ref[DecodingPool]) -> None:
+    """End the workers of a pool at the exit of the program; they ignore the SIGTERM that ends other processes."""
+    if (alive := pool()) is not None:
+        alive.close()
 
 
 class _Jobs(Sampler[Job]):

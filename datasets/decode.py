@@ -30,7 +30,6 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from smallvit.config.options import MAX_MEGAPIXELS
 from smallvit.datasets.channels import order_axes, read_channels, scale_channels, view_channels
@@ -201,13 +200,18 @@ def to_rgb(image: Image.Image, ranges: GrayRanges = NO_RANGES) -> Image.Image:
 def decode_rgb(image: Image.Image, stream: io.BytesIO, ranges: GrayRanges = NO_RANGES) -> UInt8[Tensor, "3 h w"]:
     """Return the upright RGB pixels of an image that was opened from `stream`; errors on damaged files pass through.
 
-    JPEG files that need no conversion are decoded by torchvision, which returns the same pixels as Pillow and is
-    faster.
+    JPEG files that need no conversion are decoded by simplejpeg where it is installed, which returns the same pixels as
+    Pillow and is faster.
     """
+    pixels = None
     if image.format in JPEG_FORMATS and image.mode in ("L", "RGB") and not orientation(image):
-        with suppress(RuntimeError):  # Pillow decides whether the file is damaged
-            return decode_jpeg(torch.frombuffer(stream.getbuffer(), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return torch.from_numpy(np.array(to_rgb(upright(image), ranges))).permute(2, 0, 1)
+        with suppress(ImportError, ValueError):  # Pillow decides whether the file is damaged
+            from simplejpeg import decode_jpeg
+
+            pixels = decode_jpeg(stream.getbuffer())
+    if pixels is None:
+        pixels = np.array(to_rgb(upright(image), ranges))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def orientation(image: Image.Image) -> int:

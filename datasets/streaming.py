@@ -17,9 +17,10 @@ import io
 import math
 import signal
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple
 
@@ -70,8 +71,8 @@ class Crops:
     """Random crops of some images, as torchvision's RandomResizedCrop makes them."""
 
     draws: RectangleDraws
-    min_area: float
-    """Minimum share of an image's area."""
+    area: tuple[float, float]
+    """Minimum and maximum share of an image's area."""
     resampling: Image.Resampling = Image.Resampling.BILINEAR
 
     def part(self, chosen: slice | np.ndarray) -> Crops:
@@ -81,7 +82,7 @@ class Crops:
     def edges(self, h: int, w: int, size: ImageSize) -> Float[np.ndarray, "v 4"]:
         """Return left, top, right and bottom of each crop in images of h × w pixels, for results of this size."""
         height, width = height_width(size)
-        box = crop_boxes(self.draws, h, w, (self.min_area, 1.0), height / width)
+        box = crop_boxes(self.draws, h, w, self.area, height / width)
         return np.stack([box.left, box.top, box.right, box.bottom], axis=1).astype(np.float64)
 
 
@@ -320,11 +321,12 @@ class StreamingLoader(TrainLoader):
     def __init__(
         self, dataset: ImageDataset, batch_size: int, augment: Augment, seed: int, device: torch.device, **options: Any
     ) -> None:
-        self.resized = augment.crop == "resized" and dataset.train.crop_mode == "center"
-        self.min_area = augment.crop_scale
-        self.resampling = Image.Resampling.BICUBIC if augment.bicubic else Image.Resampling.BILINEAR
-        # done by the workers, on the whole image
-        on_device = replace(augment, crop="none") if self.resized else augment
+        self.crops: Callable[[RectangleDraws], Crops] | None = None
+        on_device = augment
+        if augment.crop == "resized" and dataset.train.crop_mode == "center":  # done by the workers, on the whole image
+            on_device = replace(augment, crop="none")
+            resampling = Image.Resampling.BICUBIC if augment.bicubic else Image.Resampling.BILINEAR
+            self.crops = partial(Crops, area=(augment.crop_scale, augment.crop_scale_max), resampling=resampling)
         super().__init__(dataset, batch_size, on_device, seed, device, **options)
         self.pool = dataset.decoding_pool
 
@@ -340,10 +342,8 @@ class StreamingLoader(TrainLoader):
 
     def _jobs(self, epoch: int, step: int, batch: np.ndarray, part: slice) -> Iterator[Job]:
         """Yield the jobs of a step; views of one image, which lie within blocks, are in one job."""
-        crops = None
-        if self.resized:
-            draws = RectangleDraws.draw(self.sampling.generator(DECODING, epoch, step), len(batch))
-            crops = Crops(draws, self.min_area, self.resampling)
+        draws = RectangleDraws.draw(self.sampling.generator(DECODING, epoch, step), len(batch))
+        crops = self.crops and self.crops(draws)
         block = 2 * self.sampling.aug_repeats
         for chosen, last in split_part(part, block * max(1, PART // block)):
             yield Job("train", batch[chosen], crops and crops.part(chosen), substitute=True, last=last)

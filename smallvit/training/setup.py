@@ -293,7 +293,8 @@ def create_setup(
     if not world.main:  # the main process downloads, decodes, checks and decides first
         config = config.replace(**world.send({}))
     factory.require_known(config.model.arch)  # before images are decoded
-    dataset = datasets.create_dataset(config.data, labels=config.pretrain.labels, augment=config.augment)
+    labels = config.pretrain.labels
+    dataset = datasets.create_dataset(config.data, labels=labels, augment=config.augment if labels else None)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
     multi_label = dataset.label_sets is not None
     config = _adapt_to_labels(config, dataset)

@@ -124,7 +124,7 @@ def test_streamed_crops_of_arrays_use_the_ranges_of_the_data(tmp_path: Path) -> 
     Image.fromarray(np.ascontiguousarray(levels[..., :3])).save(tmp_path / "color.png")
     np.save(tmp_path / "color.npy", levels[..., :3] / 5 + np.arange(3))
     np.save(tmp_path / "five.npy", levels / 5 + np.arange(CHANNELS))
-    crops = Crops(RectangleDraws.draw(np.random.default_rng(3), 1), 0.3)
+    crops = Crops(RectangleDraws.draw(np.random.default_rng(3), 1), (0.3, 1.0))
     color, array, five = (
         decode_crops(str(tmp_path / name), 16, crops, ranges=own, channels=count)[0].numpy()
         for name, own, count in (

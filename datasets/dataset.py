@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -336,8 +336,8 @@ def hold_out(
         return _hold_out_groups(labels, fraction, seed, purpose, class_names, groups)
     rng = np.random.default_rng(seed)
     held_out: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    for label, indices in _members(labels):
+        members = rng.permutation(indices)
         if len(members) < 2:
             raise InputError(
                 f"class {class_names[label]!r} has too few images to hold out {purpose}: 3 are needed, for train, "
@@ -454,7 +454,14 @@ def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Return indices of a share of every class, at least one image; smaller shares are subsets of larger ones."""
     rng = np.random.default_rng(seed)
     chosen = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    for _, indices in _members(labels):
+        members = rng.permutation(indices)
         chosen.append(members[: max(1, round(len(members) * fraction))])
     return np.sort(np.concatenate(chosen))
+
+
+def _members(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each label and the indices of its images, in ascending order."""
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
+    yield from zip(present.tolist(), np.split(order, starts[1:]), strict=True)

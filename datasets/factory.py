@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +87,12 @@ def create_dataset(
             raise InputError(f"--group-by {config.group_by}: {config.data} has no file names to group by; remove it")
     if is_hub_source(config.data):
         return _load_hub(config, draw, ranges or GrayRanges())
-    images = read_source(config, 2 if draw else 1, labels=labels)
+    min_classes = 2 if draw else 1
+    images = read_source(config, min_classes, labels=labels)
     draw = draw and len(images.class_names) > 1
     if isinstance(images, Listing):
-        return _load_files(config, images, draw, info, None if info else ranges, augment)
+        relist = partial(list_folder, images.root, min_classes, labels=labels)
+        return _load_files(config, images, draw, relist, info, None if info else ranges, augment)
     size, crop_mode = config.img_size or info.img_size, CROP_MODES[config.resize]
     splits = {split: part.resize(size, crop_mode) for split, part in images.splits.items()}
     return assemble(config, splits, images.class_names, [], info, draw=draw)
@@ -127,11 +131,17 @@ def _load_files(
     config: DataConfig,
     files: Listing,
     draw: bool,
+    relist: Callable[..., Listing],
     info: DatasetInfo | None = None,
     ranges: GrayRanges | None = None,
     augment: AugmentConfig | None = None,
 ) -> ImageDataset:
-    """Decode a listing's images into memory, or leave them on disk if they are too large."""
+    """Decode a listing's images into memory, or leave them on disk if they are too large.
+
+    Args:
+        relist: Lists a folder again.
+        augment: Augmentation of training, as in `create_dataset`.
+    """
     if config.group_by is not None:
         files = group_by_path(files, config.group_by)
     side = None if config.img_size or info else median_side(files)
@@ -145,6 +155,13 @@ def _load_files(
     if config.in_chans == "auto" and channels != 3:
         notes.append(f"images are read with {channels} channel{'s' * (channels > 1)}, as the first file has")
     options = {"max_megapixels": max_megapixels, "crop_mode": crop_mode, "channels": channels}
+    crops_files = augment is not None and _crops_files(config, augment, files, size, info)
+    if crops_files and config.streaming == "off":
+        raise InputError("--streaming off: --crop resized crops the whole files; remove it, or give --crop pad")
+    too_large = len(files) * channels * math.prod(height_width(size)) > MAX_IN_MEMORY
+    streamed = config.streaming == "on" or crops_files or (config.streaming == "auto" and too_large)
+    if files.indexed and files.archive is None and not streamed:  # decoded images are cached by each file's time
+        return _load_files(config, relist(use_index=False), draw, relist, info, ranges, augment)
     images = Files(files, indices, labels, size, config.skip_corrupt, config.workers, **options)
     parts: dict[str, Split] = {
         split: images.subset(np.flatnonzero(splits == split)) for split in dict.fromkeys(files.splits)
@@ -161,11 +178,7 @@ def _load_files(
         measured = train.gray_ranges()
         ranges = ranges.filled(measured)
         notes += ranges.describe() if measured else []
-    crops_files = augment is not None and _crops_files(config, augment, files, size, info)
-    if crops_files and config.streaming == "off":
-        raise InputError("--streaming off: --crop resized crops the whole files; remove it, or give --crop pad")
-    too_large = len(files) * channels * math.prod(height_width(size)) > MAX_IN_MEMORY
-    if config.streaming == "on" or crops_files or (config.streaming == "auto" and too_large):
+    if streamed:
         parts = {split: replace(part, ranges=ranges) for split, part in parts.items()}
         notes.append("streaming: worker processes decode the images in every epoch")
     else:

@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, TaskID
 
+from smallvit.datasets.index import Stamp, create_stamp, load_index, save_index
 from smallvit.datasets.listing import (
     Folder,
     Layout,
     Listing,
     Sample,
+    ZipMembers,
     build_tree,
     find_layout,
     is_hidden,
@@ -34,6 +40,7 @@ from smallvit.datasets.listing import (
     unwrap,
 )
 from smallvit.utils.errors import InputError
+from smallvit.utils.terminal import create_progress
 
 ANNOTATIONS = "val/val_annotations.txt"
 UNLABELED = ("images",)
@@ -51,26 +58,36 @@ class FileInfo(NamedTuple):
     """Modification time in nanoseconds, if there is no checksum."""
 
 
-def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True) -> Listing:
+def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True, use_index: bool = True) -> Listing:
     """List the images of a folder of class folders.
 
     Args:
         root: The folder.
         min_classes: Minimum number of classes.
         labels: Whether class folders are needed. If not, a folder of another layout is one class, with all its images.
+        use_index: Whether to read the index of a large folder that has not changed.
 
     Raises:
         InputError: the folder does not exist or cannot be read, or its layout is unusable; see `find_layout`.
     """
     require_utf8([], root)
-    files: dict[str, FileInfo] = {}
+    variant = f"{min_classes} {labels}"
+    if use_index and (known := load_index(root, variant)):
+        return known
+    taken, stamps, files = time.time_ns(), {}, {}
+
+    def read_text(name: str) -> str:
+        stamps[name] = create_stamp(os.stat(root / name))
+        return (root / name).read_text(encoding="utf-8")
+
     try:
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder")
-        with Console(stderr=True).status(f"listing {escape(str(root))}"):  # a million files may take a minute
-            tree = _scan(root, "", files, ())
+        with create_progress(Console(stderr=True)) as progress:
+            task = progress.add_task(f"listing {escape(str(root))}", total=1)
+            tree = _scan(root, "", files, stamps, (), partial(_show, progress, task))
         try:
-            layout = _find_layout(tree, lambda name: (root / name).read_text(encoding="utf-8"), root, min_classes)
+            layout = _find_layout(tree, read_text, root, min_classes)
         except InputError:
             if labels or not any(map(is_readable, tree.images())):
                 raise
@@ -79,7 +96,15 @@ def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True) -> Lis
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--data {root}: a list of classes is damaged ({error})") from None
-    return build_listing(root, layout, files)
+    listing = build_listing(root, layout, files)
+    save_index(listing, variant, stamps, taken)
+    return listing
+
+
+def _show(progress: Progress, task: TaskID, found: int) -> None:
+    """Show that a folder was listed, and how many folders were found in it."""
+    total = progress.tasks[task].total
+    progress.update(task, advance=1, total=None if total is None else total + found)
 
 
 def list_zip(file: Path) -> Listing:
@@ -89,7 +114,10 @@ def list_zip(file: Path) -> Listing:
         InputError: the file does not exist, is damaged or no zip file, or its layout is unusable; see `find_layout`.
     """
     require_utf8([], file)
+    if known := load_index(file, "zip"):
+        return known
     try:
+        taken, status = time.time_ns(), os.stat(file)
         with ZipFile(file) as archive:
             members = {info.filename.removeprefix("./"): info for info in archive.infolist() if not info.is_dir()}
             members = {name: info for name, info in members.items() if not any(map(is_hidden, name.split("/")))}
@@ -102,7 +130,10 @@ def list_zip(file: Path) -> Listing:
     except OSError as error:
         raise InputError(f"--data {file}: cannot be read ({error.strerror or error})") from None
     files = {name: FileInfo(info.filename, f"{info.file_size} {info.CRC}", 0) for name, info in members.items()}
-    return build_listing(file, layout, files, zipped=True)
+    places = ZipMembers.from_infos(file, (members[name] for name, _, _ in layout.samples))
+    listing = replace(build_listing(file, layout, files), archive=places)
+    save_index(listing, "zip", {"": create_stamp(status)}, taken)
+    return listing
 
 
 def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int = 2) -> Layout:
@@ -119,7 +150,7 @@ def _unlabeled_layout(tree: Folder) -> Layout:
     return Layout(UNLABELED, [(name, 0, "train") for name in names], (), "")
 
 
-def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, zipped: bool = False) -> Listing:
+def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo]) -> Listing:
     """Return the listing of a layout's images; `files` has them by name."""
     fingerprint, content = hashlib.sha256(), hashlib.sha256()
     for name, label, split in layout.samples:
@@ -135,34 +166,48 @@ def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo], *, 
         splits=splits,
         fingerprint=fingerprint.hexdigest(),
         content=content.hexdigest(),
-        zipped=zipped,
         notes=layout.notes,
     )
 
 
-def _scan(path: str | Path, name: str, files: dict[str, FileInfo], parents: tuple[tuple[int, int], ...]) -> Folder:
+def _scan(
+    path: str | Path,
+    name: str,
+    files: dict[str, FileInfo],
+    stamps: dict[str, Stamp],
+    parents: tuple[tuple[int, int], ...],
+    show: Callable[[int], None],
+) -> Folder:
     """Return a folder with everything below it, sorted; skip links that lead back to a parent.
 
     Args:
         name: Path relative to the data's root.
         files: Collects the images.
+        stamps: Collects the stamps of folders.
         parents: Device and inode of the folders above.
+        show: Called with the number of folders in each folder.
     """
     folder = Folder(name)
     status = os.stat(path)
     identity = status.st_dev, status.st_ino
     if identity in parents:
+        show(0)
         return folder
+    stamps[name] = create_stamp(status)
+    inner = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if is_hidden(entry.name):
             continue
         child = f"{name}/{entry.name}" if name else entry.name
         if entry.is_dir():
-            folder.folders[entry.name] = _scan(entry.path, child, files, (*parents, identity))
+            inner.append((entry, child))
         else:
             folder.files.append(child)
             if is_image(child):
                 files[child] = _file_info(entry)
+    show(len(inner))
+    for entry, child in inner:
+        folder.folders[entry.name] = _scan(entry.path, child, files, stamps, (*parents, identity), show)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -9,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-from zipfile import ZipFile
+from threading import Lock
+from typing import BinaryIO, ClassVar
+from zipfile import ZipFile, ZipInfo
 
+import numpy as np
+from jaxtyping import Int64
 from PIL import Image
 
 from smallvit.utils.errors import MAX_NAMED, InputError, is_utf8
@@ -41,6 +45,76 @@ Sample = tuple[str, int, str]
 """Name, class number and split of an image."""
 
 
+class _Members(ZipFile):
+    """A zip file whose directory is not read: members are opened by their `ZipInfo`."""
+
+    def _RealGetContents(self) -> None:
+        pass
+
+
+@lru_cache(maxsize=256)
+def _open_file(path: str, process: int) -> tuple[BinaryIO, Lock]:
+    """Open a file once per process; threads may share it, processes may not."""
+    return open(path, "rb"), Lock()
+
+
+@lru_cache(maxsize=4)
+def _open_zip(file: Path, version: bytes, process: int) -> ZipFile:
+    """Open a zip file once per process and version."""
+    return _Members(file)
+
+
+@dataclass(frozen=True, eq=False)
+class Archive:
+    """Files that hold many images each."""
+
+    root: Path
+    files: tuple[str, ...]
+    places: Int64[np.ndarray, "n fields"]
+    """Where each image is."""
+
+    def read(self, index: int, name: str) -> bytes:
+        """Return the bytes of an image file.
+
+        Args:
+            name: The image's path in the listing.
+        """
+        raise NotImplementedError
+
+
+class ZipMembers(Archive):
+    """Members of a zip file; worker processes do not read its directory again. A place has an entry's `fields`."""
+
+    fields: ClassVar = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")
+
+    @classmethod
+    def from_infos(cls, file: Path, infos: Iterable[ZipInfo]) -> ZipMembers:
+        """Return the members that entries of the zip file's directory describe."""
+        return cls(file, (), np.array([[getattr(info, name) for name in cls.fields] for info in infos], dtype=np.int64))
+
+    def read(self, index: int, name: str) -> bytes:
+        info = ZipInfo(name)
+        for field_name, value in zip(self.fields, self.places[index].tolist(), strict=True):
+            setattr(info, field_name, value)
+        return _open_zip(self.root, self.version, os.getpid()).read(info)
+
+    @cached_property
+    def version(self) -> bytes:
+        """Hash of the places, which differ if the zip file is replaced."""
+        return hashlib.blake2b(self.places).digest()
+
+
+class Shards(Archive):
+    """Members of the tar files that `shards` writes. A place is the number of a file, an offset and a size in bytes."""
+
+    def read(self, index: int, name: str) -> bytes:
+        number, offset, size = self.places[index].tolist()
+        file, lock = _open_file(os.path.join(self.root, self.files[number]), os.getpid())
+        with lock:
+            file.seek(offset)
+            return file.read(size)
+
+
 @dataclass(frozen=True)
 class Listing:
     """Image files with their classes and splits, in a fixed order."""
@@ -58,7 +132,8 @@ class Listing:
     """Hash of every file's relative path, class, size and modification time (or checksum)."""
     content: str
     """The same without modification times, so that a copy elsewhere has the same hash."""
-    zipped: bool = False
+    archive: Archive | None = None
+    """Where the images are, if they are not files of their own."""
     notes: tuple[str, ...] = ()
     """Notes on ignored files, and on folders recognized as splits."""
     base: Path | None = None
@@ -69,24 +144,21 @@ class Listing:
     """Weight of each image's loss in training."""
     label_sets: tuple[tuple[int, ...], ...] | None = None
     """Classes of each label, if images have several or none; None if a label is a class."""
+    indexed: bool = False
+    """Whether the listing was read from an index, which does not show files that were replaced in place."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def relative_path(self, index: int) -> str:
-        """Return the path of an image relative to the folder or within the zip file."""
-        return self.paths[index] if self.zipped else os.path.relpath(self.paths[index], self.base or self.root)
+        """Return the path of an image relative to the folder or within the archive."""
+        path = self.paths[index]
+        return path if self.archive is not None else os.path.relpath(path, self.base or self.root)
 
     def open(self, index: int) -> str | BinaryIO:
         """Return the path or file object from which Pillow reads an image."""
         path = self.paths[index]
-        return io.BytesIO(_open_zip(self.root, self.fingerprint, os.getpid()).read(path)) if self.zipped else path
-
-
-@lru_cache(maxsize=4)
-def _open_zip(file: Path, fingerprint: str, process: int) -> ZipFile:
-    """Open a zip file once per process and version; threads may share it, processes may not."""
-    return ZipFile(file)
+        return path if self.archive is None else io.BytesIO(self.archive.read(index, path))
 
 
 @dataclass
@@ -339,12 +411,19 @@ def image_suffixes() -> frozenset[str]:
 
 def is_image(name: str) -> bool:
     """Return whether a file name has the suffix of an image, also of one that only pillow-heif reads."""
-    return is_readable(name) or os.path.splitext(name)[1].lower() in HEIF_SUFFIXES
+    suffix = _suffix(name)
+    return suffix in image_suffixes() or suffix in HEIF_SUFFIXES or suffix == ARRAY_SUFFIX
 
 
 def is_readable(name: str) -> bool:
     """Return whether a file name has the suffix of an image that can be decoded."""
-    return os.path.splitext(name)[1].lower() in image_suffixes() | {ARRAY_SUFFIX}
+    suffix = _suffix(name)
+    return suffix in image_suffixes() or suffix == ARRAY_SUFFIX
+
+
+def _suffix(name: str) -> str:
+    """Return a file's suffix in lower case; faster than `os.path.splitext` for names that are not hidden."""
+    return name[name.rfind(".") :].lower()
 
 
 def group_by_path(listing: Listing, pattern: str) -> Listing:

@@ -290,11 +290,16 @@ def create_setup(
     hardware.allow_tf32(config.compute.tf32)
     required = config.compute.compile != "auto"
 
-    if not world.main:  # the main process downloads, decodes, checks and decides first
-        config = config.replace(**world.send({}))
+    patient = world.create_patient_group()
+    if not world.main:  # the main process downloads, lists, decodes, checks and decides first
+        config = config.replace(**world.send({}, patient))
+        if world.local_rank:  # then the first process of each machine, whose storage may be its own
+            world.wait(patient)
     factory.require_known(config.model.arch)  # before images are decoded
     labels = config.pretrain.labels
     dataset = datasets.create_dataset(config.data, labels=labels, augment=config.augment if labels else None)
+    if not world.main and not world.local_rank:
+        world.wait(patient)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
     multi_label = dataset.label_sets is not None
     config = _adapt_to_labels(config, dataset)
@@ -346,7 +351,8 @@ def create_setup(
     parameters = count_parameters(model)
     optim.freeze(model, config.init.frozen, initial.new)
     if world.main:
-        world.send({"streaming": streaming, "compile": how, "amp": hardware.amp_name(dtype)})
+        world.send({"streaming": streaming, "compile": how, "amp": hardware.amp_name(dtype)}, patient)
+        world.wait(patient)
 
     if getattr(model, "head_dist", None) is not None:
         model.set_distilled_training(config.distill.distill == "token")

@@ -32,6 +32,8 @@ from smallvit.utils.errors import InputError, PeerExitedError, TrainingError, fi
 T = TypeVar("T")
 MEETING_SECONDS = 1800
 """Maximum wait for the first process at the start, and for any process later."""
+PREPARATION = timedelta(days=2)
+"""Maximum wait for another process to prepare: to download, unpack, list and decode images, and to load a teacher."""
 SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")  # since and before PyTorch 2.14
@@ -86,13 +88,29 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def send(self, value: T) -> T:
-        """Return the main process's value in all processes."""
+    def send(self, value: T, group: dist.ProcessGroup | None = None) -> T:
+        """Return the main process's value in all processes.
+
+        Args:
+            group: All processes, with another time limit, see `create_patient_group`.
+        """
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, device=torch.device("cpu"), group=group)
         return values[0]
+
+    def create_patient_group(self) -> dist.ProcessGroup | None:
+        """Return a group of all processes that wait for each other while one of them prepares; None without others.
+
+        They notice at once if another process exits.
+        """
+        return dist.new_group(timeout=PREPARATION) if self.size > 1 else None
+
+    def wait(self, group: dist.ProcessGroup | None) -> None:
+        """Wait until all processes have come here."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1), group=group)
 
     def device(self, device: torch.device) -> torch.device:
         """Return this process's own GPU.

@@ -28,6 +28,7 @@ VERBS = {
     "embed": "write features of images, and the nearest neighbors of each",
     "probe": "evaluate features on other data: linear classifier, neighbors",
     "check": "find duplicates, damaged files and wrong labels before training",
+    "shard": "write resized images as a few large files, for many machines",
     "show": "draw augmented training images, as the model sees them",
     "list": "list architectures, recipes, experiments, data, plugins, presets",
     "completion": "print a script for completion of verbs and options in a shell",

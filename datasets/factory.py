@@ -43,6 +43,7 @@ from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing, group_by_path
 from smallvit.datasets.manifest import read_manifest
 from smallvit.datasets.presets import preset
+from smallvit.datasets.shards import is_shards, read_shards
 from smallvit.utils.errors import InputError
 from smallvit.utils.sizes import ImageSize, height_width
 
@@ -112,9 +113,9 @@ def read_source(config: DataConfig, min_classes: int = 2, *, labels: bool = True
     root = Path(os.path.expanduser(config.data))
     if is_manifest(config.data):
         return read_manifest(root, config.columns, min_classes)
-    if labels or root.is_file():
-        return list_zip(root) if root.is_file() else list_folder(root, min_classes)
-    return list_folder(root, min_classes, labels=False)
+    if is_shards(root):
+        return read_shards(root)
+    return list_zip(root) if root.is_file() else list_folder(root, min_classes, labels=labels)
 
 
 def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:

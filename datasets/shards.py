@@ -35,7 +35,7 @@ from smallvit.datasets.index import pack_listing, unpack_listing
 from smallvit.datasets.listing import Layout, Listing, Shards
 from smallvit.utils.cores import usable_cores
 from smallvit.utils.errors import InputError, first_line, group_errors
-from smallvit.utils.files import atomic_folder
+from smallvit.utils.files import atomic_folder, atomic_write, write_text
 from smallvit.utils.terminal import track
 
 INFO, LISTING = "_info.json", "listing.safetensors"
@@ -109,12 +109,10 @@ def write_shards(
             raise InputError(f"--data {source.root}: none of {len(source):,} images can be decoded")
         listing = _list_written(source, kept, errors, writer, folder)
         text, tensors = pack_listing(listing)
-        save_file(tensors, partial / LISTING, {"listing": text})
+        with atomic_write(partial / LISTING) as file:
+            save_file(tensors, file, {"listing": text})
         info = {"size": size, "class_names": listing.class_names, "splits": writer.splits}
-        (partial / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-        for name in (LISTING, INFO):
-            with open(partial / name, "r+b") as file:
-                os.fsync(file.fileno())
+        write_text(partial / INFO, json.dumps(info, indent=1) + "\n")
     return listing
 
 

@@ -10,13 +10,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from smallvit import Config, InputError, utils
+from smallvit.datasets.image_folder import list_folder
+from smallvit.datasets.shards import write_shards
 from smallvit.runs.run import Run
-from smallvit.training import train
+from smallvit.training import setup, train
 from smallvit.training.launch import open_run
 from smallvit.utils.distributed import World
 
@@ -310,6 +318,87 @@ def test_a_termination_of_all_processes_waits_for_the_step_while_others_decode(
     wait_for(out / Run.STATE, process)
     os.killpg(process.pid, signal.SIGTERM)
     assert "resume with" in finish(process, code=143)
+
+
+class Turn(World):
+    """A process that records what it waits for instead of communicating."""
+
+    calls: ClassVar[list[str]] = []
+
+    def create_patient_group(self) -> None:
+        return None
+
+    def send(self, value: object, group: object = None) -> object:
+        self.calls.append("decisions")
+        return value
+
+    def wait(self, group: object) -> None:
+        self.calls.append("machines")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "before"), [(0, 0, []), (1, 1, ["decisions", "machines"]), (2, 0, ["decisions"])]
+)
+def test_the_main_process_prepares_first_and_then_one_on_each_machine(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, before: list[str]
+) -> None:
+    def create_dataset(_: object) -> None:
+        Turn.calls.append("data")
+        raise InputError("stop here")
+
+    monkeypatch.setattr(setup.datasets, "create_dataset", create_dataset)
+    monkeypatch.setattr(Turn, "calls", [])
+    with pytest.raises(InputError, match="stop here"):
+        setup.create_setup(Config.build(device="cpu"), Turn(rank, 4, local_rank))
+    assert Turn.calls == [*before, "data"]
+
+
+def meet_late(rank: int, port: str, results: str) -> None:
+    """Let the main process prepare for longer than other communication may take."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=5), rank=rank, world_size=2)
+    world = World(rank, 2, rank)
+    group = world.create_patient_group()
+    world.wait(group)
+    time.sleep(0 if rank else 12)
+    Path(results, f"{rank}").write_text(str(world.send("main" if rank == 0 else "other", group)))
+    world.wait(group)
+
+
+@pytest.mark.slow
+def test_the_others_wait_as_long_as_the_main_process_prepares(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(meet_late, (free_port(), str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["main", "main"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_shards_as_one_does_from_the_files(tmp_path: Path, image_folder: Path) -> None:
+    files, shards = tmp_path / "files", tmp_path / "shards"
+    written = write_shards(list_folder(image_folder), shards, 16)
+    for index, path in enumerate(written.paths):
+        (files / path).parent.mkdir(parents=True, exist_ok=True)
+        (files / path).write_bytes(written.open(index).read())
+    options = {"epochs": 3, "batch_size": 12, "streaming": "on", "workers": 1, "drop_path": 0.0, "amp": "off"}
+    options |= {"aug": "deit", "aug_repeats": 1, "img_size": 16, "device": "cpu"}
+    one = train.train(Config.build(**options, data=str(files), out=str(tmp_path / "one"))).folder
+    finish(torchrun(tmp_path / "two", options | {"data": str(shards)}))
+    for mine, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_from_shards_is_resumed_within_an_epoch(
+    tmp_path: Path, image_folder: Path, interrupted: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    write_shards(list_folder(image_folder), tmp_path / "shards", 16)
+    options = {"data": str(tmp_path / "shards"), "epochs": 2, "batch_size": 12, "streaming": "on", "workers": 0}
+    options |= {"aug": "deit", "aug_repeats": 1, "img_size": 16, "device": "cpu", "keep_resume": True}
+    whole = train.train(Config.build(**options, out=str(tmp_path / "whole"))).folder
+    with interrupted(6):  # an epoch has four steps
+        train.train(Config.build(**options, out=str(tmp_path / "parts")))
+    train.train(Config.build(resume=str(tmp_path / "parts")))
+    losses = [[row["train_loss"] for row in metrics(folder)] for folder in (whole, tmp_path / "parts")]
+    assert losses[0] == losses[1]
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

@@ -22,7 +22,7 @@ Training from shards has the order, crops and labels that training from the
 same resized image files has. Nothing is listed at the start, and storage is
 asked for one file per gigabyte. Images are JPEG files of quality 95; those
 that are JPEG and small enough already are copied unchanged. The format is
-WebDataset's, with an index of places. See also: docs/scaling.md.
+WebDataset's, with an index of locations. See also: docs/scaling.md.
 """
 OPTIONS = ("columns", "data_dir", "skip_corrupt", "max_megapixels")
 
@@ -64,6 +64,6 @@ def main(argv: list[str]) -> int:
     written = write_shards(source, folder, size, skip_corrupt=data.skip_corrupt, max_megapixels=data.max_megapixels)
     for note in written.notes:
         print(note)
-    total = int(written.archive.places[:, 2].sum())
+    total = int(written.archive.locations[:, 2].sum())
     print(f"{folder}: {len(written):,} images, {len(written.archive.files)} shards, {total / 1e6:,.1f} MB")
     return 0

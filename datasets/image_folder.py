@@ -74,7 +74,7 @@ def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True, use_in
     variant = f"{min_classes} {labels}"
     if use_index and (known := load_index(root, variant)):
         return known
-    taken, stamps, files = time.time_ns(), {}, {}
+    started, stamps, files = time.time_ns(), {}, {}
 
     def read_text(name: str) -> str:
         stamps[name] = create_stamp(os.stat(root / name))
@@ -97,14 +97,14 @@ def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True, use_in
     except UnicodeDecodeError as error:
         raise InputError(f"--data {root}: a list of classes is damaged ({error})") from None
     listing = build_listing(root, layout, files)
-    save_index(listing, variant, stamps, taken)
+    save_index(listing, variant, stamps, started)
     return listing
 
 
-def _show(progress: Progress, task: TaskID, found: int) -> None:
-    """Show that a folder was listed, and how many folders were found in it."""
+def _show(progress: Progress, task: TaskID, inner: int) -> None:
+    """Show that a folder was listed, and how many folders are in it."""
     total = progress.tasks[task].total
-    progress.update(task, advance=1, total=None if total is None else total + found)
+    progress.update(task, advance=1, total=None if total is None else total + inner)
 
 
 def list_zip(file: Path) -> Listing:
@@ -117,7 +117,7 @@ def list_zip(file: Path) -> Listing:
     if known := load_index(file, "zip"):
         return known
     try:
-        taken, status = time.time_ns(), os.stat(file)
+        started, status = time.time_ns(), os.stat(file)
         with ZipFile(file) as archive:
             members = {info.filename.removeprefix("./"): info for info in archive.infolist() if not info.is_dir()}
             members = {name: info for name, info in members.items() if not any(map(is_hidden, name.split("/")))}
@@ -130,9 +130,9 @@ def list_zip(file: Path) -> Listing:
     except OSError as error:
         raise InputError(f"--data {file}: cannot be read ({error.strerror or error})") from None
     files = {name: FileInfo(info.filename, f"{info.file_size} {info.CRC}", 0) for name, info in members.items()}
-    places = ZipMembers.from_infos(file, (members[name] for name, _, _ in layout.samples))
-    listing = replace(build_listing(file, layout, files), archive=places)
-    save_index(listing, "zip", {"": create_stamp(status)}, taken)
+    locations = ZipMembers.from_infos(file, (members[name] for name, _, _ in layout.samples))
+    listing = replace(build_listing(file, layout, files), archive=locations)
+    save_index(listing, "zip", {"": create_stamp(status)}, started)
     return listing
 
 

@@ -52,23 +52,23 @@ def load_index(root: Path, variant: str) -> Listing | None:
             metadata = file.metadata() or {}
             if metadata.get("key") != _key(variant):
                 return None
-            taken, names = int(metadata["taken"]), _unpack(file.get_tensor("stamped"))
+            started, names = int(metadata["started"]), _unpack(file.get_tensor("stamped"))
             for name, stamp in zip(names, file.get_tensor("stamps").tolist(), strict=True):
                 now = create_stamp(os.stat(os.path.join(root, name) if name else root))
-                if now != (*stamp,) or max(now[1:3]) >= taken - TICK:
+                if now != (*stamp,) or max(now[1:3]) >= started - TICK:
                     return None
             return unpack_listing(root, metadata["listing"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
     except (OSError, SafetensorError):
         return None
 
 
-def save_index(listing: Listing, variant: str, stamps: Mapping[str, Stamp], taken: int) -> None:
+def save_index(listing: Listing, variant: str, stamps: Mapping[str, Stamp], started: int) -> None:
     """Write the index of a large folder or zip file; continue without if that fails.
 
     Args:
         variant: Options that the folder was listed with.
         stamps: Stamps of all folders and files that the listing depends on, by path relative to its root.
-        taken: When listing began, in nanoseconds since the epoch.
+        started: When listing began, in nanoseconds since the epoch.
     """
     if len(listing) < INDEXED_FILES:
         return
@@ -78,7 +78,7 @@ def save_index(listing: Listing, variant: str, stamps: Mapping[str, Stamp], take
         file = _index_file(listing.root)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial:
-            save_file(tensors, partial, {"key": _key(variant), "taken": str(taken), "listing": text})
+            save_file(tensors, partial, {"key": _key(variant), "started": str(started), "listing": text})
 
 
 def pack_listing(listing: Listing) -> tuple[str, dict[str, np.ndarray]]:
@@ -100,7 +100,7 @@ def pack_listing(listing: Listing) -> tuple[str, dict[str, np.ndarray]]:
     if listing.archive is not None:
         kind = next(name for name, kind in ARCHIVES.items() if isinstance(listing.archive, kind))
         short["archive"] = kind, listing.archive.files
-        tensors["places"] = listing.archive.places
+        tensors["locations"] = listing.archive.locations
     return json.dumps(short), tensors
 
 
@@ -115,7 +115,7 @@ def unpack_listing(root: Path, text: str, tensors: Mapping[str, np.ndarray]) -> 
         paths=tuple([top + name for name in _unpack(tensors["paths"])]),
         labels=tuple(tensors["labels"].tolist()),
         splits=tuple([SPLIT_CODES[code] for code in tensors["splits"].tolist()]),
-        archive=ARCHIVES[kind](root, tuple(files), tensors["places"]) if kind else None,
+        archive=ARCHIVES[kind](root, tuple(files), tensors["locations"]) if kind else None,
         groups=tuple(_unpack(tensors["groups"])) if "groups" in tensors else None,
         weights=tuple(tensors["weights"].tolist()) if "weights" in tensors else None,
         label_sets=None if sets is None else tuple(map(tuple, sets)),

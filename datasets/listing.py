@@ -70,7 +70,7 @@ class Archive:
 
     root: Path
     files: tuple[str, ...]
-    places: Int64[np.ndarray, "n fields"]
+    locations: Int64[np.ndarray, "n fields"]
     """Where each image is."""
 
     def read(self, index: int, name: str) -> bytes:
@@ -83,7 +83,7 @@ class Archive:
 
 
 class ZipMembers(Archive):
-    """Members of a zip file; worker processes do not read its directory again. A place has an entry's `fields`."""
+    """Members of a zip file; worker processes do not read its directory again. A location has an entry's `fields`."""
 
     fields: ClassVar = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")
 
@@ -94,21 +94,21 @@ class ZipMembers(Archive):
 
     def read(self, index: int, name: str) -> bytes:
         info = ZipInfo(name)
-        for field_name, value in zip(self.fields, self.places[index].tolist(), strict=True):
+        for field_name, value in zip(self.fields, self.locations[index].tolist(), strict=True):
             setattr(info, field_name, value)
         return _open_zip(self.root, self.version, os.getpid()).read(info)
 
     @cached_property
     def version(self) -> bytes:
-        """Hash of the places, which differ if the zip file is replaced."""
-        return hashlib.blake2b(self.places).digest()
+        """Hash of the locations, which differ if the zip file is replaced."""
+        return hashlib.blake2b(self.locations).digest()
 
 
 class Shards(Archive):
-    """Members of the tar files that `shards` writes. A place is the number of a file, an offset and a size in bytes."""
+    """Members of the tar files that `shards` writes. A location is a file's number, an offset and a size in bytes."""
 
     def read(self, index: int, name: str) -> bytes:
-        number, offset, size = self.places[index].tolist()
+        number, offset, size = self.locations[index].tolist()
         file, lock = _open_file(os.path.join(self.root, self.files[number]), os.getpid())
         with lock:
             file.seek(offset)
@@ -133,7 +133,7 @@ class Listing:
     content: str
     """The same without modification times, so that a copy elsewhere has the same hash."""
     archive: Archive | None = None
-    """Where the images are, if they are not files of their own."""
+    """Where the images are, if they are not separate files."""
     notes: tuple[str, ...] = ()
     """Notes on ignored files, and on folders recognized as splits."""
     base: Path | None = None

@@ -2,9 +2,9 @@
 
     OUT/train-000000.tar     000000000.jpg, 000000000.cls, 000000001.jpg, ...
     OUT/_info.json           class names, and the shards of each split, as timm reads them
-    OUT/listing.safetensors  path, label, split and place of each image
+    OUT/listing.safetensors  path, label, split and location of each image
 
-Images are read by their place, in any order, so training from shards has the order of training from files.
+Images are read by their location, in any order, so training from shards has the order of training from files.
 
 Format: https://github.com/webdataset/webdataset
 """
@@ -65,8 +65,8 @@ def read_shards(folder: Path) -> Listing:
             listing = unpack_listing(folder, file.metadata()["listing"], tensors)
         for split in info["splits"].values():
             for name, size in zip(split["filenames"], split["shard_bytes"], strict=True):
-                if (found := os.stat(folder / name).st_size) != size:
-                    raise InputError(f"--data {folder}: {name} has {found:,} bytes, not {size:,}; copy it again")
+                if (actual := os.stat(folder / name).st_size) != size:
+                    raise InputError(f"--data {folder}: {name} has {actual:,} bytes, not {size:,}; copy it again")
     except InputError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -164,13 +164,13 @@ def _list_written(
     """Return the listing of the images that were written, which are those of the source at the indices `kept`."""
     paths = [source.relative_path(index).replace(os.sep, "/") for index in kept]
     samples = [(path, source.labels[index], source.splits[index]) for path, index in zip(paths, kept, strict=True)]
-    sizes = {path: FileInfo(path, str(place[2]), 0) for path, place in zip(paths, writer.places, strict=True)}
+    sizes = {path: FileInfo(path, str(location[2]), 0) for path, location in zip(paths, writer.locations, strict=True)}
     skipped = (f"skipped: {len(errors)} images that cannot be decoded: {group_errors(errors)}",) if errors else ()
     listing = build_listing(folder, Layout(source.class_names, samples, source.notes + skipped, ""), sizes)
     groups = None if source.groups is None else tuple([source.groups[index] for index in kept])
     return replace(
         listing,
-        archive=Shards(folder, tuple(writer.names), np.array(writer.places, dtype=np.int64)),
+        archive=Shards(folder, tuple(writer.names), np.array(writer.locations, dtype=np.int64)),
         groups=groups,
         weights=None if source.weights is None else tuple([source.weights[index] for index in kept]),
         label_sets=source.label_sets,
@@ -179,12 +179,12 @@ def _list_written(
 
 
 class _Writer:
-    """Write images to tar files of about `SHARD_BYTES`, and record their places."""
+    """Write images to tar files of about `SHARD_BYTES`, and record their locations."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.names: list[str] = []
-        self.places: list[tuple[int, int, int]] = []
+        self.locations: list[tuple[int, int, int]] = []
         self.splits: dict[str, dict[str, Any]] = {}
         """Shards of each split as timm's `ReaderWds` reads them, with their sizes in bytes."""
         self.tar: tarfile.TarFile | None = None
@@ -193,8 +193,8 @@ class _Writer:
         """Write an image, and its label if it has one."""
         if self.tar is None or self.split != split or self.tar.offset >= SHARD_BYTES:
             self._open(split)
-        key = f"{len(self.places):09}"
-        self.places.append((len(self.names) - 1, self._write(f"{key}.jpg", data), len(data)))
+        key = f"{len(self.locations):09}"
+        self.locations.append((len(self.names) - 1, self._write(f"{key}.jpg", data), len(data)))
         if label is not None:
             self._write(f"{key}.cls", str(label).encode())
         shards = self.splits[split]

@@ -1,4 +1,4 @@
-"""The index of a large folder: it equals a new listing, and is not used once anything has changed."""
+"""Compare the index of a large folder with a new listing; it is not used once anything has changed."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_damaged_index_is_written_again(folder: Path) -> None:
     assert list_folder(folder).indexed
 
 
-def test_images_in_memory_are_those_that_were_replaced_in_place(folder: Path) -> None:
+def test_images_in_memory_are_those_that_were_overwritten(folder: Path) -> None:
     load = {"data": str(folder), "val_fraction": 0.0, "streaming": "off"}
     datasets.create_dataset(DataConfig(**load))
     for file in folder.rglob("*.png"):

@@ -1,4 +1,4 @@
-"""Shards against the image files they were written from, tarfile, Pillow and timm."""
+"""Compare shards with the image files they were written from, as tarfile, Pillow and timm read them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two splits of three classes: PNG files and JPEG files, small and large ones."""
+    """Write two splits of three classes: PNG files and JPEG files, small and large ones."""
     for split, count in (("train", 12), ("test", 5)):
         for label, name in enumerate(("ant", "bee", "cat")):
             for number in range(count):
@@ -112,10 +112,10 @@ def test_the_data_set_is_that_of_the_same_image_files(
 
 
 def test_shards_are_in_the_format_of_webdataset_and_timm(folder: Path, written: Path) -> None:
-    found, listing = members(written), read_source(DataConfig(data=str(folder)))
-    keys = sorted({name.split(".")[0] for name in found})
-    assert [int(found[f"{key}.cls"]) for key in keys] == [*listing.labels]
-    assert [f"{key}.{kind}" for key in keys for kind in ("jpg", "cls")] == [*found]  # a sample's members are neighbors
+    read, listing = members(written), read_source(DataConfig(data=str(folder)))
+    keys = sorted({name.split(".")[0] for name in read})
+    assert [int(read[f"{key}.cls"]) for key in keys] == [*listing.labels]
+    assert [f"{key}.{kind}" for key in keys for kind in ("jpg", "cls")] == [*read]  # a sample's members are neighbors
     info = json.loads((written / "_info.json").read_text())
     for split, count in (("train", 36), ("test", 15)):
         part = _parse_split_info(split, info)

@@ -19,6 +19,7 @@ from smallvit.datasets import image_folder, index
 from smallvit.datasets.decode import cache_folder
 from smallvit.datasets.image_folder import list_folder, list_zip
 from smallvit.datasets.listing import Listing
+from smallvit.utils.errors import InputError
 
 Change = Callable[[Path], object]
 
@@ -115,6 +116,18 @@ def test_a_folder_that_changed_a_moment_ago_is_listed_again(folder: Path, monkey
     monkeypatch.setattr(index, "TICK", 10**13)
     list_folder(folder)
     assert not list_folder(folder).indexed
+
+
+def test_a_folder_without_labels_has_its_own_index(folder: Path) -> None:
+    shutil.rmtree(folder / "train/dog")
+    for _ in range(2):
+        unlabeled = list_folder(folder / "train", labels=False)
+        assert unlabeled.class_names == ("images",)
+        with pytest.raises(InputError, match="at least 2 class folders"):
+            list_folder(folder / "train")
+    assert unlabeled.indexed
+    load = {"data": str(folder / "train"), "val_fraction": 0.0, "streaming": "off"}
+    assert len(datasets.create_dataset(DataConfig(**load), labels=False).train) == 3
 
 
 def test_small_folders_are_not_indexed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ class TrainingProgress(Progress):
         done = figures["epoch"] * self.steps // self.epochs
         titles = {"val_map": "val mAP", "val_knn_top1": "val k-NN top-1", "val_top1": "val top-1"}
         name = next(name for name in titles if name in figures)
-        value, loss = figures[name], figures["val_loss"]
+        value, loss = figures[name], figures.get("val_loss")
         self.accuracy = f"{titles[name]} {value:.2f} %  " if value is not None else ""
         label, _, left = self._show(figures["epoch"], done, figures["train_loss"], figures["images_per_second"])
         self.line(

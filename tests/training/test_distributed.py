@@ -342,7 +342,7 @@ class Turn(World):
 def test_the_main_process_prepares_first_and_then_one_on_each_machine(
     monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, before: list[str]
 ) -> None:
-    def create_dataset(_: object) -> None:
+    def create_dataset(*_: object, **options: object) -> None:
         Turn.calls.append("data")
         raise InputError("stop here")
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = ("cli", "datasets", "plugins")
 """Folders that are installed within smallvit."""
 SIZE, QUALITY, NOISE = (500, 375), 90, 26
-CASES: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "bilinear": {"aug": "augreg-none"},
     "bicubic": {"aug": "deit3", "aug_repeats": 1},
     "bicubic, three views": {"aug": "deit"},
@@ -76,7 +76,7 @@ def start(package: Path, data: Path, img_size: int) -> subprocess.Popen[str]:
 
 
 def measure() -> None:
-    """Print seconds for each case that is read from standard input."""
+    """Print seconds for each setting that is read from standard input."""
     from smallvit import datasets
     from smallvit.config.options import AugmentConfig, DataConfig
     from smallvit.datasets.augment import Augment
@@ -99,8 +99,8 @@ def measure() -> None:
 
     data, epoch = load(0), 0
     for line in sys.stdin:
-        case, epoch = line.strip(), epoch + 1
-        if case == "first":
+        setting, epoch = line.strip(), epoch + 1
+        if setting == "first":
             streamed = loader(load(None), 512, aug="augreg-none")
             seconds = []
             for each in range(2):
@@ -113,7 +113,7 @@ def measure() -> None:
             print(*seconds, flush=True)
             del iterator, streamed
             continue
-        options = CASES[case]
+        options = SETTINGS[setting]
         batches = read(loader(data, 96, **options), epoch) if options else evaluation_batches(data, "train", cpu, 96)
         begin = time.process_time()
         count = sum(len(images) for images, _ in batches)
@@ -137,25 +137,25 @@ def main(argv: list[str] | None = None) -> None:
         packages = {"before": check_out(options.commit, folder / "before"), "now": check_out("HEAD", folder / "now")}
         processes = {name: start(package, folder / "data", options.img_size) for name, package in packages.items()}
 
-        def ask(name: str, case: str) -> list[float]:
+        def ask(name: str, setting: str) -> list[float]:
             process = processes[name]
-            print(case, file=process.stdin, flush=True)
+            print(setting, file=process.stdin, flush=True)
             return [float(value) for value in process.stdout.readline().split()]
 
         times: dict[tuple[str, str], list[list[float]]] = {}
         for number in range(1 + options.rounds):  # the first is a warm-up
-            for case in (*CASES, "first"):
+            for setting in (*SETTINGS, "first"):
                 for name in processes:
-                    seconds = ask(name, case)
-                    times.setdefault((case, name), []).extend([seconds] if number else [])
+                    seconds = ask(name, setting)
+                    times.setdefault((setting, name), []).extend([seconds] if number else [])
         for process in processes.values():
             process.stdin.close()
             process.wait()
     table = Table("", options.commit, "HEAD", "ratio")
-    for case in CASES:
-        before, now = ([seconds for (seconds,) in times[case, name]] for name in packages)
+    for setting in SETTINGS:
+        before, now = ([seconds for (seconds,) in times[setting, name]] for name in packages)
         rates = [f"{1 / statistics.median(each):,.0f} images/s" for each in (before, now)]
-        table.add_row(case, *rates, f"{median_ratio(before, now):.2f}")
+        table.add_row(setting, *rates, f"{median_ratio(before, now):.2f}")
     for epoch, title in enumerate(("first batch", "first batch of the second epoch")):
         before, now = ([seconds[epoch] for seconds in times["first", name]] for name in packages)
         row = [f"{statistics.median(each):.2f} s" for each in (before, now)]

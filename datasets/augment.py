@@ -118,7 +118,7 @@ class RectangleDraws:
         first = (np.arange(len(fits)), fits.argmax(axis=1))
         return height[first], width[first], fits.any(axis=1)
 
-    def place(self, height: np.ndarray, width: np.ndarray, h: int, w: int) -> Boxes:
+    def position(self, height: np.ndarray, width: np.ndarray, h: int, w: int) -> Boxes:
         """Return rectangles with these sides within images of h × w pixels."""
         top, left = np.floor(self.top * (h - height + 1)), np.floor(self.left * (w - width + 1))
         return _integer_boxes(top, left, top + height, left + width)
@@ -427,7 +427,7 @@ def erasing_boxes(rng: np.random.Generator, chosen: np.ndarray, h: int, w: int, 
     draws = RectangleDraws.draw(rng, len(chosen))
     height, width, fits = draws.sides(h, w, area, (0.3, 1 / 0.3), 1.0, smaller=True)
     happens = chosen & fits
-    return draws.place(height * happens, width * happens, h, w)
+    return draws.position(height * happens, width * happens, h, w)
 
 
 def crop_boxes(draws: RectangleDraws, h: int, w: int, area: tuple[float, float], shape: float = 1.0) -> Boxes:
@@ -437,7 +437,7 @@ def crop_boxes(draws: RectangleDraws, h: int, w: int, area: tuple[float, float],
         shape: Height divided by width of the result, to which these ratios are relative.
     """
     height, width, fits = draws.sides(h, w, area, (3 / 4, 4 / 3), shape, smaller=False)
-    return draws.place(np.where(fits, height, h), np.where(fits, width, w), h, w)
+    return draws.position(np.where(fits, height, h), np.where(fits, width, w), h, w)
 
 
 def cutmix_boxes(rng: np.random.Generator, chosen: np.ndarray, kept: np.ndarray, h: int, w: int) -> Boxes:

@@ -106,8 +106,8 @@ def test_views_of_an_image_lie_in_one_block(n: int, repeats: int) -> None:
     repeated = repeat_pairs(np.arange(n), repeats)
     assert sorted(repeated) == sorted([*range(n)] * repeats)
     for image in range(n):
-        places = np.flatnonzero(repeated == image)
-        assert places[-1] - places[0] < (3 if n % 2 else 2) * repeats
+        positions = np.flatnonzero(repeated == image)
+        assert positions[-1] - positions[0] < (3 if n % 2 else 2) * repeats
 
 
 @sweep("repeats", [1, 2, 3, 5])

@@ -266,7 +266,7 @@ def test_crops_are_those_of_pillow_and_torchvision(tmp_path: Path, shape: tuple[
 
 @sweep("split", [(10, 20), (0, 30), (13, 13), (6, 24)])
 def test_views_of_one_image_are_decoded_once_and_as_alone(tmp_path: Path, split: tuple[int, int]) -> None:
-    """Of photos too, of which some crops are decoded at a fraction of the size."""
+    """Include photos, of which some crops are decoded at a fraction of the size."""
     for index in range(4):
         (tmp_path / f"{index % 2}").mkdir(exist_ok=True)
         landscape(90 + index, 60).save(tmp_path / f"{index % 2}" / f"{index}.jpg", quality=95)

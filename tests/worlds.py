@@ -34,7 +34,13 @@ class LoneWorld(World):
         self.calls.append("gather")
         return [value]
 
-    def send(self, value: Any) -> Any:
+    def create_patient_group(self) -> None:
+        self.calls.append("group")
+
+    def wait(self, group: object) -> None:
+        self.calls.append("wait")
+
+    def send(self, value: Any, group: object = None) -> Any:
         self.calls.append("send")
         if self.main:
             self.sent.append(value)

@@ -447,8 +447,8 @@ def test_an_interrupted_comparison_is_resumed(
 def test_sigterm_is_forwarded_and_stops_the_comparison(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     start, processes = compare.Trainings.start, []
 
-    def asleep(relay: compare.Trainings, command: list[str]) -> subprocess.Popen[str]:
-        processes.append(start(relay, [sys.executable, "-c", "import time; time.sleep(1800)"]))
+    def asleep(relay: compare.Trainings, command: list[str], gpu: str | None) -> subprocess.Popen[str]:
+        processes.append(start(relay, [sys.executable, "-c", "import time; time.sleep(1800)"], gpu))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return processes[-1]
 

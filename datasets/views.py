@@ -36,6 +36,8 @@ Source: Gani et al. 2022, arXiv:2210.07240.
 """
 LARGE_SCALES = (0.3, 0.05, 0.3)
 """The same for larger images."""
+LOCAL_VIEWS = {"lejepa": 2, "dino": 8}
+"""Default of --local-views by objective."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ViewMaker:
         smallest, local, largest = (new or default for new, default in zip(given, scales, strict=True))
         if local > largest:
             raise InputError(f"--local-scale {local:g}: expected at most --local-scale-max {largest:g}")
-        local_views = config.local_views if config.local_views is not None else DEFAULT_LOCAL[config.objective]
+        local_views = config.local_views if config.local_views is not None else LOCAL_VIEWS[config.objective]
         if config.global_views + local_views < 2:
             raise InputError("--global-views 1: expected at least 2 views of an image; add --local-views")
         augment = partial(
@@ -155,10 +157,6 @@ class ViewMaker:
             views = (augment.transform(images, augment.plan(each, images)) for each in drawn)
             groups.append(torch.stack([normalize(view, mean, std) for view in views], dim=1))
         return Views(tuple(groups), draws.seed), labels
-
-
-DEFAULT_LOCAL = {"lejepa": 2, "dino": 8}
-"""Local views by objective."""
 
 
 def alter_colors(rng: np.random.Generator, b: int, size: int, *, blur: bool) -> list[Step]:

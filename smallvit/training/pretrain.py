@@ -29,8 +29,10 @@ from smallvit.utils.sizes import ImageSize, height_width
 
 PROJ_DIM = {"lejepa": 16, "dino": 1024}
 """Default of --proj-dim by objective."""
-SUPERVISED_ONLY = ("class_weights", "logit_adjustment", "balanced", "teacher", "dist_token", "patch_drop_rate")
-SUPERVISED_ONLY += ("progressive_size", "max_time", "patience", "mixup_prob", "auto_augment", "random_erasing")
+SUPERVISED_ONLY = (
+    *("class_weights", "logit_adjustment", "balanced", "teacher", "dist_token", "patch_drop_rate"),
+    *("progressive_size", "max_time", "patience", "mixup_prob", "auto_augment", "random_erasing"),
+)
 """Options that cannot be combined with an objective without labels."""
 
 
@@ -186,7 +188,7 @@ def refuse_labels(config: Config) -> Config:
     """Return the configuration of a run without labels, whose last epoch is kept.
 
     Raises:
-        InputError: An option needs labels, or is about images seen once.
+        InputError: An option cannot be combined with pretraining.
     """
     options = config.to_dict()
     for name in SUPERVISED_ONLY:

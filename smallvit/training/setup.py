@@ -293,43 +293,22 @@ def create_setup(
     patient = world.create_patient_group()
     if not world.main:  # the main process downloads, lists, decodes, checks and decides first
         config = config.replace(**world.send({}, patient))
-        if world.local_rank:  # then the first process of each machine, whose storage may be its own
-            world.wait(patient)
-    factory.require_known(config.model.arch)  # before images are decoded
-    labels = config.pretrain.labels
-    dataset = datasets.create_dataset(config.data, labels=labels, augment=config.augment if labels else None)
-    if not world.main and not world.local_rank:
-        world.wait(patient)
-    _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
-    multi_label = dataset.label_sets is not None
-    config = _adapt_to_labels(config, dataset)
+    dataset = _create_dataset(config, world, patient, saved)
     streaming = "on" if dataset.train.on_disk else "off"
-    if config.run.patience is not None and not len(dataset.val):
-        raise InputError(f"--patience {config.run.patience}: needs validation images, and --val-fraction is 0")
-    spec = _spec(config, dataset)
-    torch.manual_seed(config.run.seed)  # the initial weights
-    model = factory.create_model(**spec)
-    origin = config.init.init
-    if saved is not None:
-        initial = InitialWeights(fingerprint=saved.get("init"), new=tuple(saved.get("new", ())))
-    elif origin is not None:
-        from smallvit.training.adapt import load_initial_weights
-
-        initial = load_initial_weights(model, spec, origin, dataset, config.data, shrink=config.init.shrink)
-    else:
-        _initialize(model, config.init.weight_init)
-        initial = InitialWeights()
-    augment = _augmentation(config, dataset, model)
-    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
-    batches = create_train_loader(dataset, int(config.optim.batch_size), augment, config.run.seed, device, **part)
+    config = _adapt_to_labels(config, dataset)
+    model, spec, initial = _create_initial_model(config, dataset, saved)
     counted = count_operations(model, count_macs_by_layer(model, dataset.in_chans, dataset.img_size))
+    parameters = count_parameters(model)
+
+    part = {"balanced": config.data.balanced, "rank": world.rank, "world": world.size}
+    augment = _augmentation(config, dataset, model)
+    batches = create_train_loader(dataset, int(config.optim.batch_size), augment, config.run.seed, device, **part)
     _require_images(config, batches, model, world)
     dtype = choose_dtype(device, config.compute.amp, model, dataset.in_chans, dataset.img_size)
+    budget = _create_budget(config, dataset, len(batches))
     work = config.optim.epochs * batches.sampling.views // world.size
-    budget = None
-    if (seconds := config.optim.max_seconds) is not None:
-        budget = _create_budget(config, dataset, len(batches), seconds)
-        work = 10**15 if seconds >= COMPILE_SECONDS else 0
+    if budget is not None:  # the number of epochs is not known yet
+        work = 10**15 if budget.limit >= COMPILE_SECONDS else 0
     how = hardware.choose_compilation(config.compute.compile, device, counted.macs, work)
     compilation = hardware.Compilation(how, required=required)
     teacher = None
@@ -338,17 +317,8 @@ def create_setup(
 
         teacher = create_teacher(config, dataset, device, compilation, batches.sampling.views // world.size)
     _require_same("--teacher", config.distill.teacher, saved, "teacher", teacher and teacher.fingerprint)
-    counts = torch.ones(len(dataset.class_names)) if config.data.balanced else dataset.class_counts
-    frequencies = (counts / counts.sum()).to(device)
-    objective = create_objective(
-        config.optim, config.distill, dataset.class_names, frequencies, multi_label=multi_label
-    )
+    objective = _create_objective(config, dataset, batches, device)
     _require_same("--class-weights", config.optim.class_weights, saved, "class weights", objective.class_weights)
-    if batches.weights is not None:
-        objective = replace(
-            objective, loss=replace(objective.loss, function=partial(weigh_loss, objective.loss.function))
-        )
-    parameters = count_parameters(model)
     optim.freeze(model, config.init.frozen, initial.new)
     if world.main:
         world.send({"streaming": streaming, "compile": how, "amp": hardware.amp_name(dtype)}, patient)
@@ -403,6 +373,57 @@ def create_setup(
     )
 
 
+def _create_dataset(config: Config, world: World, patient: Any, saved: Mapping[str, Any] | None) -> ImageDataset:
+    """Read the data, after the first process of this machine, whose storage may be its own.
+
+    Args:
+        patient: Process group that waits for downloads and preparation.
+    """
+    first = world.main or not world.local_rank
+    if not first:
+        world.wait(patient)
+    factory.require_known(config.model.arch)  # before images are decoded
+    labels = config.pretrain.labels
+    dataset = datasets.create_dataset(config.data, labels=labels, augment=config.augment if labels else None)
+    if first and not world.main:
+        world.wait(patient)
+    _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)
+    if config.run.patience is not None and not len(dataset.val):
+        raise InputError(f"--patience {config.run.patience}: needs validation images, and --val-fraction is 0")
+    return dataset
+
+
+def _create_initial_model(
+    config: Config, dataset: ImageDataset, saved: Mapping[str, Any] | None
+) -> tuple[nn.Module, dict[str, Any], InitialWeights]:
+    """Return the model at the start of the run, the arguments of `create_model`, and where its weights come from."""
+    spec = _spec(config, dataset)
+    torch.manual_seed(config.run.seed)
+    model = factory.create_model(**spec)
+    if saved is not None:
+        return model, spec, InitialWeights(fingerprint=saved.get("init"), new=tuple(saved.get("new", ())))
+    if (origin := config.init.init) is not None:
+        from smallvit.training.adapt import load_initial_weights
+
+        shrink = config.init.shrink
+        return model, spec, load_initial_weights(model, spec, origin, dataset, config.data, shrink=shrink)
+    _initialize(model, config.init.weight_init)
+    return model, spec, InitialWeights()
+
+
+def _create_objective(config: Config, dataset: ImageDataset, batches: TrainLoader, device: torch.device) -> Objective:
+    """Return the loss of labels and of the teacher's outputs."""
+    counts = torch.ones(len(dataset.class_names)) if config.data.balanced else dataset.class_counts
+    frequencies = (counts / counts.sum()).to(device)
+    objective = create_objective(
+        config.optim, config.distill, dataset.class_names, frequencies, multi_label=dataset.label_sets is not None
+    )
+    if batches.weights is None:
+        return objective
+    loss = replace(objective.loss, function=partial(weigh_loss, objective.loss.function))
+    return replace(objective, loss=loss)
+
+
 def _augmentation(config: Config, dataset: ImageDataset, model: nn.Module) -> Augment | ViewMaker:
     """Return the augmentation of training images, or what makes their views for pretraining."""
     if config.pretrain.labels:
@@ -453,8 +474,10 @@ def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:
     return config
 
 
-def _create_budget(config: Config, dataset: ImageDataset, epoch_steps: int, seconds: float) -> TimeBudget:
-    """Return the progress of a run that may take this long; a moving average is evaluated next to its weights."""
+def _create_budget(config: Config, dataset: ImageDataset, epoch_steps: int) -> TimeBudget | None:
+    """Return the progress of a run with --max-time; a moving average is evaluated next to its weights."""
+    if (seconds := config.optim.max_seconds) is None:
+        return None
     val, test = len(dataset.val) * (1 + (config.optim.ema_decay is not None)), len(dataset.test)
     interval = config.optim.val_interval
     return TimeBudget(seconds, epoch_steps, val, test * (1 + config.augment.test_flip), interval)

@@ -7,6 +7,7 @@ ten; below that, on a subset of each class's training images.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -502,6 +503,33 @@ PLUGIN_EXPERIMENTS = {
 }
 
 
+SMALL_ROWS = ("lee2021: plain", "lee2021: SPT", "lee2021: LSA", "lee2021: SPT, LSA", "best: stem, LSA, FFN", "resnet32")
+FEW_ROWS = ("lee2021: plain", "lee2021: SPT, LSA", "best: stem, LSA, FFN", "resnet32")
+
+
+def small_models(title: str, rows: Sequence[str], **more: Any) -> Experiment:
+    """Return rows of `plugin_trials` on cifar100, compared with the model without plugins by the paper's recipe."""
+    base, *_ = rows
+    trials = {trial.label: trial for trial in plugin_trials("cifar100")}
+    return Experiment(
+        title=title,
+        data="cifar100",
+        trials=tuple(replace(trials[label], baseline=None if label in (base, "resnet32") else base) for label in rows),
+        **more,
+    )
+
+
+def few(percent: int, passes: int) -> Experiment:
+    """Return a point of the data-efficiency curve: every point shows 300,000 images."""
+    return small_models(
+        f"Small models on {percent}% of the images of cifar100: {passes} passes, 300,000 images seen",
+        FEW_ROWS,
+        epochs=passes,
+        seeds=3,
+        flags=HELD_OUT | {"train_fraction": percent / 100, "val_interval": max(1, passes // 30)},
+    )
+
+
 BINARY_RATE = "5e-3"
 """Ten times the published learning rate, since runs are short: the best of three on the digits' validation images."""
 BINARY_ROWS = {
@@ -553,6 +581,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "best/optimizer-10": optimizers(10, 0.3),
     "best/optimizer-60": optimizers(60, 0.05),
     **PLUGIN_EXPERIMENTS,
+    "small/cifar100": small_models(
+        "Small models on cifar100: 30 passes over all images", SMALL_ROWS, epochs=30, seeds=3, flags=HELD_OUT
+    ),
+    "small/few-1": few(1, 600),
+    "small/few-10": few(10, 60),
+    "small/few-100": few(100, 6),
     # names the default rate, so that the teacher's runs are not taken for those of lee2021/digits
     "binaryvit/digits": binaryvit("digits", "vit+spt+lsa,lr=1e-3", epochs=100, seeds=5, flags={"batch_size": 32}),
     "binaryvit/cifar100": binaryvit(

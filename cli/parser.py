@@ -23,8 +23,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from smallvit.config import recipes
-from smallvit.config.config import Config, literals, option_names
-from smallvit.config.model import expand_arch
+from smallvit.config.config import Config, expand_options, literals, option_names
 from smallvit.config.options import REGULARIZATION
 from smallvit.config.other_names import suggest_option
 from smallvit.datasets.catalog import DATASETS, require_data
@@ -83,6 +82,8 @@ class Parser(argparse.ArgumentParser):
         self.details = details
         self.rest: list[argparse._ArgumentGroup] = []
         """Groups of which the short help shows the titles only."""
+        self.pools_data = False
+        """Whether --data may be given several times."""
 
     def format_help(self, *, full: bool = False) -> str:
         formatter = self._get_formatter()
@@ -112,6 +113,10 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             raise InputError(self._explain_unknown(unknown))
+        if isinstance(data := getattr(options, "data", None), list) and not self.pools_data:
+            if len(data) > 1:
+                raise InputError(f"--data {data[1]}: {self.prog} takes one data set, and --data {data[0]} is given")
+            options.data = data[0]
         out = getattr(options, "out", None) or ""
         require(is_utf8(out), "out", ascii(out), "a name in UTF-8; choose another")  # now, not when all is computed
         return options
@@ -229,6 +234,7 @@ def options_parser(
         shown: Group of options that --help shows too.
     """
     parser = Parser(prog, description, details)
+    parser.pools_data = only is None
     if own is not None:
         own(parser)
     common = parser._optionals
@@ -259,13 +265,16 @@ def _add_options(
         if option.name == LOSS_OPTIONS:
             _add_loss_options(section)
             continue
+        if option.name == "more_data":  # --data, given again
+            continue
         sentence = help_texts.get(option.name) or sentences[option.name]
         if option.name in ("loss", "distill"):
             losses = {name: loss for name, loss in LOSSES.items() if loss.distillation == (option.name == "distill")}
             sentence += " " + "; ".join(f"{name}: {loss.help}" for name, loss in losses.items()) + "."
         unset = option.default is None or option.default is False
         shown = "" if unset or option.name in help_texts else f" [{option.default}]"
-        _add_flag(section, option.name, kinds[option.name], sentence + shown)
+        several = {"action": "append"} if option.name == "data" else {}
+        _add_flag(section, option.name, kinds[option.name], sentence + shown, **several)
 
 
 def _add_loss_options(section: argparse._ArgumentGroup) -> None:
@@ -294,7 +303,7 @@ def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
     Raises:
         InputError: an unknown flag or recipe (what was meant is named), a value of the wrong type, an unusable file.
     """
-    options = expand_arch(vars(parser.parse_args(argv)))
+    options = expand_options(vars(parser.parse_args(argv)))
     own = {name: options.pop(name) for name in [*options] if name.startswith(f"{LOSS_OPTIONS}.")}
     if own:
         options[LOSS_OPTIONS] = {name.partition(".")[2]: value for name, value in own.items()}

@@ -11,15 +11,16 @@ Train a model on images without labels, to start training with few labels from
 it. Labels are not used, and not needed.
 
   smallvit pretrain --arch vit --spt --lsa --data DIR     # any folder of images
-  smallvit pretrain --arch vit --data cifar100
+  smallvit pretrain --arch vit --data cifar100 --data photos/ --data more.zip
   smallvit pretrain --arch vit --data DIR --objective dino
   smallvit train --init RUN --recipe finetune-ssl --data LABELED
   smallvit probe RUN --data LABELED           # linear classifier, k-NN
   smallvit pretrain --resume RUN              # after an interruption
 
-If DIR has class folders, the splits are those of smallvit train, and the
-accuracy of nearest neighbors on validation images is shown after each
---val-interval epochs. Else all images are trained on.
+The training images of all --data are pooled. If the first one has classes, the
+accuracy of nearest neighbors on its validation images is shown after each
+--val-interval epochs. The splits of data with classes are those of smallvit
+train; else all images are trained on.
 
 Without --recipe, the recipe pretrain replaces defaults below: lejepa, 200
 epochs, batches of 256, learning rate 2e-3.

@@ -48,7 +48,8 @@ def _add_arguments(parser: Parser) -> None:
     group.add_argument("--rows", action="append", default=[], metavar="ROW", help="A model of the experiment. [all]")
     group.add_argument("--seeds", type=int, metavar="N", help="Runs per model, starting at --seed. [the experiment's]")
     group.add_argument("--jobs", type=int, metavar="N", help="Runs trained at a time. [one per GPU, or per CPU thread]")
-    group.add_argument("--data", metavar="DIR", help="The data set as a folder of class folders. [downloaded]")
+    folder = "The data set as a folder of class folders. [downloaded]"
+    group.add_argument("--data", metavar="DIR", action="append", help=folder)
     group.add_argument("--record", metavar="DIR", help="A collection of records to add to. [none]")
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from smallvit.datasets.catalog import DATASETS
 
-__all__ = ["DATASETS", "create_dataset"]
+__all__ = ["DATASETS", "create_dataset", "create_pool"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "create_dataset":  # imported on first use, as DATASETS alone needs no torch
-        from smallvit.datasets.factory import create_dataset
+    if name in __all__:  # imported on first use, as DATASETS alone needs no torch
+        from smallvit.datasets import factory
 
-        return create_dataset
+        return getattr(factory, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,17 +6,20 @@ Axes: n images, c channels, h w pixels, k classes.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from timm.data.transforms import center_crop_or_pad
 from torch import Tensor
@@ -26,7 +29,7 @@ from smallvit.config.options import MAX_MEGAPIXELS, DataConfig
 from smallvit.datasets.channels import measure_channels, read_channels
 from smallvit.datasets.decode import GRAY, decode_image, open_image, run_in_threads
 from smallvit.datasets.gray import GrayRanges, measure
-from smallvit.datasets.listing import Listing
+from smallvit.datasets.listing import Archive, Listing
 from smallvit.utils.errors import InputError
 from smallvit.utils.hardware import require_memory
 from smallvit.utils.sizes import ImageSize, fit_sides, height_width, image_size
@@ -80,6 +83,12 @@ class Images:
             digest.update(f"{self.groups is None or self.groups.tolist()}".encode("utf-8", "replace"))
             digest.update(f"{self.weights is None or self.weights.tolist()}".encode())
         return digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        """Return a gray or color image as the bytes of an image file."""
+        pixels, file = self.pixels[index].numpy().transpose(1, 2, 0), io.BytesIO()
+        Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels).save(file, "PPM")
+        return file.getvalue()
 
     def hashes(self, side: int = 32) -> list[bytes]:
         """Return a hash of each image's pixels, for speed of every n-th if they are larger than `side`."""
@@ -158,6 +167,11 @@ class Files:
         weights = "" if self.weights is None else f" {hashlib.sha256(self.weights).hexdigest()}"
         return f"{self.listing.content} {hashlib.sha256(self.positions).hexdigest()}{weights}"
 
+    def read(self, index: int) -> bytes:
+        """Return the bytes of an image file."""
+        file = self.listing.open(int(self.positions[index]))
+        return Path(file).read_bytes() if isinstance(file, str) else file.read()
+
     def decode(self, index: int) -> UInt8[np.ndarray, "c h w"]:
         """Decode an image; Pillow's errors on damaged files pass through."""
         file = self.listing.open(int(self.positions[index]))
@@ -207,6 +221,19 @@ class Files:
 
 
 Split = Images | Files
+NO_LABEL = -1
+"""Label of training images without one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool(Archive):
+    """Images of several splits. A location is a split's number, and the index in it."""
+
+    splits: tuple[Split, ...]
+
+    def read(self, index: int, name: str) -> bytes:
+        number, position = self.locations[index].tolist()
+        return self.splits[number].read(position)
 
 
 @dataclass(frozen=True)
@@ -276,9 +303,10 @@ class ImageDataset:
     @property
     def class_counts(self) -> Int64[Tensor, " k"]:
         """Number of training images of each class."""
+        labels = self.train.labels[self.train.labels != NO_LABEL]
         if self.label_sets is not None:
-            return self.label_sets[self.train.labels].sum(dim=0).long()
-        return torch.bincount(self.train.labels, minlength=len(self.class_names))
+            return self.label_sets[labels].sum(dim=0).long()
+        return torch.bincount(labels, minlength=len(self.class_names))
 
     @property
     def imbalance_ratio(self) -> float:
@@ -448,6 +476,40 @@ def join(first: Split, second: Split) -> Split:
     pixels, paths = torch.cat([first.pixels, second.pixels]), first.paths and (*first.paths, *second.paths)
     pairs = ((first.groups, second.groups), (first.weights, second.weights))
     return Images(pixels, labels, paths, *(None if pair[0] is None else np.concatenate(pair) for pair in pairs))
+
+
+def pool(splits: Sequence[Split]) -> Split:
+    """Return the images of splits of different data; those of all but the first have no labels.
+
+    They are in memory if those of all splits are. The splits have one size and number of channels.
+    """
+    first, *others = splits
+    labels = torch.cat([first.labels, *(torch.full_like(each.labels, NO_LABEL) for each in others)])
+    files = [each for each in splits if isinstance(each, Files)]
+    if not files:
+        return Images(torch.cat([each.pixels for each in splits if isinstance(each, Images)]), labels)
+    locations = [np.stack([np.full(len(each), number), np.arange(len(each))], 1) for number, each in enumerate(splits)]
+    listing = Listing(
+        root=files[0].listing.root,
+        class_names=(),
+        paths=tuple(path for each in splits for path in _full_paths(each)),
+        labels=tuple(labels.tolist()),
+        splits=("train",) * len(labels),
+        fingerprint="",
+        content=hashlib.sha256("\n".join(each.content() for each in splits).encode()).hexdigest(),
+        archive=Pool(files[0].listing.root, (), np.concatenate(locations), tuple(splits)),
+    )
+    return replace(files[0], listing=listing, positions=np.arange(len(labels)), labels=labels)
+
+
+def _full_paths(split: Split) -> Iterator[str]:
+    """Yield the file of each image, in an archive with its path."""
+    if isinstance(split, Images):
+        yield from split.paths or (f"image {number}" for number in range(1, len(split) + 1))
+        return
+    for position in split.positions.tolist():
+        path = split.listing.paths[position]
+        yield path if split.listing.archive is None else os.path.join(split.listing.root, path)
 
 
 def nested_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

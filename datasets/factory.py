@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from smallvit.datasets.dataset import (
     hold_out,
     join,
     nested_share,
+    pool,
     take_fold,
 )
 from smallvit.datasets.decode import (
@@ -73,7 +74,7 @@ def create_dataset(
         draw: Whether to hold out missing splits. If not, they are empty, and a folder may have one class only.
         ranges: Ranges of gray values of more than 8 bits of a trained model; missing ones are measured on the training
             images.
-        labels: Whether labels are needed. If not, a folder that has no class folders is one class without test images.
+        labels: Whether labels are needed. If not, images without labels are one class without test images.
         augment: Augmentation of training; random crops of whole files require that the images stay on disk.
 
     Raises:
@@ -81,7 +82,7 @@ def create_dataset(
     """
     require_data(config.data)
     info = DATASETS.get(config.data)
-    if info.reader not in readers.FILE_FORMATS if info else is_hub_source(config.data):
+    if not _has_files(config.data):
         if config.streaming == "on":
             raise InputError(f"--streaming on: {config.data} is read into memory; only image files can be streamed")
         if config.group_by is not None:
@@ -99,11 +100,71 @@ def create_dataset(
     return assemble(config, splits, images.class_names, [], info, draw=draw)
 
 
+def _has_files(data: str) -> bool:
+    """Return whether a data set has image files, which can be streamed."""
+    info = DATASETS.get(data)
+    return info.reader in readers.FILE_FORMATS if info else not is_hub_source(data)
+
+
+def create_pool(config: DataConfig, more: Sequence[str] = ()) -> ImageDataset:
+    """Create the data set that `config` names, with the training images of others, whose labels are not used.
+
+    Image size, channels, statistics, and validation and test images are those of the first. Images are streamed
+    if any are too large, or all together.
+
+    Args:
+        more: The other data sets; options of `config` but --img-size and --in-chans apply to each.
+
+    Raises:
+        InputError: as `create_dataset` does, or numbers of channels differ.
+    """
+    if not more:
+        return create_dataset(config, labels=False)
+    parts = _load_parts(config, more)
+    size = sum(part.train.pixels.nbytes for part in parts if isinstance(part.train, Images))
+    streamed = any(part.train.on_disk for part in parts) or size > MAX_IN_MEMORY
+    if config.streaming == "auto" and streamed:
+        parts = _load_parts(replace(config, streaming="on"), more)
+    first, *others = parts
+    notes = [
+        f"{part.name}: {note}"
+        for part in others
+        for note in (f"{len(part.train):,} more images to train on, without labels", *part.notes)
+    ]
+    return replace(
+        first,
+        train=pool([part.train for part in parts]),
+        flip=all(part.flip for part in parts),
+        gray_ranges=others[-1].gray_ranges,
+        fingerprint=hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest(),
+        notes=(*first.notes, *notes),
+    )
+
+
+def _load_parts(config: DataConfig, more: Sequence[str]) -> list[ImageDataset]:
+    """Create the data sets of a pool, those without files in memory."""
+    parts: list[ImageDataset] = []
+    for data in (config.data, *more):
+        own, files, ranges = replace(config, data=data), _has_files(data), None
+        if not files:
+            own = replace(own, streaming="off")
+        if parts:
+            own = replace(own, img_size=parts[0].img_size, in_chans=parts[0].in_chans if files else "auto")
+            ranges = parts[-1].gray_ranges
+        parts.append(create_dataset(own, labels=False, ranges=ranges))
+        if (channels := parts[-1].in_chans) != parts[0].in_chans:
+            raise InputError(
+                f"--data {data}: has images of {channels} channel{'s' * (channels > 1)}, and --data {config.data} of "
+                f"{parts[0].in_chans}; remove one"
+            )
+    return parts
+
+
 def read_source(config: DataConfig, min_classes: int = 2, *, labels: bool = True) -> Listing | readers.Arrays:
     """Return the image files that `config` names, or the images of a data set that has none; download it first.
 
     Args:
-        labels: Whether a folder must have class folders.
+        labels: Whether labels are needed.
 
     Raises:
         InputError: the files are unusable, or the download failed.
@@ -112,10 +173,10 @@ def read_source(config: DataConfig, min_classes: int = 2, *, labels: bool = True
         return readers.read(config.data, data_folder(config))
     root = Path(os.path.expanduser(config.data))
     if is_manifest(config.data):
-        return read_manifest(root, config.columns, min_classes)
+        return read_manifest(root, config.columns, min_classes, labels=labels)
     if is_shards(root):
         return read_shards(root)
-    return list_zip(root) if root.is_file() else list_folder(root, min_classes, labels=labels)
+    return list_zip(root, labels=labels) if root.is_file() else list_folder(root, min_classes, labels=labels)
 
 
 def _load_hub(config: DataConfig, draw: bool, ranges: GrayRanges) -> ImageDataset:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,8 @@ from smallvit.utils.terminal import create_progress
 ANNOTATIONS = "val/val_annotations.txt"
 UNLABELED = ("images",)
 """The class of images without labels."""
+MIN_CLASS = 3
+"""Number of images that a class needs to hold out validation and test images."""
 
 
 class FileInfo(NamedTuple):
@@ -64,7 +67,7 @@ def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True, use_in
     Args:
         root: The folder.
         min_classes: Minimum number of classes.
-        labels: Whether class folders are needed. If not, a folder of another layout is one class, with all its images.
+        labels: Whether class folders are needed. If not, a folder of another layout is one class of training images.
         use_index: Whether to read the index of a large folder that has not changed.
 
     Raises:
@@ -86,12 +89,7 @@ def list_folder(root: Path, min_classes: int = 2, *, labels: bool = True, use_in
         with create_progress(Console(stderr=True)) as progress:
             task = progress.add_task(f"listing {escape(str(root))}", total=1)
             tree = _scan(root, "", files, stamps, (), partial(_show, progress, task))
-        try:
-            layout = _find_layout(tree, read_text, root, min_classes)
-        except InputError:
-            if labels or not any(map(is_readable, tree.images())):
-                raise
-            layout = _unlabeled_layout(tree)
+        layout = _find_layout(tree, read_text, root, min_classes, labels=labels)
     except OSError as error:
         raise InputError(f"--data {error.filename or root}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -107,14 +105,19 @@ def _show(progress: Progress, task: TaskID, inner: int) -> None:
     progress.update(task, advance=1, total=None if total is None else total + inner)
 
 
-def list_zip(file: Path) -> Listing:
+def list_zip(file: Path, *, labels: bool = True) -> Listing:
     """List the images of a zip file of class folders.
+
+    Args:
+        file: The zip file.
+        labels: Whether class folders are needed, as in `list_folder`.
 
     Raises:
         InputError: the file does not exist, is damaged or no zip file, or its layout is unusable; see `find_layout`.
     """
     require_utf8([], file)
-    if known := load_index(file, "zip"):
+    variant = f"zip {labels}"
+    if known := load_index(file, variant):
         return known
     try:
         started, status = time.time_ns(), os.stat(file)
@@ -122,7 +125,7 @@ def list_zip(file: Path) -> Listing:
             members = {info.filename.removeprefix("./"): info for info in archive.infolist() if not info.is_dir()}
             members = {name: info for name, info in members.items() if not any(map(is_hidden, name.split("/")))}
             tree = build_tree(members)
-            layout = _find_layout(tree, lambda name: archive.read(members[name]).decode(), file)
+            layout = _find_layout(tree, lambda name: archive.read(members[name]).decode(), file, labels=labels)
     except InputError:
         raise
     except (BadZipFile, EOFError, ValueError, RuntimeError, zlib.error) as error:  # RuntimeError: encrypted, or new
@@ -132,22 +135,45 @@ def list_zip(file: Path) -> Listing:
     files = {name: FileInfo(info.filename, f"{info.file_size} {info.CRC}", 0) for name, info in members.items()}
     locations = ZipMembers.from_infos(file, (members[name] for name, _, _ in layout.samples))
     listing = replace(build_listing(file, layout, files), archive=locations)
-    save_index(listing, "zip", {"": create_stamp(status)}, started)
+    save_index(listing, variant, {"": create_stamp(status)}, started)
     return listing
 
 
-def _find_layout(tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int = 2) -> Layout:
-    """Find out which files are images of which class and split, in Tiny-ImageNet's layout or class folders."""
+def _find_layout(
+    tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int = 2, *, labels: bool = True
+) -> Layout:
+    """Find out which files are images of which class and split, in Tiny-ImageNet's layout or class folders.
+
+    Without need for `labels`, all images are training images of one class if they do not lie in class folders, or
+    most do not, or a class has too few to hold some out.
+    """
+    images = [] if labels else sorted(filter(is_readable, tree.images()))
+    try:
+        layout = _labeled_layout(tree, read_text, source, min_classes)
+    except InputError:
+        if not images:
+            raise
+        return _unlabeled_layout(images)
+    if labels:
+        return layout
+    counts = Counter(label for _, label, split in layout.samples if split == "all")
+    if few := [layout.class_names[label] for label, count in counts.items() if count < MIN_CLASS]:
+        return _unlabeled_layout(images, f"folders are no classes, since {few[0]}/ has fewer than {MIN_CLASS} images")
+    if 2 * len(layout.samples) < len(images):
+        return _unlabeled_layout(images, "folders are no classes, since most images do not lie in them")
+    return layout
+
+
+def _labeled_layout(tree: Folder, read_text: Callable[[str], str], source: Path, min_classes: int) -> Layout:
     top = unwrap(tree)
     if "val" in top.folders and top.top + ANNOTATIONS in top.folders["val"].files:
         return _read_tiny_imagenet(top, read_text, source)
     return find_layout(tree, source, min_classes)
 
 
-def _unlabeled_layout(tree: Folder) -> Layout:
-    """Return all images of a folder as training images of one class."""
-    names = sorted(filter(is_readable, tree.images()))
-    return Layout(UNLABELED, [(name, 0, "train") for name in names], (), "")
+def _unlabeled_layout(names: list[str], *notes: str) -> Layout:
+    """Return images as training images of one class."""
+    return Layout(UNLABELED, [(name, 0, "train") for name in names], notes, "")
 
 
 def build_listing(root: Path, layout: Layout, files: Mapping[str, FileInfo]) -> Listing:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from smallvit.datasets.image_folder import FileInfo, build_listing
+from smallvit.datasets.image_folder import UNLABELED, FileInfo, build_listing
 from smallvit.datasets.listing import (
     ALIASES,
     SPLITS,
@@ -68,7 +68,7 @@ class Row(NamedTuple):
     weight: float
 
 
-def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2) -> Listing:
+def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2, *, labels: bool = True) -> Listing:
     """List the images of a manifest, by split, class and path.
 
     Args:
@@ -76,13 +76,16 @@ def read_manifest(file: Path, columns: str | None = None, min_classes: int = 2) 
         columns: Names of columns that differ from their fields, such as "path=file,label=species"; with several labels
             in columns of 0 and 1, "label=cat+dog" or "label=is_*".
         min_classes: With 1, as for images that are only evaluated, classes may have a single image.
+        labels: Whether labels are needed. If not, the images of a table without a column of labels are one class.
 
     Raises:
         InputError: The file or one of its rows is unusable; the line names the place.
     """
 
     fail = partial(_fail, file)
-    table = _read_table(file, columns, ("path", "label"), fail)
+    table = _read_table(file, columns, ("path", "label") if labels else ("path",), fail)
+    if "label" not in table.names:
+        min_classes = 1
     order = (*SPLITS, "all")
     rows = sorted(_parse(file, table, fail), key=lambda row: (order.index(row.split), row.label, row.path))
     classes = {row.label: _split_label(row.label) if table.multi_label else [row.label] for row in rows}
@@ -258,7 +261,7 @@ def _parse(file: Path, table: Table, fail: Callable[..., NoReturn]) -> Iterator[
         row = Row(
             where,
             *_find_file(file.parent, values["path"], where, fail),
-            SEPARATOR.join(_split_label(values["label"])) if table.multi_label else values["label"],
+            SEPARATOR.join(_split_label(values["label"])) if table.multi_label else values.get("label", UNLABELED[0]),
             _parse_split(values["split"], where, fail) if "split" in values else "all",
             values.get("group", ""),
             _parse_weight(values["weight"], where, fail) if "weight" in values else 1.0,

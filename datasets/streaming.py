@@ -119,21 +119,21 @@ class Decoder(Dataset):
         """Return the images that can be decoded; of an image that the part has several times, the file is read once."""
         files = self.splits[job.split]
         pixels = np.empty((len(job.indices), files.channels, *height_width(files.size)), dtype=np.uint8)
-        labels, errors = np.full(len(job.indices), -1), []
+        labels, kept, errors = np.empty(len(job.indices), int), np.zeros(len(job.indices), bool), []
         for index in dict.fromkeys(job.indices.tolist()):
             positions = np.flatnonzero(job.indices == index)
             substitutes = MAX_SUBSTITUTES if job.substitute and files.skip_corrupt else 1
             for chosen in (np.arange(index, index + substitutes) % len(files)).tolist():
                 try:
                     pixels[positions] = self._decode(files, chosen, job.crops and job.crops.part(positions))
-                    labels[positions] = int(files.labels[chosen])
+                    labels[positions], kept[positions] = int(files.labels[chosen]), True
                     break
                 except Exception as error:  # libraries raise anything on damaged files
                     path = files.listing.paths[int(files.positions[chosen])]
                     message = f"{path} ({describe_decode_error(error, path)})"
             else:
                 errors.append(message)
-        if (kept := labels >= 0).all():
+        if kept.all():
             return Decoded(torch.from_numpy(pixels), labels.tolist(), "", job.last)
         error = ""
         if not files.skip_corrupt:

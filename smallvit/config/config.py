@@ -54,6 +54,11 @@ class Config:
         }
         if len(used := [name for name, on in corrections.items() if on]) > 1:
             raise InputError(f"{used[0]} and {used[1]} correct the class frequencies twice; give one of them")
+        if self.pretrain.more_data and self.pretrain.labels and self.run.resume is None:
+            raise InputError(
+                f"--data {self.pretrain.more_data[0]}: training with labels takes one data set, and --data "
+                f"{self.data.data} is given; remove one (smallvit pretrain takes several)"
+            )
 
     @classmethod
     def build(cls, /, **options: Any) -> Config:
@@ -64,7 +69,7 @@ class Config:
         Raises:
             InputError: An option is unknown, of the wrong type or out of range.
         """
-        return cls.from_dict(options)._with_given(expand_arch(options))
+        return cls.from_dict(options)._with_given(expand_options(options))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Config:
@@ -74,7 +79,7 @@ class Config:
             InputError: An option is unknown, of the wrong type or out of range.
         """
         types, groups = option_types(), {group: {} for group in option_groups()}
-        options = expand_arch(options)
+        options = expand_options(options)
         for name, value in options.items():
             if name not in types:
                 from smallvit.config.other_names import suggest_option  # for this message only
@@ -86,7 +91,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options, flat, as `from_dict` takes them and config.json holds them."""
-        return {name: value for group in asdict(self).values() for name, value in group.items()}
+        options = {name: value for group in asdict(self).values() for name, value in group.items()}
+        return options | {"more_data": [*self.pretrain.more_data]}
 
     def replace(self, **options: Any) -> Config:
         """Return a copy with other values of these options."""
@@ -105,6 +111,19 @@ class Config:
     def _with_given(self, names: Collection[str]) -> Config:
         self.__dict__["_given"] = tuple(dict.fromkeys(names))
         return self
+
+
+def expand_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat options in which `arch` has no plugins and `data` is one data set; these are separate options.
+
+    Raises:
+        InputError: No such plugin, or the list is empty.
+    """
+    options = expand_arch(options)
+    if isinstance(data := options.get("data"), list | tuple):
+        require(len(data) > 0, "data", data, "a data set or folder")
+        options |= {"data": data[0], "more_data": tuple(data[1:])}
+    return options
 
 
 @cache
@@ -141,6 +160,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Mapping:
         require(isinstance(value, Mapping), name, repr(value), "a dictionary")
         return {str(each): _to_plain(own) for each, own in value.items()}
+    if get_origin(kind) is tuple:
+        require(isinstance(value, list | tuple), name, repr(value), "a list")
+        return tuple(_checked(name, each, str) for each in value)
     if Rectangle in get_args(kind):
         return value if value is None else parse_size(value)
     if words := literals(kind):
@@ -189,6 +211,9 @@ def format_train_command(
     options |= options.pop("loss_options")
     for name, value in options.items():
         if name in without or value is None or not (full or value != defaults.get(name)):
+            continue
+        if name == "more_data":
+            words += [word for each in value for word in ("--data", each if keep_folders else strip_folder(each))]
             continue
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))

@@ -328,6 +328,8 @@ class PretrainConfig(Options):
 
     objective: Literal["supervised", "lejepa", "dino"] = option("supervised")
     """What is trained: supervised (labels), or features of views of unlabeled images: lejepa, dino."""
+    more_data: tuple[str, ...] = ()
+    """Data sets whose training images are added to those of --data, without their labels."""
     global_views: int = option(2, ge=1)
     """Views of each image that show most of it."""
     local_views: int | None = option(None, ge=0)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from smallvit.datasets.dataset import ImageDataset
+from smallvit.datasets.dataset import NO_LABEL, ImageDataset
 from smallvit.datasets.loader import IGNORED_LABEL, evaluation_batches
 from smallvit.evaluation.evaluate import BatchParts
 from smallvit.models import weights
@@ -81,20 +81,29 @@ def evaluate_features(
 ) -> dict[str, Any]:
     """Return the accuracy of nearest neighbors (%) on a split, and the effective rank of the training features.
 
-    The neighbors are at most `MAX_IMAGES` training images. The accuracy is None without labels or images.
+    Both are of at most `MAX_IMAGES` training images, those with labels first. The accuracy is None without labels or
+    images.
     """
 
     def features_of(part: str, images: ImageDataset) -> Features:
         batches = evaluation_batches(images, part, device, batch_size)
         return extract_features(model, wrap(batches), device, dtype, parts)
 
-    count = len(dataset.train)
-    chosen = np.linspace(0, count - 1, min(count, MAX_IMAGES)).round().astype(int)
+    labeled = dataset.train.labels.numpy() != NO_LABEL
+    chosen = _spread(np.flatnonzero(labeled), MAX_IMAGES)
+    chosen = np.concatenate([chosen, _spread(np.flatnonzero(~labeled), MAX_IMAGES - len(chosen))])
     train = features_of("train", replace(dataset, train=dataset.train.subset(chosen)))
     images, top1 = len(getattr(dataset, split)), None
     if images and len(dataset.class_names) > 1:
-        top1, _ = neighbor_accuracy(train, features_of(split, dataset))
+        known = train.labels != NO_LABEL
+        top1, _ = neighbor_accuracy(Features(train.values[known], train.labels[known]), features_of(split, dataset))
     return {"knn_top1": top1, "rank": effective_rank(train.values), "loss": None, "images": images}
+
+
+def _spread(indices: Int64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " m"]:
+    """Return at most `count` of some indices, evenly spread."""
+    chosen = np.linspace(0, len(indices) - 1, min(len(indices), count)).round().astype(int)
+    return indices[chosen]
 
 
 def neighbor_accuracy(train: Features, test: Features) -> tuple[float, int]:

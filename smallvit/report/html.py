@@ -195,7 +195,9 @@ def list_options(run: RunSummary) -> tuple[list[tuple[str, str, str]], list[tupl
     values, defaults, types = run.view.config.to_dict(), default_options(), option_types()
     changed, others = [], []
     for name, value in values.items():
-        if value != defaults[name]:
+        if name == "more_data":
+            changed += [("--data", each, "none") for each in value]
+        elif value != defaults[name]:
             changed.append((flag(name), format_value(value), format_value(defaults[name])))
         elif name not in option_names("launch"):
             others.append((flag(name), format_value(value), types[name][0]))

@@ -96,10 +96,12 @@ def open_run(config: Config) -> Run:
     if (file := config.optim.class_weights) not in (None, "balanced"):
         paths["class_weights"] = os.path.realpath(os.path.expanduser(file))
         read_class_weights(paths["class_weights"])  # before images are decoded
-    config = config.replace(data=_absolute(config.data.data), **paths)
+    more = [*map(_absolute, config.pretrain.more_data)]
+    config = config.replace(data=_absolute(config.data.data), more_data=more, **paths)
     if config.run.resume is not None:
         return _resume(Path(os.path.expanduser(config.run.resume)), config)
-    require_data(config.data.data)
+    for data in (config.data.data, *more):
+        require_data(data)
     arch = config.model.arch or (ARCH if config.init.init is None else None)
     if arch is not None:
         require_name(arch)
@@ -192,7 +194,7 @@ def _resume(folder: Path, config: Config, timeout: float = 0.0) -> Run:
     extended = _extend(folder, stored, config)
     # where both name files, contents are compared instead of names
     paths = [name for name in option_names("path") if not {old[name], new[name]} & {None, *DATASETS}]
-    moved = [name for name in paths if name in config.given]
+    moved = [name for name in (*paths, "more_data") if name in config.given]
     free = {*option_names("resumable", "launch"), *moved, *extended, *(SET_BY_INIT if old["init"] is not None else ())}
     for name in config.given:
         if name not in free and new[name] not in (old[name], "auto" if name in CHOSEN else old[name]):
@@ -245,15 +247,17 @@ def _require_inputs(folder: Path, config: Config, moved: Collection[str]) -> Non
     """
     state = folder / Run.STATE
     saved = weights_info.read_progress(state) if state.exists() else {}
-    for name, path in {"data": config.data.data, **_weights(config)}.items():
+    inputs = [*_weights(config).items(), ("data", config.data.data)]
+    for name, path in [*inputs, *(("more_data", each) for each in config.pretrain.more_data)]:
         needed = name != "init" or not saved
-        if name in moved and name != "data":
+        if name in moved and name in _weights(config):
             card, before = weights_info.read_weights_info(path, flag(name)), saved.get(name)
             if before is not None and before != weights_info.compute_fingerprint(card):
                 raise card.error(f"not the weights that the run in {folder} was started with: their contents differ")
         elif name not in moved and needed and path is not None and weights_info.is_missing(path):
             raise InputError(
-                f"--resume {folder}: {path} no longer exists; if it has moved, give its path by {flag(name)}"
+                f"--resume {folder}: {path} no longer exists; if it has moved, give its path by "
+                f"{'all --data again' if name == 'more_data' else flag(name)}"
             )
 
 

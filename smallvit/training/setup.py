@@ -244,6 +244,9 @@ class Setup:
                     f"{count:,} of {len(data.test):,} test images are also in train, pixel by pixel, which raises the "
                     "accuracy; smallvit check lists duplicates"
                 )
+        if not self.config.pretrain.labels and (len(data.class_names) < 2 or not len(data.val)):
+            several = "; it is that of the first --data" if self.config.pretrain.more_data else ""
+            yield f"no accuracy of neighbors is shown, since {data.name} has no labeled validation images{several}"
         if data.label_sets is None and self.config.pretrain.labels and 0 < (count := len(data.val)) < FEW_IMAGES:
             points = 100 * 1.96 * math.sqrt(0.25 / count)
             yield (
@@ -383,8 +386,10 @@ def _create_dataset(config: Config, world: World, patient: Any, saved: Mapping[s
     if not first:
         world.wait(patient)
     factory.require_known(config.model.arch)  # before images are decoded
-    labels = config.pretrain.labels
-    dataset = datasets.create_dataset(config.data, labels=labels, augment=config.augment if labels else None)
+    if config.pretrain.labels:
+        dataset = datasets.create_dataset(config.data, augment=config.augment)
+    else:
+        dataset = datasets.create_pool(config.data, config.pretrain.more_data)
     if first and not world.main:
         world.wait(patient)
     _require_same("--data", config.data.data, saved, "images", dataset.fingerprint)

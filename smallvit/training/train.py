@@ -40,7 +40,11 @@ MODEL_STREAM = 3
 
 
 TRAINED = (("next", "smallvit eval RUN"), ("", "smallvit report RUN"), ("", "smallvit predict RUN IMAGES"))
-PRETRAINED = (("next", "smallvit train --init RUN --recipe finetune-ssl --data DIR"), ("", "smallvit probe RUN"))
+PRETRAINED = (
+    ("next", "smallvit train --init RUN --recipe finetune-ssl --data LABELED"),
+    ("", "smallvit probe RUN --data LABELED"),
+    ("", "smallvit report RUN"),
+)
 """Commands for a finished run, with labels and without."""
 
 
@@ -364,7 +368,7 @@ def print_result(result: TrainResult, console: Console) -> TrainResult:
     if pretrained:
         chosen = f"features use {summary['rank']:.1f} dimensions, last of {epochs} epochs"
     score = summary[f"test_{primary}"]
-    console.print(f"\ntest {TITLES[primary]} " + (f"{score:.2f} %" if score is not None else "–") + f"  ({chosen})")
+    console.print(f"\n{chosen}" if score is None else f"\ntest {TITLES[primary]} {score:.2f} %  ({chosen})")
     if means := format_class_means(summary, "test_"):
         console.print(f"test {means}")
     console.print(f"trained  in {summary['train_seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s")

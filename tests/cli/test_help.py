@@ -85,7 +85,7 @@ def test_help_shows_common_options_and_headings_and_help_all_every_option_once(
     counts = {page: Counter(re.findall(r"^  (--[a-z0-9-]+)", page, re.MULTILINE)) for page in (short, full)}
     for group, group_class in option_groups().items():
         for each in fields(group_class):
-            if each.name == "loss_options":
+            if each.name in ("loss_options", "more_data"):
                 continue
             assert counts[full][flag(each.name)] == 1, each.name
             assert counts[short][flag(each.name)] == bool(each.metadata.get("common")), each.name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from PIL import Image
 
 import smallvit as package
 from smallvit import Config, InputError
+from smallvit.datasets import create_dataset, create_pool, factory
+from smallvit.datasets.dataset import NO_LABEL
+from smallvit.datasets.streaming import Decoder, Job
 from smallvit.evaluation.features import effective_rank
 from smallvit.models import checkpoint
 from smallvit.models.factory import create_model
@@ -155,6 +160,113 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, smallvit: Command) -> 
         code, _, err = smallvit("pretrain", *arguments, "--out", tmp_path / "run", "--device", "cpu")
         assert code == 2, arguments
         assert message in err, err
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Path]:
+    """Write two class folders, loose images, a zip file of loose images, and a table without labels."""
+    for name, count in (("labeled/cat", 10), ("labeled/dog", 10), ("loose", 12), ("packed", 5), ("listed", 4)):
+        write_images(tmp_path / name, count)
+    with ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for file in (tmp_path / "packed").iterdir():
+            archive.write(file, file.name)
+    table = tmp_path / "table.csv"
+    table.write_text("path\n" + "".join(f"listed/{number}.png\n" for number in range(4)))
+    return {name: tmp_path / name for name in ("labeled", "loose", "packed.zip", "table.csv")}
+
+
+def test_training_images_of_several_sources_are_pooled(sources: dict[str, Path]) -> None:
+    labeled, *others = map(str, sources.values())
+    datasets = {}
+    for streaming in ("off", "on"):
+        config = Config.build(data=[labeled, *others], objective="lejepa", img_size=16, streaming=streaming)
+        assert config.pretrain.more_data == tuple(others)
+        dataset = datasets[streaming] = create_pool(config.data, config.pretrain.more_data)
+        first = create_dataset(config.data)
+        assert len(dataset.train) == len(first.train) + 12 + 5 + 4
+        assert (dataset.train.labels == NO_LABEL).sum() == 21
+        assert dataset.class_counts.tolist() == first.class_counts.tolist()
+        assert (dataset.class_names, dataset.mean) == (first.class_names, first.mean)
+        assert dataset.val.content() == first.val.content()
+    assert not datasets["off"].train.on_disk
+    assert datasets["on"].train.on_disk
+    decoded = np.stack([datasets["on"].train.decode(index) for index in range(len(datasets["on"].train))])
+    assert np.array_equal(decoded, datasets["off"].train.pixels.numpy())
+    names = [Path(path).parts[-2] for path in datasets["on"].train.listing.paths[-21:]]
+    assert names == ["loose"] * 12 + ["packed.zip"] * 5 + ["listed"] * 4
+
+
+def test_arrays_are_pooled_with_streamed_files(sources: dict[str, Path]) -> None:
+    config = Config.build(data="digits", img_size=8, streaming="on")
+    digits = create_dataset(Config.build(data="digits", img_size=8).data)
+    dataset = create_pool(config.data, [str(sources["loose"])])
+    assert dataset.train.on_disk
+    assert not dataset.flip
+    assert len(dataset.train) == len(digits.train) + 12
+    decoded = Decoder({"train": dataset.train})[Job("train", np.arange(len(dataset.train)))]
+    assert decoded.pixels.shape == (len(dataset.train), 1, 8, 8)
+    assert torch.equal(decoded.pixels[:-12], digits.train.pixels)
+    assert decoded.labels == dataset.train.labels.tolist() == [*digits.train.labels.tolist(), *[NO_LABEL] * 12]
+
+
+def test_data_sets_that_are_large_together_are_streamed(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.build(data=str(sources["labeled"]), img_size=16)
+    monkeypatch.setattr(factory, "MAX_IN_MEMORY", 20 * 3 * 16 * 16)
+    assert not create_pool(config.data).train.on_disk
+    assert create_pool(config.data, [str(sources["loose"])]).train.on_disk
+
+
+def test_a_pooled_run_is_resumed_on_the_same_images_only(
+    sources: dict[str, Path],
+    tmp_path: Path,
+    smallvit: Command,
+    interrupted: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    data = [str(path) for path in sources.values()]
+    options = TINY | {"train_fraction": 1.0, "objective": "lejepa", "img_size": 8, "batch_size": 12, "epochs": 2}
+    whole = train.train(Config.build(out=str(tmp_path / "whole"), data=data, **options))
+    with interrupted(3):
+        train.train(Config.build(out=str(tmp_path / "broken"), data=data, **options))
+    moved = shutil.copytree(sources["loose"], tmp_path / "moved")
+    shutil.rmtree(sources["loose"])
+    code, _, err = smallvit("pretrain", "--resume", tmp_path / "broken")
+    assert code == 2
+    assert "loose no longer exists; if it has moved, give its path by all --data again" in err
+    again = [*("--data", data[0]), *("--data", moved), *("--data", data[2])]
+    code, _, err = smallvit("pretrain", "--resume", tmp_path / "broken", *again)
+    assert code == 2
+    assert "not the images that the run was started with" in err
+    code, out, err = smallvit("pretrain", "--resume", tmp_path / "broken", *again, "--data", data[3])
+    assert code == 0, err
+    assert (tmp_path / "broken" / Run.LAST).read_bytes() == (whole.folder / Run.LAST).read_bytes()
+    assert "2 classes, 35 train, 2 val, 4 test" in out
+    assert "moved: 12 more images to train on, without labels" in out
+    assert whole.summary["test_knn_top1"] is not None
+    stored = json.loads((whole.folder / Run.CONFIG).read_text())
+    assert [stored["data"], *stored["more_data"]] == data
+
+
+def test_a_second_data_set_is_refused_outside_pretraining(tmp_path: Path, trained_run: Path, smallvit: Command) -> None:
+    for command, message in (
+        (("train",), "--data mnist: training with labels takes one data set, and --data digits is given"),
+        (("eval", trained_run), "--data mnist: smallvit eval takes one data set, and --data digits is given"),
+    ):
+        code, _, err = smallvit(*command, "--data", "digits", "--data", "mnist")
+        assert code == 2
+        assert message in err
+
+
+def test_albums_and_loose_images_next_to_them_are_no_classes(tmp_path: Path) -> None:
+    for name, count in (("albums/one", 5), ("albums/two", 2), ("mixed/one", 4), ("mixed/two", 4)):
+        write_images(tmp_path / name, count)
+    for number in range(9):
+        shutil.copy(tmp_path / "albums/one/0.png", tmp_path / "mixed" / f"{number}.png")
+    for name, count, note in (("albums", 7, "two/ has fewer than 3 images"), ("mixed", 17, "most images")):
+        dataset = create_pool(Config.build(data=str(tmp_path / name), img_size=8).data)
+        assert len(dataset.train) == count
+        assert note in dataset.notes[0]
 
 
 @pytest.mark.slow

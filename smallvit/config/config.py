@@ -209,17 +209,17 @@ def format_train_command(
     defaults, words = default_options(), ["smallvit", "train"]
     options = config.to_dict()
     options |= options.pop("loss_options")
+    more = options.pop("more_data")
     for name, value in options.items():
-        if name in without or value is None or not (full or value != defaults.get(name)):
-            continue
-        if name == "more_data":
-            words += [word for each in value for word in ("--data", each if keep_folders else strip_folder(each))]
+        several = more if name == "data" else []
+        if name in without or value is None or not (full or several or value != defaults.get(name)):
             continue
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
             continue
-        text = str(value) if keep_folders else strip_folder(value)
-        words += [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
+        for each in (value, *several):
+            text = str(each) if keep_folders else strip_folder(each)
+            words += [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
     return shlex.join(words)
 
 

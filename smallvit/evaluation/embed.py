@@ -1,6 +1,6 @@
 """Compute features of images with a trained model, and find the nearest neighbors of each image.
 
-Axes: n images, d features, k neighbors.
+Axes: n images, m images whose neighbors are searched, d features, k neighbors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from smallvit.utils.hardware import autocast
 class Neighbors:
     """The images with the most similar features, the most similar first."""
 
-    indices: Int64[np.ndarray, "n k"]
-    similarities: Float[np.ndarray, "n k"]
+    indices: Int64[np.ndarray, "m k"]
+    similarities: Float[np.ndarray, "m k"]
     """Cosine similarities, from -1 to 1."""
 
 
@@ -91,17 +91,20 @@ def _compute(model: Predictor, images: Float[Tensor, "b c h w"]) -> Float[np.nda
     return features.numpy()
 
 
-def find_neighbors(features: Float[np.ndarray, "n d"], count: int) -> Neighbors:
+def find_neighbors(
+    features: Float[np.ndarray, "n d"], count: int, queries: Float[np.ndarray, "m d"] | None = None
+) -> Neighbors:
     """Find the nearest neighbors of each image among the others by cosine similarity.
 
     Args:
         features: The features.
         count: Neighbors per image; there are fewer if there are fewer other images.
+        queries: Features of the images whose neighbors are returned, if these are not among the others.
     """
-    count = min(count, len(features) - 1)
+    count = min(count, len(features) - (queries is None))
     if count < 1:
         return Neighbors(indices=np.empty((len(features), 0), int), similarities=np.empty((len(features), 0)))
-    distances, indices = NearestNeighbors(n_neighbors=count, metric="cosine").fit(features).kneighbors()
+    distances, indices = NearestNeighbors(n_neighbors=count, metric="cosine").fit(features).kneighbors(queries)
     return Neighbors(indices=indices, similarities=1 - distances)
 
 

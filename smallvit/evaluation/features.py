@@ -90,8 +90,8 @@ def evaluate_features(
         return extract_features(model, wrap(batches), device, dtype, parts)
 
     labeled = dataset.train.labels.numpy() != NO_LABEL
-    chosen = _spread(np.flatnonzero(labeled), MAX_IMAGES)
-    chosen = np.concatenate([chosen, _spread(np.flatnonzero(~labeled), MAX_IMAGES - len(chosen))])
+    chosen = spread_evenly(np.flatnonzero(labeled), MAX_IMAGES)
+    chosen = np.concatenate([chosen, spread_evenly(np.flatnonzero(~labeled), MAX_IMAGES - len(chosen))])
     train = features_of("train", replace(dataset, train=dataset.train.subset(chosen)))
     images, top1 = len(getattr(dataset, split)), None
     if images and len(dataset.class_names) > 1:
@@ -100,7 +100,7 @@ def evaluate_features(
     return {"knn_top1": top1, "rank": effective_rank(train.values), "loss": None, "images": images}
 
 
-def _spread(indices: Int64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " m"]:
+def spread_evenly(indices: Int64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " m"]:
     """Return at most `count` of some indices, evenly spread."""
     chosen = np.linspace(0, len(indices) - 1, min(len(indices), count)).round().astype(int)
     return indices[chosen]

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from smallvit.runs.curves import finite_points
-from smallvit.runs.run import ATTENTION, METRICS, TITLES, primary_metric
+from smallvit.runs.run import ATTENTION, METRICS, NEIGHBORS, TITLES, primary_metric
 from smallvit.utils.errors import first_line
 
 STYLE = {
@@ -64,6 +64,7 @@ class Gallery:
     test: dict[str, Picture | None]
     """Those of `smallvit eval` by name; None if a file is missing."""
     attention: tuple[Picture, ...]
+    neighbors: Picture | None
     notes: tuple[str, ...]
     """Damaged files, one line each."""
 
@@ -83,6 +84,7 @@ def plot_training(history: list[dict[str, Any]], best: dict[str, Any] | None) ->
     charts: list[tuple[str, str, dict[str, Points]]] = [
         ("Loss", "loss", {"training (augmented)": training, "validation": validation}),
         ("Validation accuracy", f"{TITLES[metric]} (%)", {"validation": top1}),
+        ("Rank of the features", "dimensions", {"rank": finite_points(history, "rank")}),
         ("Learning rate", "learning rate", {"learning rate": rates}),
         ("Learned temperatures (LSA)", "factor of the scores", _mean_temperatures(history)),
     ]
@@ -98,6 +100,7 @@ def plot_overlay(histories: dict[str, list[dict[str, Any]]]) -> list[Picture]:
         ("val_map", "Validation mAP", "mAP (%)"),
         ("val_top1", "Validation accuracy", "top-1 (%)"),
         ("val_knn_top1", "Validation accuracy of nearest neighbors", "k-NN top-1 (%)"),
+        ("rank", "Rank of the features", "dimensions"),
         ("val_loss", "Validation loss", "loss"),
         ("train_loss", "Training loss", "loss"),
     ):
@@ -165,12 +168,15 @@ def embed(image: Image.Image) -> str:
 # Files
 
 
-def read_gallery(folder: Path, metrics: dict[str, Any] | None, attention: dict[str, Any] | None) -> Gallery:
-    """Read the pictures that belong to the test results and the attention maps of a run."""
+def read_gallery(
+    folder: Path, metrics: dict[str, Any] | None, attention: dict[str, Any] | None, neighbors: dict[str, Any] | None
+) -> Gallery:
+    """Read the pictures that belong to the test results, attention maps and nearest neighbors of a run."""
     notes: list[str] = []
     test = {} if metrics is None else _read_test(folder / Path(METRICS).parent, metrics, notes)
     maps = [] if attention is None else _read_attention(folder / Path(ATTENTION).parent, attention, notes)
-    return Gallery(test=test, attention=tuple(filter(None, maps)), notes=tuple(notes))
+    near = None if neighbors is None else _read_neighbors(folder / Path(NEIGHBORS).parent, neighbors, notes)
+    return Gallery(test=test, attention=tuple(filter(None, maps)), neighbors=near, notes=tuple(notes))
 
 
 def _read_picture(
@@ -259,6 +265,25 @@ def _read_attention(folder: Path, result: dict[str, Any], notes: list[str]) -> l
         alt = f"Attention of {len(layers)} layers over one image: {text}."
         pictures.append(_read_picture(file, notes, f"Layers, image {number}", caption, alt, folded=True))
     return pictures
+
+
+def _read_neighbors(folder: Path, result: dict[str, Any], notes: list[str]) -> Picture | None:
+    """Read images with their nearest neighbors."""
+    kind = "Validation images" if result["split"] == "val" else "Training images"
+    caption = (
+        f"{kind} on the left; right of each the most similar of {result['images']:,} training images, with the cosine "
+        "similarity of their features, and the classes that are known."
+    )
+    rows = [
+        f"{query['label'] or 'image'}: " + ", ".join(_describe_neighbor(each) for each in query["neighbors"])
+        for query in result["queries"]
+    ]
+    alt = f"{kind} with their neighbors. {'; '.join(rows)}."
+    return _read_picture(folder / "neighbors.png", notes, "Nearest neighbors", caption, alt)
+
+
+def _describe_neighbor(neighbor: dict[str, Any]) -> str:
+    return f"{neighbor['label'] or 'image'} ({neighbor['similarity']:.2f})"
 
 
 def _describe_prediction(image: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from smallvit.report import pictures
 from smallvit.report.pictures import Gallery
 from smallvit.runs import aggregate, curves
 from smallvit.runs.curves import RunView
-from smallvit.runs.run import ATTENTION, METRICS, Run, best_epoch, primary_metric
+from smallvit.runs.run import ATTENTION, METRICS, NEIGHBORS, Run, best_epoch, primary_metric
 from smallvit.utils.errors import InputError
 
 REQUIRED = {
@@ -32,10 +32,11 @@ REQUIRED = {
         {"map", "macro_f1", "micro_f1", "images", "classes", "hardware", "precision"},
     ],
     ATTENTION: [{"layers", "images"}],
+    NEIGHBORS: [{"data", "split", "images", "queries"}],
 }
 """What the page needs, by file; with several labels an image, the second."""
-COMMANDS = {METRICS: "eval", ATTENTION: "attend"}
-TITLES = {METRICS: "Test results", ATTENTION: "Attention maps"}
+COMMANDS = {METRICS: "eval", ATTENTION: "attend", NEIGHBORS: "report"}
+TITLES = {METRICS: "Test results", ATTENTION: "Attention maps", NEIGHBORS: "Nearest neighbors"}
 QUERIES = re.compile(r"qkv|kqv|\bq_proj\b|\.q\.")
 """Names of attention weights."""
 IMAGES = 4
@@ -51,6 +52,7 @@ class RunSummary:
     """Metadata of the best weights; None before the first epoch is finished."""
     metrics: dict[str, Any] | None = None
     attention: dict[str, Any] | None = None
+    neighbors: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
     """Missing results and the reasons, one line each."""
     computable: tuple[str, ...] = ()
@@ -60,6 +62,11 @@ class RunSummary:
     def folder(self) -> Path:
         """The run's folder."""
         return self.view.folder
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the run trains features without labels."""
+        return not self.view.config.pretrain.labels
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class RunSummary:
     @cached_property
     def gallery(self) -> Gallery:
         """Pictures from the run's folder."""
-        return pictures.read_gallery(self.folder, self.metrics, self.attention)
+        return pictures.read_gallery(self.folder, self.metrics, self.attention, self.neighbors)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -106,7 +113,8 @@ class RunSummary:
     def title(self) -> str:
         """Model and data."""
         labels = [PLUGINS[name].label for name in added_plugins(self.arch, self.plugins)]
-        return f"{' + '.join([self.arch, *labels])} on {self.view.data_name}"
+        verb = "pretrained on" if self.pretrained else "on"
+        return f"{' + '.join([self.arch, *labels])} {verb} {self.view.data_name}"
 
     @property
     def metric(self) -> str:
@@ -146,9 +154,13 @@ def read_run_summary(folder: Path, reasons: dict[str, str] | None = None) -> Run
     info = weights_info.read_weights_info(str(folder), "report")
     digest = weights_info.compute_sha256(info)
     results, missing, computable = {}, [], []
-    if view.summary is None:
-        missing.append(f"{TITLES[METRICS]} are missing: the test split is used once, when the run is finished")
-    for name in [METRICS] * (view.summary is not None) + [ATTENTION] * has_attention(folder):
+    if not view.config.pretrain.labels:
+        names = [NEIGHBORS]
+    else:
+        names = [METRICS] * (view.summary is not None) + [ATTENTION] * has_attention(folder)
+        if view.summary is None:
+            missing.append(f"{TITLES[METRICS]} are missing: the test split is used once, when the run is finished")
+    for name in names:
         result, reason = _read_result(view, info, name, digest)
         if reason is None:
             results[name] = result
@@ -157,14 +169,18 @@ def read_run_summary(folder: Path, reasons: dict[str, str] | None = None) -> Run
         if result is None:
             computable.append(name)
     return RunSummary(
-        view, info, results.get(METRICS), results.get(ATTENTION), tuple(missing), computable=tuple(computable)
+        view,
+        info,
+        *(results.get(name) for name in (METRICS, ATTENTION, NEIGHBORS)),
+        missing=tuple(missing),
+        computable=tuple(computable),
     )
 
 
 def _read_result(
     view: RunView, info: WeightsInfo, name: str, digest: str | None
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Read the results of `smallvit eval` or `attend`, and why they cannot be shown.
+    """Read the results of `smallvit eval`, `attend` or `report`, and why they cannot be shown.
 
     The results are None if they are missing, damaged, or not of the best weights, which have this SHA-256.
     """
@@ -225,16 +241,20 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
     """
     from smallvit import datasets
     from smallvit.attention.attend import attend
-    from smallvit.evaluation import evaluator
+    from smallvit.evaluation import evaluator, neighbors
     from smallvit.evaluation.predictor import is_trained_on
     from smallvit.utils import hardware
 
     hardware.pick_device(device)
     folder, reasons, moved = str(run.folder), {}, []
-    config = Config.build(**(weights_info.read_data_options(folder) or {}), device=device)
+    if run.pretrained:
+        config = run.view.config.replace(device=device)
+    else:
+        config = Config.build(**(weights_info.read_data_options(folder) or {}), device=device)
     if data is not None:
         config, moved = config.replace(data=data), ["--data", data]
-        dataset = datasets.create_dataset(replace(config.data, img_size=run.spec["img_size"], **run.info.data_options))
+        own = replace(config.data, img_size=run.spec["img_size"], **run.info.data_options)
+        dataset = datasets.create_dataset(own, labels=not run.pretrained)
         if not is_trained_on(run.info, dataset):
             raise InputError(f"--data {data}: differs from the images of {run.folder}")
     for name in run.computable:
@@ -245,6 +265,8 @@ def complete_summary(run: RunSummary, device: str, console: Console, data: str |
             if name == METRICS:
                 flip, command = run.view.config.augment.test_flip, shlex.join([*command, *moved])
                 evaluator.evaluate_run(folder, config, flip=flip, out=str(out), command=command, **common)
+            elif name == NEIGHBORS:
+                neighbors.write_neighbors(folder, config, out)
             else:
                 command = shlex.join([*command, "--count", str(IMAGES), *moved])
                 attend(folder, [], config, count=IMAGES, out=out, command=command, **common)

@@ -120,7 +120,9 @@ def read_finished_run(folder: Path) -> RunView:
     if view.summary is None:
         raise InputError(f"{folder}: not finished; continue it with smallvit train --resume {folder}")
     summary = dict.fromkeys(tables.BINARY_FIGURES, 0) | view.summary
-    numbers = (f"test_{primary_metric([summary])}", *REQUIRED_NUMBERS, *tables.BINARY_FIGURES)
+    pretrained = not view.config.pretrain.labels
+    score = "rank" if pretrained else f"test_{primary_metric([summary])}"  # there may have been no labels
+    numbers = (score, *REQUIRED_NUMBERS, *tables.BINARY_FIGURES)
     missing = [n for n in numbers if not isinstance(summary.get(n), (int, float))]
     if missing := missing + [name for name in REQUIRED_STRINGS if not isinstance(summary.get(name), str)]:
         raise InputError(f"{folder / Run.SUMMARY}: {missing[0]!r} is missing; train the run again")
@@ -141,6 +143,8 @@ def aggregate_runs(folders: Iterable[Path]) -> list[AggregatedRun]:
         view = read_finished_run(folder)
         if any(os.path.samefile(folder, other.folder) for other in views):
             raise InputError(f"{folder}: given twice")
+        if not view.config.pretrain.labels:
+            raise InputError(f"{folder}: was trained without labels, which cannot be compared yet; report it alone")
         if primary_metric([view.summary]) != "top1":
             raise InputError(f"{folder}: has several labels an image, which cannot be compared yet; evaluate it alone")
         views.append(view)

@@ -56,9 +56,9 @@ class RunView:
 
     @property
     def data_name(self) -> str:
-        """Name of the data set, without its folder."""
-        data = self.config.data.data
-        return os.path.basename(data) if os.path.isabs(data) else data
+        """Names of the data sets, without their folders."""
+        names = (self.config.data.data, *self.config.pretrain.more_data)
+        return " + ".join(os.path.basename(name) if os.path.isabs(name) else name for name in names)
 
 
 def read_run(folder: Path) -> RunView:

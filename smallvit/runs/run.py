@@ -10,6 +10,7 @@ curves.png                            loss, accuracy and learning rate per epoch
 summary.json                          final results; exists once the run is finished
 tensorboard/, trackers.json           event files of TensorBoard, and what other trackers have received
 eval/, attend/, export/, report.html  outputs of the verbs of these names
+neighbors/                            nearest neighbors in report.html, after training without labels
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Run:
     LAST, BEST, STATE = "last.safetensors", "best.safetensors", "resume.safetensors"
     CURVES = "curves.png"
     RESULTS = (STATE, SUMMARY, METRICS, LAST, BEST, CURVES)
-    EVAL, ATTEND, EXPORT, REPORT = "eval", "attend", "export", "report.html"
+    EVAL, ATTEND, NEIGHBORS, EXPORT, REPORT = "eval", "attend", "neighbors", "export", "report.html"
 
     def __init__(
         self, folder: Path, config: Config, *, new: bool, replaces: bool = False, extends: bool = False
@@ -138,7 +139,8 @@ class Run:
         if self._replaces:
             for file in (*(self / name for name in self.RESULTS), self / self.REPORT, *self.epoch_files()):
                 file.unlink(missing_ok=True)
-            for folder in (self / self.EVAL, self / self.ATTEND, *self.folder.glob(f"{self.ATTEND}-*")):
+            folders = (self / name for name in (self.EVAL, self.ATTEND, self.NEIGHBORS))
+            for folder in (*folders, *self.folder.glob(f"{self.ATTEND}-*")):
                 shutil.rmtree(folder, ignore_errors=True)  # results of the removed weights; exports stay
             self._replaces = False
         self.config = config
@@ -170,6 +172,8 @@ PRIMARY = ("map", "knn_top1", "top1")
 """Main metrics; a run has one of them."""
 METRICS, ATTENTION = f"{Run.EVAL}/test/metrics.json", f"{Run.ATTEND}/attention.json"
 """Results of `smallvit eval` and `smallvit attend` in a run's folder."""
+NEIGHBORS = f"{Run.NEIGHBORS}/neighbors.json"
+"""Nearest neighbors of images by features that were trained without labels, written by `smallvit report`."""
 
 
 def is_follower() -> bool:

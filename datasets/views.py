@@ -83,11 +83,11 @@ class ViewMaker:
     """Files are decoded whole, and views are crops of them."""
 
     @classmethod
-    def from_config(cls, config: PretrainConfig, img_size: ImageSize, flip: bool, local_size: ImageSize) -> ViewMaker:
+    def from_config(cls, config: PretrainConfig, img_size: ImageSize, flip: float, local_size: ImageSize) -> ViewMaker:
         """Create the views of `config`.
 
         Args:
-            flip: Whether mirrored images are alike.
+            flip: Probability of mirroring a view.
             local_size: Size of local views in pixels.
 
         Raises:
@@ -105,7 +105,7 @@ class ViewMaker:
         augment = partial(
             Augment,
             crop="resized",
-            flip=0.5 * flip,
+            flip=flip,
             policies=(partial(alter_colors, blur=side > BLUR_SIDE),),
             bicubic=True,
         )

@@ -436,7 +436,8 @@ def _augmentation(config: Config, dataset: ImageDataset, model: nn.Module) -> Au
     from smallvit.training.pretrain import local_size
 
     size = local_size(model, config, dataset.img_size)
-    return ViewMaker.from_config(config.pretrain, dataset.img_size, dataset.flip, size)
+    flip = 0.5 * dataset.flip if config.augment.flip is None else config.augment.flip
+    return ViewMaker.from_config(config.pretrain, dataset.img_size, flip, size)
 
 
 def _adapt_to_labels(config: Config, dataset: ImageDataset) -> Config:

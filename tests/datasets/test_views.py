@@ -15,7 +15,7 @@ MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
 
 
 def maker(size: int = 32, local: int = 16, **options: object) -> ViewMaker:
-    return ViewMaker.from_config(PretrainConfig(objective="lejepa", **options), size, True, local)
+    return ViewMaker.from_config(PretrainConfig(objective="lejepa", **options), size, 0.5, local)
 
 
 def pixels(b: int, size: int = 32) -> Tensor:

@@ -269,6 +269,12 @@ def test_albums_and_loose_images_next_to_them_are_no_classes(tmp_path: Path) -> 
         assert note in dataset.notes[0]
 
 
+@pytest.mark.parametrize(("options", "flip"), [({}, 0), ({"flip": 0.3}, 0.3)])
+def test_views_are_mirrored_as_the_option_says(options: dict, flip: float, tmp_path: Path) -> None:
+    kinds = setup_of(tmp_path, objective="lejepa", **options).batches.augment.kinds
+    assert [augment.flip for augment, _ in kinds] == [flip, flip]
+
+
 @pytest.mark.slow
 def test_all_families_pretrain(tmp_path: Path) -> None:
     failed = []

@@ -1,4 +1,4 @@
-"""Adapt or replace leaf modules of a model, decide whether their weights may be read, and make them nodes of torch.fx.
+"""Adapt or replace leaf modules, decide whether their weights may be read, share constants, and define nodes of torch.fx.
 
 A replaced module is kept in an attribute of its replacement, outside of torch's registry: it is absent from
 `parameters()` and `state_dict()`, but present in copies and pickles.
@@ -7,12 +7,13 @@ A replaced module is kept in an attribute of its replacement, outside of torch's
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from timm.layers import register_notrace_module
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as modules
 
@@ -50,6 +51,23 @@ def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 setattr(parent, name, new)
+
+
+def shared_constant(create: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
+    """Return `create(*arguments, dtype, device)` with those of a tensor, from a cache outside of graphs.
+
+    All layers and steps share the result; do not change it. The arguments must be hashable.
+    """
+    plain = type(like) in (Tensor, nn.Parameter)  # not fake, for example
+    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return create(*arguments, like.dtype, like.device)
+    return _cached_constant(create, *arguments, like.dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _cached_constant(create: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with torch.inference_mode(False):  # for later use in training too
+        return create(*arguments)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -26,7 +26,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smallvit.plugins.leaf import Adapter, is_plain
+from smallvit.plugins.leaf import Adapter, is_plain, shared_constant
 from smallvit.plugins.lsa import LSAConfig
 from smallvit.plugins.sdpa import add_bias, attend
 
@@ -43,8 +43,18 @@ def diagonal_bias(n: int, like: Tensor, diagonal_weight: Tensor | None = None) -
         return None
     if diagonal_weight is not None:
         return torch.diag(diagonal_weight.log().to(like.dtype).expand(n))
-    itself = torch.eye(n, dtype=torch.bool, device=like.device)
-    return like.new_zeros(n, n).masked_fill(itself, float("-inf"))
+    return shared_constant(diagonal_mask, like, n)
+
+
+def diagonal_mask(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n n"]:
+    """Return −∞ on the diagonal and 0 elsewhere."""
+    itself = torch.eye(n, dtype=torch.bool, device=device)
+    return torch.zeros(n, n, dtype=dtype, device=device).masked_fill(itself, float("-inf"))
+
+
+def ones(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
+    """Return n ones."""
+    return torch.ones(n, dtype=dtype, device=device)
 
 
 def merge_masks(
@@ -219,27 +229,18 @@ class Locality(Adapter):
 
     def diagonal(self, n: int, m: int, like: Tensor) -> Float[Tensor, "n n"] | None:
         """Return the bias for scores of n queries and m keys; None if they differ, or for a single token."""
-        if not self.masked or n != m:
-            return None
-        if self.irreversible is None:
-            return diagonal_bias(n, like, self.diagonal_weight)
-        kept = self.kept
-        if kept is None or len(kept) != n or kept.dtype != like.dtype or kept.device != like.device:
-            with torch.inference_mode(False):  # for gradients of images too
-                kept = diagonal_bias(n, like, self.diagonal_weight)
-            if not torch.compiler.is_compiling():  # nor exporting, which allows no change of the layer
-                self.kept = kept
-        return kept
+        return diagonal_bias(n, like, self.diagonal_weight) if self.masked and n == m else None
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the temperatures into the queries where that is exact, and keep the bias of the diagonal."""
+        """Fold the temperatures into the queries where that is exact, and a mask that is phased in completely."""
         one_bit = any(isinstance(each, Adapter) for each in self.children())  # and bits do not scale
         if self.temperature is not None and not one_bit and (folds := self.folds()) is not None:
             for rows, factor in folds:
                 rows.mul_(factor)
             self.temperature = None
-        self.register_buffer("kept", None, persistent=False)
+        if self.diagonal_weight is not None and not self.diagonal_weight.is_meta and self.diagonal_weight == 0:
+            self.diagonal_weight = None
         self.irreversible, self.chooses_kernel = "it is fused for inference", False
 
     def qkv_and_scale(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -252,10 +253,12 @@ class Locality(Adapter):
         if factor is None or not is_plain(self.qkv):
             q, k, v = self.qkv(x).unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             return (q, k, v, self.constant) if factor is None else (q * self.scale, k, v, 1.0)
-        width = self.qkv.out_features // 3
-        factor = F.pad(factor.expand(h).repeat_interleave(width // h), (0, 2 * width), value=1.0)
-        bias = None if self.qkv.bias is None else self.qkv.bias * factor
-        qkv = F.linear(x, self.qkv.weight * factor[:, None], bias)
+        factor = torch.cat([factor.expand(h), shared_constant(ones, factor, 2 * h)])  # of queries, keys and values
+        weight = (self.qkv.weight.unflatten(0, (3 * h, -1)) * factor[:, None, None]).flatten(0, 1)
+        bias = self.qkv.bias
+        if bias is not None:
+            bias = (bias.unflatten(0, (3 * h, -1)) * factor[:, None]).flatten()
+        qkv = F.linear(x, weight, bias)
         q, k, v = qkv.unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v, 1.0
 

@@ -146,9 +146,10 @@ class LocalSwin(Locality, models.swin_transformer.WindowAttention):
             return self.hide(isolated_tokens(mask), x, mask)
         q, k, v, scale = self.qkv_and_scale(x)
         n, bias = x.shape[1], self._get_rel_pos_bias()
-        if mask is not None:
-            bias = bias + mask[:, None]
-        if (hidden := keep_alone(self.diagonal(n, n, q), isolated_tokens(mask))) is not None:
+        hidden = keep_alone(self.diagonal(n, n, q), isolated_tokens(mask))
+        if mask is not None:  # both masks first, without the axis of the heads
+            hidden = mask[:, None] if hidden is None else mask[:, None] + hidden
+        if hidden is not None:
             bias = bias + hidden
         y = attend(q, k, v, bias, self.attn_drop.p if self.training else 0.0, scale)
         return self.proj_drop(self.proj(rearrange(y, "b h n d -> b n (h d)")))
@@ -235,7 +236,7 @@ def remove(model: nn.Module, layer: Locality) -> None:
 
 
 def fuse(model: nn.Module, layer: Locality) -> None:
-    """Fold the temperatures and keep the mask."""
+    """Fold the temperatures."""
     layer.fuse()
 
 

@@ -36,7 +36,7 @@ from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from smallvit.plugins.leaf import Adapter, fx_leaf, is_plain
+from smallvit.plugins.leaf import Adapter, fx_leaf, is_plain, shared_constant
 from smallvit.plugins.spt import SPTConfig
 
 DIAGONAL = ((-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -87,12 +87,12 @@ class Views:
         With `unshifted` the first kernel is that of the image itself; else all are those of shifted views.
         """
         (p, q), (y, z) = self.patch_size, self.window
-        views = kernels.unbind(dim=1)
         if unshifted and self.fills_window:
-            *_, left_up, right_up, left_down, right_down = views
-            shifted = torch.cat([torch.cat([left_up, right_up], 3), torch.cat([left_down, right_down], 3)], 2)
+            image, shifted = kernels.split([1, 4], dim=1)
             (s, t) = self.shift
-            return shifted + F.pad(views[0], (t, t, s, s))
+            tiled = rearrange(shifted, "e (down right) c p q -> e c (down p) (right q)", down=2)
+            return tiled + F.pad(image[:, 0], (t, t, s, s))
+        views = kernels.unbind(dim=1)
         corners = [self.shift, *self.corners] if unshifted else self.corners
         return sum(
             F.pad(view, (left, z - q - left, top, y - p - top))
@@ -263,9 +263,14 @@ class ShiftedPatchTokenization(nn.Module):
         weight, gain, bias, offset = map(
             at_least_fp32, (self.proj.weight, self.norm.weight, self.proj.bias, self.norm.bias)
         )
-        ones = self._kernels(torch.ones_like(weight[:1]))
-        share = self.views.fold(ones)[0] / self.proj.in_features
-        return self.views.fold(self._kernels(weight * gain)), bias + weight @ offset, share
+        share = shared_constant(pixel_shares, weight, self.views, self.in_channels)
+        return self.views.fold(self._kernels(weight * gain)), torch.addmv(bias, weight, offset), share
+
+
+def pixel_shares(views: Views, channels: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "c y z"]:
+    """Return the share of each pixel of a window in the values of its views."""
+    ones = torch.ones(1, views.count, channels, *views.patch_size, dtype=dtype, device=device)
+    return views.fold(ones)[0] / ones.numel()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

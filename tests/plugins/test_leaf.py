@@ -19,6 +19,7 @@ from einops import rearrange
 from timm.layers import Attention
 from timm.models import cait, swin_transformer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize, prune
@@ -28,7 +29,7 @@ import smallvit
 from smallvit.models.factory import create_model
 from smallvit.models.lee2021 import ClassTalkingHeads, TalkingHeads
 from smallvit.plugins import LSAConfig, SPTConfig
-from smallvit.plugins.leaf import is_plain
+from smallvit.plugins.leaf import is_plain, shared_constant
 from smallvit.plugins.lsa_layer import Locality
 from smallvit.plugins.spt_layer import ShiftedConv2d, ShiftedPatchMerging, ShiftedPatchTokenization
 
@@ -398,3 +399,27 @@ def test_the_flop_counter_counts_what_runs_without_it() -> None:
         model.patch_embed.proj(torch.randn(1, 3, 16, 16))
     (y, z), sites = model.patch_embed.proj.views.window, 16 * 24
     assert counter.get_total_flops() == 2 * sites * 3 * y * z
+
+
+def ramp(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=dtype, device=device)
+
+
+def test_constants_are_shared_but_not_with_fake_tensors_compiled_graphs_or_function_transforms() -> None:
+    like = torch.randn(2)
+    with torch.inference_mode():
+        first = shared_constant(ramp, like, 5)
+    assert shared_constant(ramp, nn.Parameter(like), 5) is first
+    assert shared_constant(ramp, like.double(), 5).dtype == torch.float64
+    assert shared_constant(ramp, like, 6).shape == (6,)
+    (first * like.requires_grad_()[0]).sum().backward()  # not an inference tensor
+    with FakeTensorMode() as fake:
+        assert shared_constant(ramp, fake.from_tensor(torch.randn(2)), 7).shape == (7,)
+    assert not isinstance(shared_constant(ramp, like, 7), FakeTensor)
+    compiled = torch.compile(lambda x: x + shared_constant(ramp, x, 2), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.tensor([1.0, 2.0]))
+    slopes = torch.func.grad(lambda x: (x * shared_constant(ramp, x, 3)).sum())(torch.zeros(3))
+    assert torch.equal(slopes, torch.tensor([0.0, 1.0, 2.0]))
+    rows = torch.func.vmap(lambda x: x + shared_constant(ramp, x, 4))(torch.zeros(2, 4))
+    assert torch.equal(rows, shared_constant(ramp, like, 4).expand(2, 4))
+    assert torch.equal(shared_constant(ramp, like, 3), torch.arange(3.0))

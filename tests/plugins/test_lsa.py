@@ -207,6 +207,30 @@ def test_diagonal_weight_scales_self_attention(diagonal_weight: float, dtype: to
     torch.testing.assert_close(ours.float(), weights / weights.sum(-1, keepdim=True), rtol=tolerance, atol=tolerance)
 
 
+def test_layers_and_steps_share_the_mask() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LocalitySelfAttention(12, 3) for _ in range(3)))
+    x = torch.randn(2, 5, 12)
+    with torch.inference_mode():  # the mask of an evaluation serves training too
+        model.eval()(x)
+    assert diagonal_bias(5, x) is diagonal_bias(5, torch.randn(1))
+    before = diagonal_bias(5, x).clone()
+    model.train()(x).sum().backward()
+    assert torch.equal(diagonal_bias(5, x), before)
+    assert torch.equal(before, torch.zeros(5, 5).fill_diagonal_(-math.inf))
+
+
+def test_fusing_drops_a_mask_that_is_phased_in_completely() -> None:
+    layer = Attention(12, 3)
+    LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)
+    layer.diagonal_weight.zero_()
+    x = torch.randn(2, 5, 12)
+    expected = layer.eval()(x)
+    layer.fuse()
+    assert layer.diagonal_weight is None
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_diagonal_weight_is_a_buffer() -> None:
     layer = Attention(12, 3)
     LocalitySelfAttention.adopt(layer, LSAConfig(), gradual=True)

@@ -9,6 +9,7 @@ import torch
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
+import smallvit.plugins.lsa_timm  # noqa: F401
 from smallvit.plugins.lsa import LSAConfig
 from smallvit.plugins.lsa_layer import Locality, set_lsa_strength
 

@@ -1,4 +1,4 @@
-"""Adapt or replace leaf modules, decide whether their weights may be read, share constants, and define nodes of torch.fx.
+"""Adapt or replace leaf modules, decide whether their weights may be read, share constants, make nodes of torch.fx.
 
 A replaced module is kept in an attribute of its replacement, outside of torch's registry: it is absent from
 `parameters()` and `state_dict()`, but present in copies and pickles.

@@ -2,14 +2,16 @@
 
 timm orthogonalizes one matrix after another in bfloat16. The blocks of a transformer share their shapes, and CPUs
 without bfloat16 units emulate it: there, timm's step takes as long as the forward and backward passes of a small model.
+Matrices of a shape and of the transposed shape, such as the two of an MLP, are orthogonalized together.
 
 Axes: n matrices of one shape, o i their rows and columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,13 +56,10 @@ class BatchedMuon(Muon):
                 loss = closure()
         gradients = {}
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None and _is_suitable_for_muon(parameter):
-                    shapes[parameter.shape].append(parameter)
-            for parameters in shapes.values():
-                self._update(group, parameters)
-                gradients |= {parameter: parameter.grad for parameter in parameters}
+            chosen = [each for each in group["params"] if each.grad is not None and _is_suitable_for_muon(each)]
+            if chosen:
+                self._update(group, chosen)
+            gradients |= {parameter: parameter.grad for parameter in chosen}
         for parameter in gradients:  # so that timm updates the others alone
             parameter.grad = None
         super().step()
@@ -69,7 +68,7 @@ class BatchedMuon(Muon):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """Update parameters of one shape."""
+        """Update the matrices of a group."""
         gradients = [parameter.grad for parameter in parameters]
         adaptive = group.get("algo") == "adamuon"
         for parameter in parameters:
@@ -82,14 +81,33 @@ class BatchedMuon(Muon):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        directions = self._orthogonalize(group, torch.stack(updates).flatten(2))
-        if adaptive:
-            directions = self._adapt(group, parameters, directions)
-            scale = RMS * directions[0].numel() ** 0.5
-        else:
-            scale = RMS * max(directions.shape[1:]) ** 0.5
-        directions = directions.to(parameters[0].dtype).unflatten(2, parameters[0].shape[1:])
-        torch._foreach_add_(parameters, directions.unbind(), alpha=-group["lr"] * scale)
+        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        matrices = [update.flatten(1) for update in updates]
+        for index, matrix in enumerate(matrices):
+            shapes[tuple(matrix.shape)].append(index)
+        stacks = {shape: torch.stack([matrices[index] for index in indices]) for shape, indices in shapes.items()}
+        for shape, directions in self._orthogonalize_all(group, stacks):
+            chosen = [parameters[index] for index in shapes[shape]]
+            if adaptive:
+                directions = self._adapt(group, chosen, directions)
+                scale = RMS * math.prod(shape) ** 0.5
+            else:
+                scale = RMS * max(shape) ** 0.5
+            each = _unstack(directions.to(chosen[0].dtype), chosen)
+            torch._foreach_add_(chosen, each, alpha=-group["lr"] * scale)
+
+    def _orthogonalize_all(
+        self, group: dict[str, Any], stacks: dict[tuple[int, int], Float[Tensor, "n o i"]]
+    ) -> Iterator[tuple[tuple[int, int], Float[Tensor, "n o i"]]]:
+        """Yield each shape and its orthogonalized matrices; a matrix has the transpose of its transpose's."""
+        for (rows, columns), stack in stacks.items():
+            transposed = stacks.get((columns, rows)) if rows != columns and not group["scale_eps"] else None
+            if transposed is None:
+                yield (rows, columns), self._orthogonalize(group, stack)
+            elif rows < columns:
+                both = self._orthogonalize(group, torch.cat([stack, transposed.mT]))
+                yield (rows, columns), both[: len(stack)]
+                yield (columns, rows), both[len(stack) :].mT.contiguous()
 
     def _orthogonalize(self, group: dict[str, Any], updates: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
         return zeropower_via_newtonschulz(
@@ -109,8 +127,13 @@ class BatchedMuon(Muon):
         states = [self.state[parameter] for parameter in parameters]
         torch._foreach_add_([state["step"] for state in states], 1)
         mean_squares, decay = [state["exp_avg_sq"] for state in states], group["betas"][1]
-        each = directions.to(parameters[0].dtype).unflatten(2, parameters[0].shape[1:]).unbind()
+        each = _unstack(directions.to(parameters[0].dtype), parameters)
         torch._foreach_mul_(mean_squares, decay)
         torch._foreach_addcmul_(mean_squares, each, each, value=1 - decay)
-        adapted = directions / torch.stack(mean_squares).flatten(2).sqrt().add(group["eps"])
+        adapted = directions / torch.stack([each.flatten(1) for each in mean_squares]).sqrt().add(group["eps"])
         return adapted / (adapted.norm(dim=(1, 2), keepdim=True) + group["eps"])
+
+
+def _unstack(matrices: Float[Tensor, "n o i"], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return the matrices in the shapes of the parameters."""
+    return [matrix.view(parameter.shape) for matrix, parameter in zip(matrices.unbind(), parameters, strict=True)]

@@ -12,26 +12,27 @@ from timm.optim import muon as timm_muon
 from torch import Tensor, nn
 
 from smallvit.config.config import Config
+from smallvit.training import muon
 from smallvit.training.muon import BatchedMuon
 from smallvit.training.optim import create_optimizer
 
 
 class Net(nn.Module):
-    """Three matrices of one shape, a wider one, a convolution, and parameters that Muon leaves to AdamW."""
+    """Three matrices of one shape, a wide one and its transpose's shape, convolutions, and parameters left to AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
         self.same = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
-        self.wide, self.unused = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.wide, self.tall, self.unused = nn.Linear(24, 8), nn.Linear(8, 24), nn.Linear(8, 8)
         self.pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.depthwise(self.conv(x)).flatten(2).mT + self.pos_embed
         for layer in self.same:
             x = layer(x).tanh()
-        return self.wide(x)
+        return self.wide(self.tall(x).tanh())
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
@@ -68,6 +69,19 @@ def test_steps_and_state_equal_timms(opt: str, monkeypatch: pytest.MonkeyPatch) 
         i: set(each) for i, each in expected_state["state"].items()
     }
     assert all(parameter.grad is not None for name, parameter in ours.named_parameters() if "unused" not in name)
+
+
+def test_matrices_of_a_shape_and_of_its_transpose_take_one_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked: list[tuple[int, ...]] = []
+
+    def record(updates: Tensor, *arguments: object, **options: object) -> Tensor:
+        stacked.append(tuple(updates.shape))
+        return timm_muon.zeropower_via_newtonschulz(updates, *arguments, **options)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", record)
+    net = Net()
+    train(net, create_optimizer(net, Config.build(opt="muon", lr=0.02).optim), steps=1)
+    assert sorted(stacked) == [(1, 8, 27), (2, 8, 24), (3, 8, 8)]
 
 
 def test_updates_point_along_the_polar_factor_of_the_gradient_in_every_precision() -> None:

@@ -232,11 +232,10 @@ def _random_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.nd
 
 def balanced_order(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Return n indices in random order; the numbers of images of any two classes differ by one at most."""
-    classes = np.unique(labels)
-    per_class = -(-n // len(classes))
+    sizes = np.unique(labels, return_counts=True)[1]
+    per_class = -(-n // len(sizes))
     drawn = []
-    for label in classes:
-        members = np.flatnonzero(labels == label)
+    for members in np.split(np.argsort(labels, kind="stable"), sizes.cumsum()[:-1]):
         rounds = -(-per_class // len(members))
         drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:per_class])
     rows = rng.permuted(np.stack(drawn, axis=1), axis=1)  # so that the rest that is dropped is of random classes

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from smallvit.datasets.loader import Sampling, rank_slice, repeat_pairs
+from smallvit.datasets.loader import Sampling, balanced_order, rank_slice, repeat_pairs
 from tests.sweep import sweep
 
 SIZES = [(1, 1), (2, 1), (7, 3), (10, 10), (10, 11), (64, 8), (101, 25), (103, 1000)]
@@ -155,6 +155,16 @@ def test_balanced_epochs_use_the_images_of_a_class_evenly(counts: list[int]) -> 
         for label in range(len(counts)):
             of_class = times[labels == label]
             assert of_class.max() - of_class.min() <= 1
+
+
+def test_balanced_order_is_that_of_a_scan_for_each_class() -> None:
+    labels = np.random.default_rng(0).choice([7, 2, 9, 4], 50, p=[0.1, 0.2, 0.3, 0.4])
+    rng, drawn = np.random.default_rng(1), []
+    for label in (2, 4, 7, 9):
+        members = np.array([index for index, other in enumerate(labels) if other == label])
+        drawn.append(np.concatenate([rng.permutation(members) for _ in range(-(-15 // len(members)))])[:15])
+    expected = rng.permutation(rng.permuted(np.stack(drawn, axis=1), axis=1).flatten()[:58])
+    assert np.array_equal(balanced_order(labels, 58, np.random.default_rng(1)), expected)
 
 
 def test_balanced_epochs_leave_out_other_images_each_time() -> None:

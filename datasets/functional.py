@@ -34,9 +34,30 @@ BLUR_RADIUS = 8
 """Maximum half width of the Gaussian kernel in pixels: four standard deviations of 2."""
 
 
-def brightness(levels: Tensor, factor: Tensor, _: Tensor) -> Tensor:
+def brightness(levels: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Multiply gray levels by a factor."""
-    return levels * factor[:, None, None]
+    return levels * factor[:, None]
+
+
+def posterize(levels: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Keep only the highest bits (0 to 8) of each gray level."""
+    step = np.ldexp(np.float32(1), 8 - bits[:, None].astype(np.int64))
+    return np.floor(levels / step) * step
+
+
+def solarize(levels: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Invert gray levels from the threshold on."""
+    return np.where(levels >= threshold[:, None], 255 - levels, levels)
+
+
+def solarize_add(levels: np.ndarray, addition: np.ndarray) -> np.ndarray:
+    """Increase gray levels below 128."""
+    return np.where(levels < 128, levels + np.floor(addition[:, None]), levels)
+
+
+def invert(levels: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """Invert gray levels."""
+    return np.tile(255 - levels, (len(strength), 1))
 
 
 def contrast(levels: Tensor, factor: Tensor, images: Tensor) -> Tensor:
@@ -46,31 +67,9 @@ def contrast(levels: Tensor, factor: Tensor, images: Tensor) -> Tensor:
     return levels * factor + mean * (1 - factor)
 
 
-def posterize(levels: Tensor, bits: Tensor, _: Tensor) -> Tensor:
-    """Keep only the highest bits (0 to 8) of each gray level."""
-    step = 2.0 ** (8 - bits[:, None, None].floor())
-    return (levels / step).floor() * step
-
-
-def solarize(levels: Tensor, threshold: Tensor, _: Tensor) -> Tensor:
-    """Invert gray levels from the threshold on."""
-    return torch.where(levels >= threshold[:, None, None], 255 - levels, levels)
-
-
-def solarize_add(levels: Tensor, addition: Tensor, _: Tensor) -> Tensor:
-    """Increase gray levels below 128."""
-    return torch.where(levels < 128, levels + addition[:, None, None].floor(), levels)
-
-
-def invert(levels: Tensor, strength: Tensor, _: Tensor) -> Tensor:
-    """Invert gray levels."""
-    return (255 - levels).expand(len(strength), -1, -1)
-
-
 def autocontrast(levels: Tensor, _: Tensor, images: Tensor) -> Tensor:
     """Stretch each channel to the full range; a constant channel remains unchanged."""
-    pixels = images.flatten(2)
-    least, most = (extreme.float()[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
+    least, most = (extreme[..., None] for extreme in images.flatten(2).aminmax(dim=2))
     stretched = (levels - least) * 255 / (most - least).clamp(min=1)
     return torch.where(most > least, stretched, levels)
 
@@ -81,29 +80,28 @@ def equalize(levels: Tensor, _: Tensor, images: Tensor) -> Tensor:
     pixels = images.flatten(2).long()
     counts = torch.zeros(b, c, 256, dtype=torch.int64, device=images.device)
     counts.scatter_add_(2, pixels, torch.ones_like(pixels))  # bincount would wait for the device
-    brightest = torch.where(counts > 0, torch.arange(256, device=images.device), -1).amax(-1, keepdim=True)
-    step = (h * w - counts.gather(-1, brightest)) // 255
-    before = counts.cumsum(-1) - counts
+    before = counts.cumsum(-1) - counts  # pixels of lower levels: h·w beyond the brightest
+    step = before.masked_fill(before == h * w, 0).amax(-1, keepdim=True) // 255
     table = (before + step // 2) // step.clamp(min=1)
     return torch.where(step > 0, table.float(), levels)
 
 
-TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "AutoContrast": autocontrast,
+LEVEL_TABLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Brightness": brightness,
-    "Contrast": contrast,
-    "Equalize": equalize,
     "Invert": invert,
     "Posterize": posterize,
     "Solarize": solarize,
     "SolarizeAdd": solarize_add,
 }
-"""Map the gray levels (1 1 256) by a strength of each image, and its pixels, to tables (b, 1 or c, 256).
-
-Tables are then clamped to 0 ... 255 and rounded down.
-"""
-OF_PIXELS = ("AutoContrast", "Contrast", "Equalize")
-"""Operations whose tables depend on the pixels; the others are not given those of their images."""
+"""Map the gray levels (256) by a strength of each image to tables (b, 256), on the host."""
+PIXEL_TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "AutoContrast": autocontrast,
+    "Contrast": contrast,
+    "Equalize": equalize,
+}
+"""Map the gray levels (1 1 256) by a strength of each image, and its pixels, to tables (b, 1 or c, 256)."""
+TABLES = (*LEVEL_TABLES, *PIXEL_TABLES)
+"""Operations by tables, which are then clamped to 0 ... 255 and rounded down."""
 
 
 def saturation(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
@@ -184,35 +182,40 @@ def affine_maps(
     return maps
 
 
+def map_positions(maps: Float[Tensor, "b 2 3"], h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Return the column and row (b h w) in the image of every pixel of the result."""
+    x = torch.arange(-(w - 1) / 2, w / 2, device=maps.device)
+    y = torch.arange(-(h - 1) / 2, h / 2, device=maps.device)
+    of_x, of_y, start = maps[..., None, None].unbind(2)
+    column, row = (of_x * x).add(of_y * y[:, None]).add_(start).unbind(1)
+    return column, row
+
+
 def warp(
     images: UInt8[Tensor, "b c h w"], maps: Float[Tensor, "b 2 3"], fill: int | UInt8[Tensor, "c 1 1"] = 0
 ) -> UInt8[Tensor, "b c h w"]:
-    """Take every pixel from the nearest to its mapped position; `fill` pixels that are mapped outside."""
-    b, c, h, w = images.shape
-    x = torch.arange(w, device=images.device) - (w - 1) / 2
-    y = torch.arange(h, device=images.device) - (h - 1) / 2
-    maps = maps.to(torch.float32)[..., None, None]
-    column = (maps[:, 0, 0] * x + maps[:, 0, 1] * y[:, None] + (maps[:, 0, 2] + (w - 1) / 2)).round_()
-    row = (maps[:, 1, 0] * x + maps[:, 1, 1] * y[:, None] + (maps[:, 1, 2] + (h - 1) / 2)).round_()
-    valid = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-    index = torch.where(valid, row * w + column, 0).long()
-    return torch.where(valid[:, None], gather_pixels(images, index), fill)
+    """Take every pixel from the nearest to its mapped position; `fill` pixels that are mapped outside.
+
+    Maps give pixels from the image's upper left corner, of pixels from the result's center.
+    """
+    h, w = images.shape[-2:]
+    column, row = (position.round_() for position in map_positions(maps, h, w))
+    x, y = column.clamp(0, w - 1), row.clamp(0, h - 1)
+    outside = ((x != column) | (y != row))[:, None]
+    warped = gather_pixels(images, torch.add(x, y, alpha=w).long())
+    return warped.masked_fill_(outside, fill) if isinstance(fill, int) else torch.where(outside, fill, warped)
 
 
 def warp_bicubic(
     images: UInt8[Tensor, "b c h w"], maps: Float[Tensor, "b 2 3"], fill: int | UInt8[Tensor, "c 1 1"] = 0
 ) -> UInt8[Tensor, "b c h w"]:
-    """Interpolate every pixel at its mapped position; `fill` pixels that are mapped outside.
+    """Interpolate every pixel at its mapped position; `fill` pixels that are mapped outside. Maps are those of `warp`.
 
     Equals Pillow's `Image.transform(..., AFFINE, ..., BICUBIC)`: the cubic has a = -1, pixels beyond the edge repeat
     the edge, and results are truncated.
     """
     h, w = images.shape[-2:]
-    x = torch.arange(w, device=images.device) - (w - 1) / 2
-    y = torch.arange(h, device=images.device) - (h - 1) / 2
-    maps = maps.to(torch.float32)[..., None, None]
-    column = maps[:, 0, 0] * x + maps[:, 0, 1] * y[:, None] + (maps[:, 0, 2] + (w - 1) / 2)
-    row = maps[:, 1, 0] * x + maps[:, 1, 1] * y[:, None] + (maps[:, 1, 2] + (h - 1) / 2)
+    column, row = map_positions(maps, h, w)
     inside = (column >= -0.5) & (column < w - 0.5) & (row >= -0.5) & (row < h - 0.5)
     left, top = column.floor(), row.floor()
     columns = [(left + offset).clamp(0, w - 1).long() for offset in range(-1, 3)]
@@ -254,10 +257,13 @@ class Operations:
     warped: np.ndarray | Tensor
     """Images with a geometric operation."""
     maps: np.ndarray | Tensor
-    """Their affine maps."""
+    """Their affine maps, for `warp`."""
+    level_tables: np.ndarray | Tensor
+    """Tables (n 1 256) that do not depend on pixels."""
     tables: dict[str, Group]
+    """Images whose tables depend on their pixels."""
     looked_up: np.ndarray | Tensor
-    """Images of all `tables`, in their order."""
+    """Images of `level_tables` and of all `tables`, in their order."""
     blends: dict[str, Group]
 
 
@@ -271,13 +277,18 @@ def plan_operations(
     geometric = [name for name in chosen if name in GEOMETRY]
     maps = [affine_maps(name, strengths[chosen[name]], h, w, whole_pixels=not bicubic) for name in geometric]
     groups = {name: Group(indices, strengths[indices].astype(np.float32)) for name, indices in chosen.items()}
-    tables = {name: group for name, group in groups.items() if name in TABLES}
-    none = np.zeros(0, dtype=np.int64)
+    fixed = {name: group for name, group in groups.items() if name in LEVEL_TABLES}
+    tables = {name: group for name, group in groups.items() if name in PIXEL_TABLES}
+    levels, none = np.arange(256, dtype=np.float32), np.zeros(0, dtype=np.int64)
+    level_tables = [LEVEL_TABLES[name](levels, group.strengths) for name, group in fixed.items()]
+    maps = np.concatenate([np.zeros((0, 2, 3)), *maps]).astype(np.float32)
+    maps[:, :, 2] += np.array([(w - 1) / 2, (h - 1) / 2], dtype=np.float32)
     return Operations(
         warped=np.concatenate([none, *(chosen[name] for name in geometric)]),
-        maps=np.concatenate([np.zeros((0, 2, 3)), *maps]).astype(np.float32),
+        maps=maps,
+        level_tables=np.concatenate([np.zeros((0, 256)), *level_tables]).clip(0, 255).astype(np.uint8)[:, None],
         tables=tables,
-        looked_up=np.concatenate([none, *(group.chosen for group in tables.values())]),
+        looked_up=np.concatenate([none, *(group.chosen for group in (fixed | tables).values())]),
         blends={name: group for name, group in groups.items() if name in BLENDS},
     )
 
@@ -314,12 +325,18 @@ def run_operations(
     if len(operations.warped):
         warp_images = warp_bicubic if bicubic else warp
         images[operations.warped] = warp_images(images[operations.warped], operations.maps, fill)
-    if operations.tables:
-        levels, tables = torch.arange(256, dtype=torch.float32, device=images.device)[None, None], []
-        for name, group in operations.tables.items():
-            table = TABLES[name](levels, group.strengths, images[group.chosen] if name in OF_PIXELS else images)
-            tables.append(table.expand(-1, images.shape[1], -1))
-        table = torch.cat(tables).clamp_(0, 255).byte()
+    if len(operations.looked_up):
+        c = images.shape[1]
+        table = operations.level_tables.expand(-1, c, -1)
+        if operations.tables:
+            levels = torch.arange(256, dtype=torch.float32, device=images.device)[None, None]
+            of_pixels = torch.cat(
+                [
+                    PIXEL_TABLES[name](levels, group.strengths, images[group.chosen]).expand(-1, c, -1)
+                    for name, group in operations.tables.items()
+                ]
+            )
+            table = torch.cat([table, of_pixels.clamp_(0, 255).byte()])
         images[operations.looked_up] = look_up(images[operations.looked_up], table)
     for name, group in operations.blends.items():
         images[group.chosen] = BLENDS[name](images[group.chosen], group.strengths)
@@ -375,7 +392,7 @@ def to_gray(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Return gray levels, rounded down as in torchvision; of images without colors the mean over the channels."""
     if images.shape[1] != 3:
         return images.float().mean(dim=1, keepdim=True)
-    red, green, blue = images.float().unbind(1)
+    red, green, blue = images.unbind(1)
     r, g, b = GRAY_WEIGHTS  # numbers: a tensor would wait for the device
     return (r * red + g * green + b * blue).floor_()[:, None]
 

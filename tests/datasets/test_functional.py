@@ -290,7 +290,7 @@ def test_rotations_turn_counter_clockwise_around_the_center() -> None:
 
 def test_warp_by_the_identity_returns_the_image_and_half_pixels_stay_within_it() -> None:
     images = pictures(3, 24, 40)
-    same = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(len(images), 2, 3)
+    same = torch.tensor([[1.0, 0, 19.5], [0, 1, 11.5]]).expand(len(images), 2, 3)  # from the center
     assert torch.equal(warp(images, same, fill=9), images)
     moved = same + torch.tensor([[0, 0, 0.4], [0, 0, -0.4]])
     assert torch.equal(warp(images, moved, fill=9), images)

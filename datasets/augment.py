@@ -55,15 +55,12 @@ GRAY = 128
 
 @dataclass(frozen=True)
 class Boxes:
-    """A rectangle per image in pixels, bottom and right exclusive; empty for images without one.
+    """A rectangle per image in pixels, bottom and right exclusive; empty for images without one."""
 
-    Arrays when drawn, tensors after `upload`.
-    """
-
-    top: np.ndarray | Tensor
-    left: np.ndarray | Tensor
-    bottom: np.ndarray | Tensor
-    right: np.ndarray | Tensor
+    top: np.ndarray
+    left: np.ndarray
+    bottom: np.ndarray
+    right: np.ndarray
 
     def part(self, chosen: slice | np.ndarray) -> Boxes:
         """Return the rectangles of some of the images."""
@@ -73,13 +70,24 @@ class Boxes:
         """Return the first rectangle for b images."""
         return self.part(np.zeros(b, dtype=np.int64))
 
-    def mask(self, h: int, w: int, device: torch.device) -> Bool[Tensor, "b 1 h w"]:
-        """Return which pixels lie within each image's rectangle."""
-        boxes = upload(self, device)
-        top, left, bottom, right = (edge[:, None] for edge in (boxes.top, boxes.left, boxes.bottom, boxes.right))
-        y, x = torch.arange(h, device=device), torch.arange(w, device=device)
-        rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+    def spans(self, h: int, w: int) -> Spans:
+        """Return the rows and columns of each image's rectangle."""
+        top, left, bottom, right = (edge[:, None] for edge in (self.top, self.left, self.bottom, self.right))
+        y, x = np.arange(h), np.arange(w)
+        return Spans((y >= top) & (y < bottom), (x >= left) & (x < right))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Whether rows and columns belong to a rectangle, for each image: arrays, or after `upload` tensors."""
+
+    rows: Bool[np.ndarray, "b h"] | Bool[Tensor, "b h"]
+    columns: Bool[np.ndarray, "b w"] | Bool[Tensor, "b w"]
+
+    @property
+    def mask(self) -> Bool[Tensor, "b 1 h w"]:
+        """Which pixels lie within each image's rectangle."""
+        return self.rows[:, None, :, None] & self.columns[:, None, None, :]
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class RectangleDraws:
 class Mix:
     """Parameters of Mixup and CutMix for each image of a batch."""
 
-    kept: np.ndarray | Tensor
+    kept: np.ndarray
     """Mixup's weight of the image; 1 without Mixup."""
     cut: Boxes
     """CutMix's rectangle of the partner; empty without CutMix."""
@@ -136,6 +144,23 @@ class Mix:
     def part(self, chosen: slice) -> Mix:
         """Return the parameters of some of the images."""
         return Mix(self.kept[chosen], self.cut.part(chosen))
+
+    def weights(self, h: int, w: int) -> PairWeights:
+        """Return the weights in images of h × w pixels."""
+        area = (self.cut.bottom - self.cut.top) * (self.cut.right - self.cut.left)
+        kept, share = (each.astype(np.float32) for each in (self.kept, self.kept * (1 - area / (h * w))))
+        return PairWeights(kept[:, None, None, None], self.cut.spans(h, w), share[:, None])
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """Weights of images against their neighbors: arrays, or after `upload` tensors."""
+
+    kept: Float[np.ndarray, "b 1 1 1"] | Float[Tensor, "b 1 1 1"]
+    """Weight of a pixel outside of the rectangle, within which it is 0."""
+    cut: Spans
+    share: Float[np.ndarray, "b 1"] | Float[Tensor, "b 1"]
+    """Weight of the label: the mean over all pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +216,30 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class CropIndices:
+    """Positions in the flattened image of the pixels of a crop, row + column: arrays, or after `upload` tensors."""
+
+    rows: Int64[np.ndarray, "b h 1"] | Int64[Tensor, "b h 1"]
+    columns: Int64[np.ndarray, "b 1 w"] | Int64[Tensor, "b 1 w"]
+    border: int
+    """Width of the black border in pixels."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do with a batch on its device, from `Draws`."""
 
-    crop: Boxes
-    flip: Tensor
+    resized: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """Top, left, height and width of the rectangles of resized crops."""
+    crop: CropIndices
     steps: tuple[Operations, ...]
     erased: Tensor
-    """Indices of the images of which a rectangle is erased."""
-    erase: Boxes
-    """Their rectangles."""
+    """Indices of the images of which a rectangle is set to noise."""
+    erase: Spans | None
+    """Their rectangles; those of all images if they are set to the mean color; None without any."""
     noise: Tensor
     """Their keys of random noise."""
-    mix: Mix
+    mix: PairWeights | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,33 +326,51 @@ class Augment:
         fill = (255 * mean).round_().clamp_(max=255).byte() if self.policy_fill == "mean" else GRAY
         plan = self.plan(draws, images)
         x = normalize(self.transform(images, plan, fill), mean, std)
-        if len(plan.erased):
-            x = erase(x, plan.erased, plan.erase, plan.noise if self.random_erasing_fill == "noise" else None)
+        if plan.erase is not None and self.random_erasing_fill == "noise":
+            x = erase(x, plan.erased, plan.erase, plan.noise)
+        elif plan.erase is not None:
+            x.masked_fill_(plan.erase.mask, 0.0)
         targets = F.one_hot(labels, classes).to(x.dtype) if isinstance(classes, int) else classes[labels]
         if weights is not None:
             targets = targets * weights[:, None]
-        return mix_pairs(x, targets, plan.mix) if self.mixing else (x, targets)
+        return (x, targets) if plan.mix is None else mix_pairs(x, targets, plan.mix)
 
     def plan(self, draws: Draws, images: UInt8[Tensor, "b c h w"]) -> Plan:
         """Copy what the images need of the parameters to their device, in one transfer."""
-        steps = tuple(
-            plan_operations(s.names, s.strengths, *images.shape[1:], bicubic=self.bicubic) for s in draws.steps
-        )
+        h, w = self._size(images)
+        top, left, resized = draws.crop.top, draws.crop.left, None
+        if self.crop == "resized":
+            sides = draws.crop.bottom - top, draws.crop.right - left
+            resized = tuple(each.astype(np.float32) for each in (top, left, *sides))
+            top = left = np.zeros_like(top)
         erased = np.flatnonzero(draws.erase.bottom > draws.erase.top)
-        plan = Plan(draws.crop, draws.flip, steps, erased, draws.erase.part(erased), draws.noise[erased], draws.mix)
+        rectangles = draws.erase.part(erased) if self.random_erasing_fill == "noise" else draws.erase
+        operations = (
+            plan_operations(s.names, s.strengths, images.shape[1], h, w, bicubic=self.bicubic) for s in draws.steps
+        )
+        plan = Plan(
+            resized,
+            crop_indices(h, w, self.padding, top, left, draws.flip, mirror=self.crop == "reflect"),
+            tuple(operations),
+            erased,
+            rectangles.spans(h, w) if len(erased) else None,
+            draws.noise[erased],
+            draws.mix.weights(h, w) if self.mixing else None,
+        )
         return upload(plan, images.device)
+
+    def _size(self, images: UInt8[Tensor, "b c h w"]) -> tuple[int, int]:
+        """Return height and width of the crops."""
+        resizes = self.crop == "resized" and self.crop_size is not None
+        return height_width(self.crop_size) if resizes else tuple(images.shape[-2:])
 
     def transform(
         self, images: UInt8[Tensor, "b c h w"], plan: Plan, fill: int | UInt8[Tensor, "c 1 1"] = GRAY
     ) -> UInt8[Tensor, "b c h w"]:
         """Apply crop, flip and policies to gray levels; `fill` is for pixels from outside of the image."""
-        top, left = plan.crop.top, plan.crop.left
-        if self.crop == "resized":
-            sides = plan.crop.bottom - top, plan.crop.right - left
-            size = self.crop_size and height_width(self.crop_size)
-            images = resized_crop(images, top, left, *sides, size=size, bicubic=self.bicubic)
-            top, left = torch.zeros_like(top), torch.zeros_like(left)
-        images = crop_and_flip(images, self.padding, top, left, plan.flip, mirror=self.crop == "reflect")
+        if plan.resized is not None:
+            images = resized_crop(images, *plan.resized, size=self._size(images), bicubic=self.bicubic)
+        images = crop_and_flip(images, plan.crop)
         for operations in plan.steps:
             images = run_operations(images, operations, fill, bicubic=self.bicubic)
         return images
@@ -374,45 +428,54 @@ def normalize(
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def crop_and_flip(
-    images: UInt8[Tensor, "b c h w"],
+def crop_indices(
+    h: int,
+    w: int,
     padding: int,
-    top: Int64[Tensor, " b"],
-    left: Int64[Tensor, " b"],
-    flip: Tensor,
+    top: Int64[np.ndarray, " b"],
+    left: Int64[np.ndarray, " b"],
+    flip: Bool[np.ndarray, " b"],
+    *,
     mirror: bool = False,
-) -> UInt8[Tensor, "b c h w"]:
-    """Pad with black (or the mirrored edge), crop h × w at (top, left), and mirror the images with `flip`."""
-    h, w = images.shape[-2:]
-    columns = torch.arange(w, device=images.device)
-    rows = top[:, None] + torch.arange(h, device=images.device)
-    columns = left[:, None] + torch.where(flip[:, None], w - 1 - columns, columns)
-    if padding and mirror:
-        rows = h - 1 - (h - 1 - (rows - padding).abs()).abs()
-        columns = w - 1 - (w - 1 - (columns - padding).abs()).abs()
-    elif padding:
-        images = F.pad(images, (padding,) * 4)
-    return gather_pixels(images, rows[:, :, None] * images.shape[-1] + columns[:, None, :])
+) -> CropIndices:
+    """Return the pixels of crops of h × w at (top, left) from the padded image, mirrored where `flip` is set.
+
+    Args:
+        mirror: Pad with the mirrored edge instead of black.
+    """
+    columns = np.arange(w)
+    rows = top[:, None] + np.arange(h)
+    columns = left[:, None] + np.where(flip[:, None], w - 1 - columns, columns)
+    if mirror:
+        rows = h - 1 - np.abs(h - 1 - np.abs(rows - padding))
+        columns = w - 1 - np.abs(w - 1 - np.abs(columns - padding))
+    border = 0 if mirror else padding
+    return CropIndices((rows * (w + 2 * border))[:, :, None], columns[:, None, :], border)
+
+
+def crop_and_flip(images: UInt8[Tensor, "b c h w"], crop: CropIndices) -> UInt8[Tensor, "b c h w"]:
+    """Take the pixels of a crop of each image; `crop` has tensors."""
+    if crop.border:
+        images = F.pad(images, (crop.border,) * 4)
+    return gather_pixels(images, crop.rows + crop.columns)
 
 
 def erase(
-    x: Float[Tensor, "b c h w"], erased: Int64[Tensor, " n"], boxes: Boxes, keys: Int64[Tensor, " n"] | None = None
+    x: Float[Tensor, "b c h w"], erased: Int64[Tensor, " n"], rectangles: Spans, keys: Int64[Tensor, " n"]
 ) -> Float[Tensor, "b c h w"]:
-    """Set a rectangle of each of n images in `x` to 0, the mean color, or to normal noise from its key, in place."""
-    before, (h, w) = x[erased], x.shape[-2:]
-    fill = 0.0 if keys is None else normal_noise(keys, before[0].numel()).view_as(before)
-    x[erased] = torch.where(boxes.mask(h, w, x.device), fill, before)
+    """Set a rectangle of each of n images in `x` to normal noise from its key, in place."""
+    before = x[erased]
+    noise = normal_noise(keys, before[0].numel()).view_as(before)
+    x[erased] = torch.where(rectangles.mask, noise, before)
     return x
 
 
 def mix_pairs(
-    x: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], mix: Mix
+    x: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], weights: PairWeights
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
     """Mix images and label distributions with their neighbors."""
-    mix, (h, w) = upload(mix, x.device), x.shape[-2:]
-    weight = torch.where(mix.cut.mask(h, w, x.device), 0.0, mix.kept.to(x.dtype)[:, None, None, None])
-    share = weight.mean(dim=(1, 2, 3))[:, None]
-    return torch.lerp(swap_pairs(x), x, weight), torch.lerp(swap_pairs(targets), targets, share)
+    weight = weights.kept.masked_fill(weights.cut.mask, 0.0)
+    return torch.lerp(swap_pairs(x), x, weight), torch.lerp(swap_pairs(targets), targets, weights.share)
 
 
 def swap_pairs(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:

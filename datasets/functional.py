@@ -104,48 +104,43 @@ TABLES = (*LEVEL_TABLES, *PIXEL_TABLES)
 """Operations by tables, which are then clamped to 0 ... 255 and rounded down."""
 
 
-def saturation(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
-    """Scale the distance of the colors from gray by a factor."""
-    return _blend(images, to_gray(images), factor)
+def grayscale(x: Float[Tensor, "b c h w"], _: Tensor) -> Float[Tensor, "b 1 h w"]:
+    """Return the gray levels."""
+    return to_gray(x)
 
 
-def sharpness(images: UInt8[Tensor, "b c h w"], factor: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
-    """Scale the distance from a smoothed version by a factor; border pixels remain unchanged."""
-    if min(images.shape[-2:]) <= 2:
-        return images
-    x = images.float()
-    center = x[..., 1:-1, 1:-1]
+def smooth(x: Float[Tensor, "b c h w"], _: Tensor) -> Float[Tensor, "b c h w"]:
+    """Return a smoothed version; border pixels remain unchanged."""
+    if min(x.shape[-2:]) <= 2:
+        return x
     across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
-    smooth = x.clone()
-    smooth[..., 1:-1, 1:-1] = (
-        (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :] + 4 * center) / 13
-    ).round()
-    return _blend(images, smooth, factor)
+    sums = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]
+    smoothed = x.clone()
+    smoothed[..., 1:-1, 1:-1] = sums.add_(x[..., 1:-1, 1:-1], alpha=4).div_(13).round_()
+    return smoothed
 
 
-def grayscale(images: UInt8[Tensor, "b c h w"], _: Tensor) -> UInt8[Tensor, "b c h w"]:
-    """Set all channels to the gray level."""
-    return to_gray(images).expand_as(images).byte()
-
-
-def blur(images: UInt8[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+def blur(x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
     """Blur with a Gaussian of standard deviation `sigma` in pixels, over at most 17 × 17 pixels, edges mirrored."""
-    b, c, h, w = images.shape
+    b, c, h, w = x.shape
     radius = min(BLUR_RADIUS, h - 1, w - 1)
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    x = F.pad(images.float(), (radius,) * 4, mode="reflect").transpose(0, 1)  # one kernel per image for all channels
+    x = F.pad(x, (radius,) * 4, mode="reflect").transpose(0, 1)  # one kernel per image for all channels
     x = F.conv2d(x, kernel[:, None, :, None], groups=b)
-    return F.conv2d(x, kernel[:, None, None, :], groups=b).transpose(0, 1).round().byte()
+    return F.conv2d(x, kernel[:, None, None, :], groups=b).transpose(0, 1).round()
 
 
 BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Color": saturation,
-    "Sharpness": sharpness,
+    "Color": grayscale,
+    "Sharpness": smooth,
     "Grayscale": grayscale,
     "GaussianBlur": blur,
 }
+"""Return the other image (b, 1 or c, h, w) that an image is blended with; arguments are the images and strengths."""
+REPLACING = ("Grayscale", "GaussianBlur")
+"""Operations of `BLENDS` that return the other image alone; the strengths of others are the image's own weight."""
 
 OF_COLORS = ("Color", "Grayscale")
 """Operations that do nothing to images without colors, of 1, 2 or more than 3 channels."""
@@ -218,10 +213,13 @@ def warp_bicubic(
     column, row = map_positions(maps, h, w)
     inside = (column >= -0.5) & (column < w - 0.5) & (row >= -0.5) & (row < h - 0.5)
     left, top = column.floor(), row.floor()
-    columns = [(left + offset).clamp(0, w - 1).long() for offset in range(-1, 3)]
-    rows = [(top + offset).clamp(0, h - 1).long() * w for offset in range(-1, 3)]
+    offsets = torch.arange(-1, 3, device=images.device)[:, None, None]
+    columns = (left[:, None] + offsets).clamp_(0, w - 1).long()
+    rows = (top[:, None] + offsets).clamp_(0, h - 1).long() * w
     across, down = (column - left)[:, None], (row - top)[:, None]
-    lines = (cubic(*(gather_pixels(images, start + offset).float() for offset in columns), d=across) for start in rows)
+    lines = (
+        cubic(*gather_pixels(images, start[:, None] + columns).float().unbind(2), d=across) for start in rows.unbind(1)
+    )
     levels = cubic(*lines, d=down).clamp_(0, 255).byte()
     return torch.where(inside[:, None], levels, fill)
 
@@ -231,7 +229,7 @@ def cubic(p: Tensor, q: Tensor, r: Tensor, s: Tensor, *, d: Tensor) -> Tensor:
     return q + d * (r - p + d * (2 * (p - q) + r - s + d * (q - p + s - r)))
 
 
-def gather_pixels(images: UInt8[Tensor, "b c ..."], index: Int64[Tensor, "b h w"]) -> UInt8[Tensor, "b c h w"]:
+def gather_pixels(images: UInt8[Tensor, "b c h w"], index: Int64[Tensor, "b ..."]) -> UInt8[Tensor, "b c ..."]:
     """Return pixels by their index in the flattened image, the same in all channels."""
     channels = images.shape[1]
     return images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, channels, -1)).unflatten(2, index.shape[1:])
@@ -240,14 +238,6 @@ def gather_pixels(images: UInt8[Tensor, "b c ..."], index: Int64[Tensor, "b h w"
 def look_up(images: UInt8[Tensor, "b c h w"], tables: UInt8[Tensor, "b c 256"]) -> UInt8[Tensor, "b c h w"]:
     """Replace each gray level by its entry in the table of the image and channel."""
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images of a batch, and the strength of one operation for each."""
-
-    chosen: np.ndarray | Tensor
-    strengths: np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -260,11 +250,16 @@ class Operations:
     """Their affine maps, for `warp`."""
     level_tables: np.ndarray | Tensor
     """Tables (n 1 256) that do not depend on pixels."""
-    tables: dict[str, Group]
-    """Images whose tables depend on their pixels."""
+    tables: dict[str, np.ndarray | Tensor]
+    """Strengths of the images of each operation whose tables depend on pixels."""
     looked_up: np.ndarray | Tensor
     """Images of `level_tables` and of all `tables`, in their order."""
-    blends: dict[str, Group]
+    blends: dict[str, np.ndarray | Tensor]
+    """Strengths of the images of each operation."""
+    blended: np.ndarray | Tensor
+    """Images of all `blends`, in their order."""
+    weights: np.ndarray | Tensor
+    """Their own weights in the blends."""
 
 
 def plan_operations(
@@ -276,11 +271,13 @@ def plan_operations(
     chosen = {name: np.flatnonzero(which == name) for name in dict.fromkeys(which.tolist())}
     geometric = [name for name in chosen if name in GEOMETRY]
     maps = [affine_maps(name, strengths[chosen[name]], h, w, whole_pixels=not bicubic) for name in geometric]
-    groups = {name: Group(indices, strengths[indices].astype(np.float32)) for name, indices in chosen.items()}
-    fixed = {name: group for name, group in groups.items() if name in LEVEL_TABLES}
-    tables = {name: group for name, group in groups.items() if name in PIXEL_TABLES}
+    own = {name: strengths[indices].astype(np.float32) for name, indices in chosen.items()}
+    fixed, tables, blends = (
+        {name: own[name] for name in chosen if name in kind} for kind in (LEVEL_TABLES, PIXEL_TABLES, BLENDS)
+    )
     levels, none = np.arange(256, dtype=np.float32), np.zeros(0, dtype=np.int64)
-    level_tables = [LEVEL_TABLES[name](levels, group.strengths) for name, group in fixed.items()]
+    level_tables = [LEVEL_TABLES[name](levels, values) for name, values in fixed.items()]
+    weights = [values * (name not in REPLACING) for name, values in blends.items()]
     maps = np.concatenate([np.zeros((0, 2, 3)), *maps]).astype(np.float32)
     maps[:, :, 2] += np.array([(w - 1) / 2, (h - 1) / 2], dtype=np.float32)
     return Operations(
@@ -288,8 +285,10 @@ def plan_operations(
         maps=maps,
         level_tables=np.concatenate([np.zeros((0, 256)), *level_tables]).clip(0, 255).astype(np.uint8)[:, None],
         tables=tables,
-        looked_up=np.concatenate([none, *(group.chosen for group in (fixed | tables).values())]),
-        blends={name: group for name, group in groups.items() if name in BLENDS},
+        looked_up=np.concatenate([none, *(chosen[name] for name in fixed | tables)]),
+        blends=blends,
+        blended=np.concatenate([none, *(chosen[name] for name in blends)]),
+        weights=np.concatenate([np.zeros(0, np.float32), *weights])[:, None, None, None],
     )
 
 
@@ -326,20 +325,25 @@ def run_operations(
         warp_images = warp_bicubic if bicubic else warp
         images[operations.warped] = warp_images(images[operations.warped], operations.maps, fill)
     if len(operations.looked_up):
-        c = images.shape[1]
-        table = operations.level_tables.expand(-1, c, -1)
+        chosen, fixed = images[operations.looked_up], operations.level_tables
+        table = fixed.expand(-1, images.shape[1], -1)
         if operations.tables:
             levels = torch.arange(256, dtype=torch.float32, device=images.device)[None, None]
-            of_pixels = torch.cat(
-                [
-                    PIXEL_TABLES[name](levels, group.strengths, images[group.chosen]).expand(-1, c, -1)
-                    for name, group in operations.tables.items()
-                ]
-            )
-            table = torch.cat([table, of_pixels.clamp_(0, 255).byte()])
-        images[operations.looked_up] = look_up(images[operations.looked_up], table)
-    for name, group in operations.blends.items():
-        images[group.chosen] = BLENDS[name](images[group.chosen], group.strengths)
+            parts = chosen[len(fixed) :].split([len(strengths) for strengths in operations.tables.values()])
+            tables = [
+                PIXEL_TABLES[name](levels, strengths, part).expand(-1, images.shape[1], -1)
+                for (name, strengths), part in zip(operations.tables.items(), parts, strict=True)
+            ]
+            table = torch.cat([table, torch.cat(tables).clamp_(0, 255).byte()])
+        images[operations.looked_up] = look_up(chosen, table)
+    if operations.blends:
+        x = images[operations.blended].float()
+        parts = x.split([len(strengths) for strengths in operations.blends.values()])
+        others = [
+            BLENDS[name](part, strengths).expand_as(part)
+            for (name, strengths), part in zip(operations.blends.items(), parts, strict=True)
+        ]
+        images[operations.blended] = torch.lerp(torch.cat(others), x, operations.weights).clamp_(0, 255).byte()
     return images
 
 
@@ -395,11 +399,6 @@ def to_gray(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     red, green, blue = images.unbind(1)
     r, g, b = GRAY_WEIGHTS  # numbers: a tensor would wait for the device
     return (r * red + g * green + b * blue).floor_()[:, None]
-
-
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Return factor · images + (1 − factor) · other, clipped to the range of gray levels."""
-    return torch.lerp(other.expand(images.shape), images.float(), factor[:, None, None, None]).clamp_(0, 255).byte()
 
 
 STRENGTHS = (1, 2, 3)

@@ -157,9 +157,9 @@ def test_launches_are_those_that_pytorch_dispatches(
     assert counter.counts == {"mm": 2, "relu": 1, "sum": 1, "ones_like": 1, "threshold_backward": 1}
     launches.main(["--rows", "vit96,recipe=quick"])
     row = next(line for line in capsys.readouterr().out.splitlines() if "vit96" in line)
-    augmentation, copies, model, optimizer, step = (int(cell) for cell in row.split("│")[2:7])
-    assert step == augmentation + model + optimizer
-    assert copies < augmentation
+    augmentation, copies, *others, step = (int(cell) for cell in row.split("│")[2:-1])
+    assert step == augmentation + sum(others)
+    assert copies == 1
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from smallvit.datasets.augment import Augment, Draws, Mixing, normalize
 from smallvit.datasets.auto_augment import Step, create_policy
 from smallvit.datasets.functional import apply_operations, normal_noise
 from smallvit.datasets.presets import PRESETS, preset
+from smallvit.datasets.upload import upload
 from smallvit.utils.errors import InputError
 from tests.sweep import sweep
 
@@ -221,7 +222,7 @@ def test_images_that_are_not_square_go_through_everything() -> None:
 
 def test_erased_rectangles_are_the_mean_color_and_nothing_else_changes() -> None:
     x, _, draws, pixels, _ = run(Augment(random_erasing=0.5))
-    inside = draws.erase.mask(12, 16, x.device).expand_as(x)
+    inside = upload(draws.erase.spans(12, 16), x.device).mask.expand_as(x)
     assert x[inside].eq(0).all()
     assert torch.equal(x[~inside], normalize(pixels, *statistics())[~inside])
     assert inside.flatten(1).any(1).float().mean().item() == pytest.approx(0.5, abs=0.2)
@@ -229,7 +230,7 @@ def test_erased_rectangles_are_the_mean_color_and_nothing_else_changes() -> None
 
 def test_erased_rectangles_are_normal_noise_of_the_images_own_key_where_asked_for() -> None:
     x, _, draws, pixels, _ = run(Augment(random_erasing=0.7, random_erasing_fill="noise"), b=200, h=32, w=32)
-    inside = draws.erase.mask(32, 32, x.device).expand_as(x)
+    inside = upload(draws.erase.spans(32, 32), x.device).mask.expand_as(x)
     assert torch.equal(x[~inside], normalize(pixels, *statistics())[~inside])
     noise = normal_noise(torch.from_numpy(draws.noise), 3 * 32 * 32).view_as(x)
     assert torch.equal(x[inside], noise[inside])

@@ -16,7 +16,7 @@ from timm.data import auto_augment as timm_ops
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from smallvit.datasets.augment import crop_and_flip
+from smallvit.datasets.augment import crop_and_flip, crop_indices
 from smallvit.datasets.functional import (
     BLENDS,
     GEOMETRY,
@@ -28,6 +28,7 @@ from smallvit.datasets.functional import (
     to_gray,
     warp,
 )
+from smallvit.datasets.upload import upload
 from tests.sweep import sweep
 
 SHAPES = [(3, 32, 32), (3, 24, 40), (1, 32, 32), (1, 24, 40), (3, 64, 64)]
@@ -340,7 +341,8 @@ def test_padded_crops_and_flips_equal_torchvisions(shape: tuple[int, int, int], 
     top, left = rng.integers(0, 2 * padding + 1, (2, b))
     top[:2], left[:2] = (0, 2 * padding), (2 * padding, 0)
     flip = rng.random(b) < 0.5
-    ours = crop_and_flip(images, padding, *map(torch.from_numpy, (top, left, flip)), mirror=mode == "reflect")
+    indices = crop_indices(h, w, padding, top, left, flip, mirror=mode == "reflect")
+    ours = crop_and_flip(images, upload(indices, images.device))
     for image, y, x, mirrored, mine in zip(images, top, left, flip, ours, strict=True):
         expected = V.crop(V.pad(image, [padding], padding_mode=mode), int(y), int(x), h, w)
         assert torch.equal(mine, V.horizontal_flip(expected) if mirrored else expected)

@@ -23,6 +23,7 @@ from smallvit.datasets.augment import (
     mix_pairs,
 )
 from smallvit.datasets.functional import normal_noise
+from smallvit.datasets.upload import upload
 from tests.sweep import sweep
 
 CPU = torch.device("cpu")
@@ -45,6 +46,10 @@ def batch(b: int, h: int = 16, w: int = 12, classes: int = 5) -> tuple[Tensor, T
     return x, torch.eye(classes)[torch.randint(0, classes, (b,), generator=generator)]
 
 
+def mixed(x: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    return mix_pairs(x, targets, upload(mix.weights(*x.shape[-2:]), CPU))
+
+
 def no_boxes(b: int) -> Boxes:
     return Boxes(*(np.zeros(b, dtype=np.int64) for _ in range(4)))
 
@@ -64,7 +69,7 @@ def test_every_image_is_mixed_with_its_neighbor_as_the_equation_says(b: int, mix
     x, targets = batch(b)
     for seed in range(5):
         mix = Mixing(mixup_prob=1.0, mixup_mode=per, **mixing).draw(rng(seed), b, 16, 12)
-        ours, shares = mix_pairs(x, targets, mix)
+        ours, shares = mixed(x, targets, mix)
         for i in range(b):
             partner = min(i + 1 if i % 2 == 0 else i - 1, b - 1)
             weight = np.full((16, 12), mix.kept[i])
@@ -82,7 +87,7 @@ def test_labels_weigh_exactly_what_the_pixels_show(mixing: dict) -> None:
     _, targets = batch(b)
     shown = targets[:, :, None, None].expand(-1, -1, h, w).contiguous()  # an image per class, of which it is all ones
     mix = Mixing(mixup_prob=0.8, **mixing).draw(rng(), b, h, w)
-    ours, shares = mix_pairs(shown, targets, mix)
+    ours, shares = mixed(shown, targets, mix)
     torch.testing.assert_close(ours.double().mean(dim=(2, 3)), shares.double(), atol=2e-6, rtol=0)
     if "mixup" not in mixing:  # whole pixels of 32 · 16: binary fractions
         assert torch.equal(ours.mean(dim=(2, 3)), shares)
@@ -93,8 +98,8 @@ def test_labels_weigh_exactly_what_the_pixels_show(mixing: dict) -> None:
 def test_cutmix_shows_every_pixel_of_one_of_the_two_unchanged() -> None:
     x, targets = batch(64)
     mix = Mixing(mixup_prob=1.0, cutmix=1.0).draw(rng(), 64, 16, 12)
-    ours, _ = mix_pairs(x, targets, mix)
-    inside = mix.cut.mask(16, 12, CPU).expand_as(x)
+    ours, _ = mixed(x, targets, mix)
+    inside = upload(mix.cut.spans(16, 12), CPU).mask.expand_as(x)
     partner = x.view(32, 2, 3, 16, 12).flip(1).view_as(x)
     assert torch.equal(ours[inside], partner[inside])
     assert torch.equal(ours[~inside], x[~inside])
@@ -107,7 +112,7 @@ def test_the_odd_one_out_stays_unchanged(b: int, mixing: dict) -> None:
     x, targets = batch(b)
     for seed in range(10):
         for per in ("elem", "batch"):
-            ours, shares = mix_pairs(
+            ours, shares = mixed(
                 x, targets, Mixing(mixup_prob=1.0, mixup_mode=per, **mixing).draw(rng(seed), b, 16, 12)
             )
             torch.testing.assert_close(ours[-1], x[-1], atol=1e-6, rtol=0)
@@ -116,7 +121,7 @@ def test_the_odd_one_out_stays_unchanged(b: int, mixing: dict) -> None:
 
 def test_what_is_not_mixed_stays_to_the_last_bit() -> None:
     x, targets = batch(6)
-    ours, shares = mix_pairs(x, targets, Mix(np.ones(6), no_boxes(6)))
+    ours, shares = mixed(x, targets, Mix(np.ones(6), no_boxes(6)))
     assert torch.equal(ours, x)
     assert torch.equal(shares, targets)
 
@@ -124,9 +129,9 @@ def test_what_is_not_mixed_stays_to_the_last_bit() -> None:
 def test_pairs_mix_in_a_part_as_in_the_whole() -> None:
     x, targets = batch(21)
     mix = Mixing(mixup_prob=0.9, mixup=1.0, cutmix=1.0).draw(rng(), 21, 16, 12)
-    ours, shares = mix_pairs(x, targets, mix)
+    ours, shares = mixed(x, targets, mix)
     for chosen in (slice(0, 8), slice(8, 14), slice(14, 21)):
-        part, labels = mix_pairs(x[chosen], targets[chosen], mix.part(chosen))
+        part, labels = mixed(x[chosen], targets[chosen], mix.part(chosen))
         assert torch.equal(part, ours[chosen])
         assert torch.equal(labels, shares[chosen])
 
@@ -198,7 +203,7 @@ def test_mixing_is_off_without_a_probability_or_an_alpha() -> None:
 
 def test_rectangles_contain_the_pixels_between_their_edges() -> None:
     boxes = erasing_boxes(rng(), rng(1).random(50) < 0.8, 9, 14, (0.02, 0.4))
-    inside = boxes.mask(9, 14, CPU)
+    inside = upload(boxes.spans(9, 14), CPU).mask
     assert inside.shape == (50, 1, 9, 14)
     for i in range(50):
         expected = torch.zeros(9, 14, dtype=torch.bool)

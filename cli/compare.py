@@ -102,9 +102,10 @@ def _compare_rows(options: dict[str, Any], command: str) -> int:
     out = Path(os.path.expanduser(options.pop("out", os.path.join("compare", name))))
 
     from smallvit.experiments import compare
+    from smallvit.experiments.grid import Grid
 
     seeds = range(first, first + own["seeds"])
-    plan = compare.Grid(
+    plan = Grid(
         rows=rows,
         flags=options,
         seeds=seeds,

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     folder = Path(os.path.expanduser(out or os.path.join("crossval", f"{model}-{name}")))
 
     from smallvit.experiments import crossval
-    from smallvit.experiments.compare import Grid
+    from smallvit.experiments.grid import Grid
     from smallvit.report.html import write_crossval
 
     seeds = range(first, first + own["repeats"])

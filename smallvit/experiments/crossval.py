@@ -20,7 +20,7 @@ from smallvit.config.options import ComputeConfig
 from smallvit.evaluation import artifacts, metrics, stats
 from smallvit.evaluation.evaluator import predict_test
 from smallvit.evaluation.metrics import Outputs
-from smallvit.experiments.compare import Grid, PlannedRun, train_grid
+from smallvit.experiments.grid import Grid, PlannedRun, train_grid
 from smallvit.utils.errors import InputError, escape_undecodable
 from smallvit.utils.files import atomic_update
 from smallvit.utils.tables import Spread, write_csv

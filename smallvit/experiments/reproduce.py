@@ -16,7 +16,7 @@ from smallvit.config.spec import run_folder_name
 from smallvit.datasets.catalog import DATASETS
 from smallvit.experiments import records, tables
 from smallvit.experiments.catalog import Experiment, Trial, get_experiment
-from smallvit.experiments.compare import PlannedRun, Trainings, check_runs, choose_jobs
+from smallvit.experiments.grid import PlannedRun, Trainings, check_runs, choose_jobs
 from smallvit.runs.aggregate import read_finished_run
 from smallvit.runs.run import Run
 from smallvit.utils import hardware

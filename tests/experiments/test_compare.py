@@ -26,7 +26,7 @@ from smallvit import Config, InputError, TrainingError
 from smallvit.cli import main
 from smallvit.config import recipes
 from smallvit.config.spec import RowSpec, expand_ablation, format_label, parse_spec
-from smallvit.experiments import compare
+from smallvit.experiments import grid
 from smallvit.profiling import benchmark
 from smallvit.runs import aggregate
 from smallvit.runs.run import Run
@@ -36,7 +36,7 @@ from smallvit.utils import hardware
 from smallvit.utils.signals import SignalInterrupt
 from smallvit.utils.terminal import create_console
 
-CHOOSE_JOBS = compare.choose_jobs
+CHOOSE_JOBS = grid.choose_jobs
 """The function that the other tests replace."""
 Command = Callable[..., tuple[int, str, str]]
 
@@ -46,7 +46,7 @@ ROWS = ("--arch", "vit", "--arch", "vit+spt+lsa,lr=0.003", "--seeds", "2")
 
 
 def train_here(options: dict[str, Any], folder: Path, *_: object) -> int:
-    """Replace `compare.train` by training in this process."""
+    """Replace `grid.train` by training in this process."""
     try:
         engine.train(Config.build(**options, out=str(folder), auto_resume=True))
     except TrainingError:
@@ -60,7 +60,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(benchmark, "SECONDS", 1000)
-    monkeypatch.setattr(compare, "choose_jobs", lambda *_: 1)
+    monkeypatch.setattr(grid, "choose_jobs", lambda *_: 1)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(folder.name)
         return train_here(options, folder)
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(grid, "train", train)
     return names
 
 
@@ -81,8 +81,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a comparison of two rows with two seeds."""
     out = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "train", train_here)
-        patch.setattr(compare, "choose_jobs", lambda *_: 1)
+        patch.setattr(grid, "train", train_here)
+        patch.setattr(grid, "choose_jobs", lambda *_: 1)
         patch.setattr(benchmark, "ROUNDS", 3)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
         assert run_compare(*ROWS, *FLAGS, "--out", out) == 0
@@ -109,8 +109,8 @@ def records(out: Path) -> list[dict[str, str]]:
 
 
 def test_rows_need_no_flag(smallvit: Command, monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> None:
-    monkeypatch.setattr(compare.PlannedRun, "check", lambda _: None)
-    monkeypatch.setattr(compare, "train", lambda _, folder, *__: trained.append(folder.name) or 1)
+    monkeypatch.setattr(grid.PlannedRun, "check", lambda _: None)
+    monkeypatch.setattr(grid, "train", lambda _, folder, *__: trained.append(folder.name) or 1)
     smallvit("compare", "vit", "vit+spt,lr=0.003", "--arch", "vit+lsa", *FLAGS)
     assert trained == ["vit+lsa-seed0", "vit-seed0", "vit+spt,lr=0.003-seed0"]
 
@@ -298,10 +298,10 @@ def test_an_ablation_has_no_plugin_each_plugin_and_both() -> None:
     assert labels == ["vit,lr=0.1", "vit+spt,lr=0.1", "vit+lsa,lr=0.1", "vit+spt+lsa,lr=0.1"]
 
 
-def planned(*rows: str, **options: Any) -> list[compare.PlannedRun]:
+def planned(*rows: str, **options: Any) -> list[grid.PlannedRun]:
     flags = {"train_fraction": 0.2} | options.pop("flags", {})
     texts = [parse_spec(row) for row in rows]
-    return compare.plan_runs(compare.Grid(rows=texts, flags=flags, seeds=range(2, 4), out=Path("out"), **options))
+    return grid.plan_runs(grid.Grid(rows=texts, flags=flags, seeds=range(2, 4), out=Path("out"), **options))
 
 
 def test_a_budget_in_images_is_rounded_up_to_whole_epochs() -> None:
@@ -432,7 +432,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert err == "comparison interrupted; run the same command to resume\n"
     assert not (lost / Run.SUMMARY).exists()
 
-    monkeypatch.setattr(compare, "train", train_here)
+    monkeypatch.setattr(grid, "train", train_here)
     code, out, _ = smallvit(*arguments)
     assert code == 0
     assert "resuming " in out
@@ -445,14 +445,14 @@ def test_an_interrupted_comparison_is_resumed(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 def test_sigterm_is_forwarded_and_stops_the_comparison(smallvit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, processes = compare.Trainings.start, []
+    start, processes = grid.Trainings.start, []
 
-    def asleep(relay: compare.Trainings, command: list[str], gpu: str | None) -> subprocess.Popen[str]:
+    def asleep(relay: grid.Trainings, command: list[str], gpu: str | None) -> subprocess.Popen[str]:
         processes.append(start(relay, [sys.executable, "-c", "import time; time.sleep(1800)"], gpu))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return processes[-1]
 
-    monkeypatch.setattr(compare.Trainings, "start", asleep)
+    monkeypatch.setattr(grid.Trainings, "start", asleep)
     code, _, err = smallvit("compare", *ROWS, *FLAGS, "--out", "out")
     assert code == 143
     assert err == "comparison interrupted; run the same command to resume\n"
@@ -474,7 +474,7 @@ sys.exit(int(sys.argv[3]))
 @pytest.mark.slow
 def test_trainings_run_side_by_side_and_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    with compare.Trainings(2, create_console()) as trainings:
+    with grid.Trainings(2, create_console()) as trainings:
 
         def work(names: tuple[Path, Path, int]) -> int:
             return trainings.run([sys.executable, "-c", MEET, *map(str, names)], f"{names[0].name}:")
@@ -487,7 +487,7 @@ def test_trainings_run_side_by_side_and_keep_their_order(tmp_path: Path, capsys:
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 def test_a_signal_stops_all_trainings_and_starts_no_more(tmp_path: Path) -> None:
     started: list[subprocess.Popen[str]] = []
-    with compare.Trainings(2, create_console()) as trainings:
+    with grid.Trainings(2, create_console()) as trainings:
 
         def work(number: int) -> int:
             file = tmp_path / str(number)
@@ -537,7 +537,7 @@ def test_each_training_sees_one_gpu_that_is_free(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))"
-    with compare.Trainings(jobs, create_console(), gpus) as trainings:
+    with grid.Trainings(jobs, create_console(), gpus) as trainings:
         held = trainings.gpus.qsize()
         files = [tmp_path / str(number) for number in range(4)]
         trainings.map(lambda file: trainings.run([sys.executable, "-c", code, str(file)], "run"), files)
@@ -550,14 +550,14 @@ def test_runs_on_a_gpu_are_checked_in_another_process(tmp_path: Path, monkeypatc
     row = parse_spec("vit")
     options = {"arch": "vit", "device": "cpu", "data": "digits"}
     good, bad = (
-        compare.PlannedRun(row=row, seed=0, folder=tmp_path / "run", recipe=None, options=options | more)
+        grid.PlannedRun(row=row, seed=0, folder=tmp_path / "run", recipe=None, options=options | more)
         for more in ({}, {"opt": "nosuch"})
     )
     monkeypatch.setattr(hardware, "device_type", lambda name: "cuda")
-    monkeypatch.setattr(compare, "create_setup", lambda *_, **__: pytest.fail("not in this process"))
-    compare.check_runs([good], "cpu")
+    monkeypatch.setattr(grid, "create_setup", lambda *_, **__: pytest.fail("not in this process"))
+    grid.check_runs([good], "cpu")
     with pytest.raises(InputError, match="row vit: --opt nosuch: no such optimizer"):
-        compare.check_runs([good, bad], "cpu")
+        grid.check_runs([good, bad], "cpu")
 
 
 class Slow(nn.Module):

@@ -18,7 +18,7 @@ from smallvit import Config, datasets
 from smallvit.cli import crossval as crossval_command
 from smallvit.config.options import DataConfig
 from smallvit.evaluation import stats
-from smallvit.experiments import compare
+from smallvit.experiments import grid
 from smallvit.training import train as engine
 from smallvit.utils.errors import InputError
 
@@ -109,7 +109,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         engine.train(Config.build(**options, out=str(folder), auto_resume=True))
         return 0
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(grid, "train", train)
     monkeypatch.chdir(tmp_path)
     return names
 

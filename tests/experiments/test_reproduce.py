@@ -27,7 +27,7 @@ from smallvit.cli import main
 from smallvit.cli.parser import options_parser, parse
 from smallvit.config.config import format_train_command, option_names
 from smallvit.datasets.catalog import DATASETS
-from smallvit.experiments import catalog, compare, records, tables
+from smallvit.experiments import catalog, grid, records, tables
 from smallvit.experiments import reproduce as reproducing
 from smallvit.experiments.catalog import EXPERIMENTS, Experiment, Trial, find_equivalent
 from smallvit.experiments.records import Record
@@ -76,7 +76,7 @@ PARTS = {
 
 @dataclass
 class Trainer:
-    """Replace `compare.train` by training in this process."""
+    """Replace `grid.train` by training in this process."""
 
     names: list[str] = field(default_factory=list)
     """Names of the folders trained in."""
@@ -111,7 +111,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     trainer = Trainer()
-    monkeypatch.setattr(compare, "train", trainer)
+    monkeypatch.setattr(grid, "train", trainer)
     return trainer
 
 
@@ -131,7 +131,7 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     out, text = tmp_path_factory.mktemp("reproduced") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
-        patch.setattr(compare, "train", Trainer())
+        patch.setattr(grid, "train", Trainer())
         patch.setattr(catalog, "MIN_EPOCHS", 2)
         patch.setattr(reproducing, "choose_jobs", lambda *_: 1)
         patch.setenv("SMALLVIT_CACHE", str(out.parent / "cache"))
@@ -606,7 +606,7 @@ def test_a_run_recorded_meanwhile_is_not_trained(
         records.append(Path("kept") / f"{NAME}.jsonl", theirs)
         return trained(options, folder)
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(grid, "train", train)
     arguments = (NAME, "--budget", BUDGET, *ROWS, "--seeds", 1, "--record", "kept", "--out", "out")
     code, out, _ = smallvit("reproduce", *arguments)
     assert (code, trained.names) == (0, ["vit-seed0"])

@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from smallvit import Config, InputError, utils
 from smallvit.datasets.image_folder import list_folder
@@ -134,8 +136,14 @@ def test_two_processes_follow_one(alone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
-def test_eight_processes_follow_one_also_killed_and_resumed_by_three(tmp_path: Path) -> None:
+def test_eight_processes_follow_one_from_shards_also_killed_and_resumed_by_three(tmp_path: Path) -> None:
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        (tmp_path / f"digits/{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray((15 * pixels).astype("uint8")).save(tmp_path / f"digits/{label}/{index}.png")
+    write_shards(list_folder(tmp_path / "digits"), tmp_path / "shards", 8)
     options = RICH | {"epochs": 8, "grad_accum_steps": 2, "keep": 1}
+    options |= {"data": str(tmp_path / "shards"), "streaming": "on", "workers": 0}
     one = train.train(Config.build(**options, out=str(tmp_path / "one"))).folder
     out = tmp_path / "eight"
     process = torchrun(out, options, processes=8)

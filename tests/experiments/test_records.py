@@ -484,7 +484,7 @@ def test_a_changed_digit_in_an_accuracy_of_the_readme_is_detected(known: dict[st
                 changed = text[:index] + digit + text[index + 1 :]
                 block = changed[text.rfind("\n\n", 0, index) + 2 : text.find("\n\n", match.end())]
                 noticed.append(any(True for _ in list_unsupported(block, known)))
-        share = 1.0 if "±" in match[0] else 0.9  # another model may well have the other accuracy
+        share = 1.0 if "±" in match[0] else 0.75  # another run of many may well have the other accuracy
         assert statistics.mean(noticed) >= share, match[0]
 
 

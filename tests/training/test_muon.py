@@ -80,7 +80,7 @@ def test_matrices_of_a_shape_and_of_its_transpose_take_one_iteration(monkeypatch
 
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", record)
     net = Net()
-    train(net, create_optimizer(net, Config.build(opt="muon", lr=0.02).optim), steps=1)
+    train(net, create_optimizer(net, Config.build(opt="muon", lr=0.02, weight_decay=0.0).optim), steps=1)
     assert sorted(stacked) == [(1, 8, 27), (2, 8, 24), (3, 8, 8)]
 
 

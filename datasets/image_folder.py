@@ -33,6 +33,7 @@ from smallvit.datasets.listing import (
     Sample,
     ZipMembers,
     build_tree,
+    describe_kinds,
     find_layout,
     is_hidden,
     is_image,
@@ -151,8 +152,11 @@ def _find_layout(
     try:
         layout = _labeled_layout(tree, read_text, source, min_classes)
     except InputError:
-        if not images:
+        if labels:
             raise
+        if not images:
+            unreadable = describe_kinds(tree.images())
+            raise InputError(f"--data {source}: holds no images" + f" except {unreadable}" * bool(unreadable)) from None
         return _unlabeled_layout(images)
     if labels:
         return layout

@@ -344,13 +344,13 @@ def test_decoding_follows_pillow_for_images_of_the_right_size(tmp_path: Path) ->
     assert np.array_equal(decode_image(str(tmp_path / "x.png"), 16), noise.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize(("name", "found"), [(None, ""), ("notes.txt", ""), ("a.heic", " except 1 HEIC file")])
+@pytest.mark.parametrize(("name", "rest"), [(None, ""), ("notes.txt", ""), ("a.heic", " except 1 HEIC file")])
 def test_a_folder_without_images_is_refused_also_where_no_labels_are_needed(
-    tmp_path: Path, without_heif: None, name: str | None, found: str
+    tmp_path: Path, without_heif: None, name: str | None, rest: str
 ) -> None:
     if name is not None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError) as refused:
         list_folder(tmp_path, labels=False)
-    assert str(refused.value).startswith(f"--data {tmp_path}: holds no images{found}")
+    assert str(refused.value).startswith(f"--data {tmp_path}: holds no images{rest}")
     assert "class folders" not in str(refused.value)

@@ -155,7 +155,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, smallvit: Command) -> 
         (("--arch", "swin", "--img-size", "32", "--local-size", "16"), "swin takes images of 32 pixels only"),
         (("--arch", "vit96", "--local-size", "5"), "--local-size 5: expected a multiple of the patch size 2"),
         (("--local-views", "0", "--global-views", "1"), "expected at least 2 views"),
-        (("--data", tmp_path), "expected at least 2 class folders with images, found none"),
+        (("--data", tmp_path), "holds no images"),
     ):
         code, _, err = smallvit("pretrain", *arguments, "--out", tmp_path / "run", "--device", "cpu")
         assert code == 2, arguments

@@ -505,6 +505,7 @@ PLUGIN_EXPERIMENTS = {
 
 SMALL_ROWS = ("lee2021: plain", "lee2021: SPT", "lee2021: LSA", "lee2021: SPT, LSA", "best: stem, LSA, FFN", "resnet32")
 FEW_ROWS = ("lee2021: plain", "lee2021: SPT, LSA", "best: stem, LSA, FFN", "resnet32")
+"""Rows of `plugin_trials` of the experiments small/cifar100 and small/few, the one they are compared with first."""
 
 
 def small_models(title: str, rows: Sequence[str], **more: Any) -> Experiment:
